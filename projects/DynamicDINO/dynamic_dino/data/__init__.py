@@ -1,0 +1,28 @@
+"""Data sets, prompts, mappers and loaders."""
+
+from .datasets import (
+    get_metadata,
+    load_coco_json,
+    load_datasets,
+    load_odvg_jsonl,
+    register_coco_json,
+)
+from .loader import build_test_loader, build_train_loader
+from .mapper import TestMapper, TrainMapper, color_jitter, detr_augmentations, large_scale_jitter
+from .prompts import PromptSampler
+
+__all__ = [
+    "PromptSampler",
+    "TestMapper",
+    "TrainMapper",
+    "build_test_loader",
+    "build_train_loader",
+    "color_jitter",
+    "detr_augmentations",
+    "get_metadata",
+    "large_scale_jitter",
+    "load_coco_json",
+    "load_datasets",
+    "load_odvg_jsonl",
+    "register_coco_json",
+]

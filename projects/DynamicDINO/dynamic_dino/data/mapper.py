@@ -1,0 +1,354 @@
+"""From a record to what the model reads: image (or cached features), prompt, boxes."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.structures import Boxes, BoxMode, Instances
+from PIL import Image
+
+from ..prompt import Prompt
+from .datasets import get_metadata
+from .prompts import PromptSampler, evaluation_prompt
+
+if TYPE_CHECKING:
+    from .feature_cache import FeatureCache
+
+Record = dict[str, Any]
+Size = int | Sequence[int] | None
+
+
+class TrainMapper:
+    """A record and a random generator -> an augmented sample with a sampled prompt.
+
+    dataset        name (or names) of the data sets whose records come, for their class names
+    size           int: the longest edge is scaled to it; (short, long): the shortest edge is
+                   scaled to `short` unless the longest would pass `long`; None: as `augmentations`
+                   leave it
+    augmentations  Detectron2 augmentations, applied before the resizing
+    flip           probability of a horizontal flip; captions that say left or right aren't flipped
+    max_phrases, min_phrases   see `PromptSampler`
+    features       cached backbone features to be used in the place of the image; `size` must be
+                   the canvas of the cache and `augmentations` empty
+    min_box_size   boxes narrower or lower than this, in pixels of the network, are left out
+
+    The sample: "image" uint8 [3, h, w] RGB, or "features" {level: float16 [C, H, W]};
+    "image_size" (h, w); "prompt"; "instances" with gt_boxes (XYXY, pixels of the network) and
+    gt_classes (index into the phrases of the prompt); "height", "width", "file_name", "image_id".
+    """
+
+    def __init__(
+        self,
+        dataset: str | Sequence[str],
+        size: Size,
+        *,
+        augmentations: Sequence[T.Augmentation] = (),
+        flip: float = 0.5,
+        max_phrases: int = 80,
+        min_phrases: int | None = None,
+        features: FeatureCache | None = None,
+        min_box_size: float = 1.0,
+    ) -> None:
+        if features is not None:
+            _check_features(features, size)
+            if len(augmentations):
+                raise ValueError(
+                    "cached features can't be augmented: leave dataloader.train.mapper."
+                    "augmentations empty or features unset"
+                )
+        self.samplers = {}
+        for name in [dataset] if isinstance(dataset, str) else dataset:
+            metadata = get_metadata(name)
+            novel = getattr(metadata, "novel", None) or []
+            self.samplers[name] = PromptSampler(
+                metadata.thing_classes,
+                max_phrases,
+                min_phrases=min_phrases,
+                near_synonyms=getattr(metadata, "near_synonyms", None),
+                never_negative=[i for i, is_novel in enumerate(novel) if is_novel],
+            )
+        self.size = size
+        self.augmentation = T.AugmentationList([*augmentations, *resize_augmentations(size)])
+        self.flip = flip
+        self.features = features
+        self.min_box_size = min_box_size
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> dict:
+        boxes, classes = _boxes_and_classes(record)
+        sample = _describe(record)
+        flip = rng.random() < self.flip and not _mentions_sides(record)
+        if self.features is None:
+            # Detectron2's augmentations draw from numpy's global generator
+            with numpy_seed(int(rng.integers(2**32))):
+                inputs = T.AugInput(read_image(record), boxes=boxes)
+                self.augmentation(inputs)
+            image, boxes = inputs.image, inputs.boxes
+            if flip:
+                mirror = T.HFlipTransform(image.shape[1])
+                image, boxes = mirror.apply_image(image), mirror.apply_box(boxes)
+            sample["image"] = _as_tensor(image)
+            sample["image_size"] = tuple(image.shape[:2])
+        else:
+            resize = resize_transform(record["height"], record["width"], self.size)
+            boxes = resize.apply_box(boxes)
+            flip = flip and self.features.can_flip(resize.new_w)
+            if flip:
+                boxes = T.HFlipTransform(resize.new_w).apply_box(boxes)
+            sample["features"] = self.features.load(record, flip=flip)
+            sample["image_size"] = (resize.new_h, resize.new_w)
+
+        height, width = sample["image_size"]
+        boxes = np.clip(boxes, 0, [width, height, width, height])
+        keep = ((boxes[:, 2:] - boxes[:, :2]) >= self.min_box_size).all(axis=1)
+        boxes, classes = boxes[keep], classes[keep]
+        if "caption" in record:
+            sample["prompt"] = Prompt.from_caption(record["caption"], record["phrase_spans"])
+            phrases = range(len(record["phrase_spans"]))
+        else:
+            sampler = _sampler_of(record, self.samplers)
+            present = [annotation["category_id"] for annotation in record["annotations"]]
+            phrases = sampler(classes.tolist(), present, rng)
+            sample["prompt"] = Prompt.from_phrases([sampler.names[i] for i in phrases])
+        sample["instances"] = _instances(boxes, classes, phrases, sample["image_size"])
+        return sample
+
+
+class TestMapper:
+    """A record -> a sample without augmentation and with a fixed prompt.
+
+    prompt_names  "all": every class of the data set, in its order, the same `Prompt` object each
+                  time; an int n: the classes of the image and negatives up to n names, the same for
+                  an image in every run (federated evaluation)
+    Others as in `TrainMapper`. The sample also has "prompt_classes", the class of the data set for
+    each phrase of the prompt; "instances" holds the boxes that aren't crowds.
+    """
+
+    __test__ = False  # not a test case, whatever pytest thinks of the name
+
+    def __init__(
+        self,
+        dataset: str | Sequence[str],
+        size: Size,
+        *,
+        prompt_names: str | int = "all",
+        features: FeatureCache | None = None,
+    ) -> None:
+        if prompt_names != "all" and not (isinstance(prompt_names, int) and prompt_names > 0):
+            raise ValueError(f"prompt_names={prompt_names!r}: use 'all' or a positive number")
+        if features is not None:
+            _check_features(features, size)
+        self.samplers, self.fixed = {}, {}
+        for name in [dataset] if isinstance(dataset, str) else dataset:
+            metadata = get_metadata(name)
+            names = metadata.thing_classes
+            related = getattr(metadata, "near_synonyms", None)
+            self.samplers[name] = PromptSampler(names, max(len(names), 1), near_synonyms=related)
+            if prompt_names == "all" and names:
+                self.fixed[name] = Prompt.from_phrases(names)
+        self.size = size
+        self.prompt_names = prompt_names
+        self.features = features
+
+    def __call__(self, record: Record) -> dict:
+        sample = _describe(record)
+        resize = resize_transform(record["height"], record["width"], self.size)
+        if self.features is None:
+            sample["image"] = _as_tensor(resize.apply_image(read_image(record)))
+        else:
+            sample["features"] = self.features.load(record)
+        sample["image_size"] = (resize.new_h, resize.new_w)
+        boxes, classes = _boxes_and_classes(record)
+        if "caption" in record:
+            sample["prompt"] = Prompt.from_caption(record["caption"], record["phrase_spans"])
+            phrases = list(range(len(record["phrase_spans"])))
+        else:
+            sampler = _sampler_of(record, self.samplers)
+            if self.prompt_names == "all":
+                phrases = list(range(len(sampler.names)))
+                sample["prompt"] = self.fixed[_dataset_of(record, self.samplers)]
+            else:
+                present = [a["category_id"] for a in record.get("annotations", ())]
+                phrases = evaluation_prompt(sampler, present, self.prompt_names, record["image_id"])
+                sample["prompt"] = Prompt.from_phrases([sampler.names[i] for i in phrases])
+        sample["prompt_classes"] = phrases
+        sample["instances"] = _instances(
+            resize.apply_box(boxes), classes, phrases, sample["image_size"]
+        )
+        return sample
+
+
+# ---- images -------------------------------------------------------------------------------------
+
+
+def read_image(record: Record) -> np.ndarray:
+    """uint8 [H, W, 3] RGB, turned as its EXIF tag says.
+
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing, can't be decoded or
+    is not of the size that the record states.
+    """
+    path = record["file_name"]
+    try:
+        image = detection_utils.read_image(path, format="RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"image {path!r} does not exist: check the data set's image folder (image_root)"
+        ) from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"image {path!r} can't be read ({error}): the file may be corrupt or truncated; "
+            "replace it or remove it from the annotation file"
+        ) from error
+    height, width = image.shape[:2]
+    if (height, width) != (record.get("height", height), record.get("width", width)):
+        raise ValueError(
+            f"image {path!r} is {width} x {height} (width x height), but its annotation says "
+            f"{record['width']} x {record['height']}: its boxes can't be right; correct the "
+            "annotation file"
+        )
+    return image
+
+
+def resize_transform(height: int, width: int, size: Size) -> T.ResizeTransform:
+    """The resizing that `size` asks for, see `TrainMapper`; never to less than one pixel."""
+    if isinstance(size, int):
+        scale = size / max(height, width)
+    else:
+        short, long = size
+        scale = min(short / min(height, width), long / max(height, width))
+    new_height, new_width = (max(int(edge * scale + 0.5), 1) for edge in (height, width))
+    return T.ResizeTransform(height, width, new_height, new_width)
+
+
+class Resize(T.Augmentation):
+    """`resize_transform` as an augmentation."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.size = size
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        return resize_transform(*image.shape[:2], self.size)
+
+
+def resize_augmentations(size: Size) -> list[T.Augmentation]:
+    return [] if size is None else [Resize(size)]
+
+
+def color_jitter(
+    brightness: float = 0.3, contrast: float = 0.3, saturation: float = 0.3
+) -> T.AugmentationList:
+    """Each strength s scales its property by a factor uniform in [1 - s, 1 + s]."""
+    return T.AugmentationList(
+        [
+            T.RandomBrightness(1 - brightness, 1 + brightness),
+            T.RandomContrast(1 - contrast, 1 + contrast),
+            T.RandomSaturation(1 - saturation, 1 + saturation),
+        ]
+    )
+
+
+def detr_augmentations(
+    scales: Sequence[int] = tuple(range(480, 801, 32)), max_size: int = 1333
+) -> T.AugmentationList:
+    """DETR's multi-scale training (use with ``size=None``): the shortest edge is one of `scales`;
+    half of the images are first resized to 400, 500 or 600 and cropped to 384-600 pixels."""
+    crop = T.AugmentationList(
+        [
+            T.ResizeShortestEdge([400, 500, 600], sample_style="choice"),
+            T.RandomCrop("absolute_range", (384, 600)),
+        ]
+    )
+    resize = T.ResizeShortestEdge(list(scales), max_size, sample_style="choice")
+    return T.AugmentationList([T.RandomApply(crop, prob=0.5), resize])
+
+
+def large_scale_jitter(
+    size: int, min_scale: float = 0.5, max_scale: float = 1.5
+) -> T.AugmentationList:
+    """Zooms out or in, then cuts to at most `size` x `size` (use with ``size=None``)."""
+    return T.AugmentationList(
+        [
+            T.ResizeScale(min_scale, max_scale, size, size),
+            T.FixedSizeCrop((size, size), pad=False),
+        ]
+    )
+
+
+@contextlib.contextmanager
+def numpy_seed(seed: int) -> Iterator[None]:
+    """Seeds numpy's global generator and puts its state back afterwards."""
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+# ---- parts of a sample --------------------------------------------------------------------------
+
+
+def _describe(record: Record) -> dict:
+    return {key: record[key] for key in ("file_name", "image_id", "height", "width")}
+
+
+def _boxes_and_classes(record: Record) -> tuple[np.ndarray, np.ndarray]:
+    """XYXY float64 [N, 4] in pixels of the original image, int64 [N]; crowds left out."""
+    annotations = [a for a in record.get("annotations", ()) if not a.get("iscrowd", 0)]
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    classes = [a["category_id"] for a in annotations]
+    return (
+        np.asarray(boxes, dtype=np.float64).reshape(-1, 4),
+        np.asarray(classes, dtype=np.int64),
+    )
+
+
+def _instances(
+    boxes: np.ndarray, classes: np.ndarray, phrases: Sequence[int], image_size: tuple[int, int]
+) -> Instances:
+    """Relabels classes as positions in the prompt; boxes of classes that it lacks are dropped."""
+    position = {c: i for i, c in enumerate(phrases)}
+    keep = [i for i, c in enumerate(classes.tolist()) if c in position]
+    instances = Instances(image_size)
+    instances.gt_boxes = Boxes(torch.as_tensor(boxes[keep], dtype=torch.float32).reshape(-1, 4))
+    instances.gt_classes = torch.tensor([position[int(classes[i])] for i in keep]).long()
+    return instances
+
+
+def _as_tensor(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def _dataset_of(record: Record, samplers: dict[str, PromptSampler]) -> str:
+    if len(samplers) == 1:
+        return next(iter(samplers))
+    name = record.get("dataset_name")
+    if name not in samplers:
+        raise ValueError(
+            f"image {record['file_name']!r} comes from data set {name!r}, but the mapper knows "
+            f"{', '.join(samplers)}: name the same data sets in `dataset` and `mapper.dataset`"
+        )
+    return name
+
+
+def _sampler_of(record: Record, samplers: dict[str, PromptSampler]) -> PromptSampler:
+    return samplers[_dataset_of(record, samplers)]
+
+
+def _mentions_sides(record: Record) -> bool:
+    return bool(re.search(r"\b(left|right)", record.get("caption", ""), re.IGNORECASE))
+
+
+def _check_features(features: FeatureCache, size: Size) -> None:
+    if size != features.canvas:
+        raise ValueError(
+            f"the mapper's size is {size}, but the features in {str(features.root)!r} were cached "
+            f"at {features.canvas}: use the same size or cache them again"
+        )

@@ -1,0 +1,115 @@
+"""Which names a detector is asked for: the objects of an image and names that it doesn't show."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+
+class PromptSampler:
+    """Draws detection prompts: the classes of an image and random negatives, in random order.
+
+    names            phrase of each class
+    max_phrases      length of a prompt, as far as the classes suffice
+    min_phrases      if given, the length is uniform in [min_phrases, max_phrases], never shorter
+                     than the positives
+    near_synonyms    for each class the classes that are never its negatives
+    never_negative   classes that are no negatives at all (novel names of a training set: to learn
+                     that they are always absent would be to learn the answer of the test)
+
+    Ids are contiguous ints throughout: a comparison of str with int ids, which never match, has
+    made positives their own negatives elsewhere (mmdetection PR #11404).
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        max_phrases: int,
+        *,
+        min_phrases: int | None = None,
+        near_synonyms: Sequence[Iterable[int]] | None = None,
+        never_negative: Iterable[int] = (),
+    ) -> None:
+        if max_phrases < 1 or not 1 <= (min_phrases or 1) <= max_phrases:
+            raise ValueError(
+                f"min_phrases {min_phrases}, max_phrases {max_phrases}: a prompt needs at least "
+                "one phrase, and min_phrases <= max_phrases"
+            )
+        self.names = list(names)
+        self.max_phrases = max_phrases
+        self.min_phrases = max_phrases if min_phrases is None else min_phrases
+        self.related = _related_classes(self.names, near_synonyms)
+        self.negative = np.ones(len(self.names), dtype=bool)
+        self.negative[[int(i) for i in never_negative]] = False
+
+    def __call__(
+        self, positives: Iterable[int], present: Iterable[int], rng: np.random.Generator
+    ) -> list[int]:
+        """Classes of a training prompt, in prompt order; see `sample` for the arguments."""
+        positives = set(positives)
+        length = int(rng.integers(self.min_phrases, self.max_phrases + 1))
+        length = max(length, min(len(positives), self.max_phrases))
+        return self.sample(positives, present, length, rng)
+
+    def sample(
+        self,
+        positives: Iterable[int],
+        present: Iterable[int],
+        length: int,
+        rng: np.random.Generator,
+    ) -> list[int]:
+        """`length` classes in random order, fewer if there aren't enough negatives.
+
+        positives: classes with a box. If they are more than `length`, a random part is kept; the
+        caller must then drop the boxes of the others. present: all that may be visible, crowds and
+        cropped objects too; they and their near-synonyms are never negatives.
+        """
+        positives = sorted({self._check(i) for i in positives})
+        if len(positives) > length:
+            return rng.permutation(positives)[:length].tolist()
+        allowed = self.negative.copy()
+        for i in {*positives, *(self._check(i) for i in present)}:
+            allowed[[i, *self.related[i]]] = False
+        candidates = np.flatnonzero(allowed)
+        count = min(length - len(positives), len(candidates))
+        negatives = rng.choice(candidates, size=count, replace=False).tolist()
+        return rng.permutation(np.array([*positives, *negatives], dtype=np.int64)).tolist()
+
+    def _check(self, i: int) -> int:
+        if not 0 <= int(i) < len(self.names):
+            raise ValueError(
+                f"category_id {i!r} of a record is outside the {len(self.names)} classes of its "
+                "data set: do the mapper and the data set belong together?"
+            )
+        return int(i)
+
+
+def evaluation_prompt(
+    sampler: PromptSampler, present: Iterable[int], length: int, image_id: int | str
+) -> list[int]:
+    """Federated evaluation: every class of the image and negatives up to `length` names.
+
+    The same image gets the same prompt whatever the order, rank or run. No class of the image is
+    left out, so the prompt is longer than `length` when the image shows more.
+    """
+    present = set(present)
+    rng = np.random.default_rng(zlib.crc32(str(image_id).encode()))
+    return sampler.sample(present, present, max(length, len(present)), rng)
+
+
+def _related_classes(
+    names: Sequence[str], near_synonyms: Sequence[Iterable[int]] | None
+) -> list[list[int]]:
+    """Near-synonyms of each class; classes that share one name are near-synonyms too."""
+    same = defaultdict(list)
+    for i, name in enumerate(names):
+        same[name.casefold()].append(i)
+    related = [set(same[name.casefold()]) for name in names]
+    for i, others in enumerate(near_synonyms or ()):
+        for j in others:
+            related[i].add(int(j))
+            related[int(j)].add(i)
+    return [sorted(ids - {i}) for i, ids in enumerate(related)]
