@@ -189,8 +189,9 @@ def load_odvg_jsonl(
     jsonl_file: str | Path, image_root: str | Path, name: str | None = None
 ) -> list[Record]:
     """Reads grounding data, one JSON object a line (the ODVG format of Open-GroundingDino):
-    ``{"filename", "height", "width", "grounding": {"caption", "regions": [{"bbox": [x1, y1, x2, y2],
-    "phrase": str, "tokens_positive": [[start, end], ...] (optional)}]}}``.
+    ``{"filename", "height", "width", "grounding": {"caption", "regions": [...]}}``, each region
+    ``{"bbox": [x1, y1, x2, y2], "phrase": str, "tokens_positive": [[start, end], ...]}``, of which
+    the last is optional.
 
     A record has "caption" and "phrase_spans", a list of (start, end) characters per phrase;
     "category_id" is the index of the phrase. Regions with the same phrase share it. A phrase
@@ -369,12 +370,13 @@ def _set_metadata(
     }
     if any("frequency" in category for category in categories):
         for category in categories:
-            if category.get("frequency") not in ("r", "c", "f"):
+            if category.get("frequency") not in ("r", "c", "f", None):
                 raise ValueError(
                     f"{json_file}: category {category['name']!r} has frequency "
-                    f"{category.get('frequency')!r}: give every category 'r', 'c' or 'f', or none"
+                    f"{category['frequency']!r}: use 'r' (rare), 'c' (common), 'f' (frequent) or "
+                    "leave the field out"
                 )
-        fields["frequency"] = [category["frequency"] for category in categories]
+        fields["frequency"] = [category.get("frequency") for category in categories]
     if any("novel" in category for category in categories):
         fields["novel"] = [bool(category.get("novel", False)) for category in categories]
     if any("near_synonyms" in category for category in categories):
@@ -387,11 +389,13 @@ def _near_synonyms(path: Path, categories: list[dict], contiguous: dict) -> list
     related: list[set[int]] = [set() for _ in categories]
     for i, category in enumerate(categories):
         for other in category.get("near_synonyms") or ():
-            j = by_name.get(other) if isinstance(other, str) else contiguous.get(other)
+            if isinstance(other, str) and other not in by_name:
+                continue  # a name of another split can't be a negative here
+            j = by_name[other] if isinstance(other, str) else contiguous.get(other)
             if j is None:
                 raise ValueError(
                     f"{path}: near_synonyms of category {category['name']!r} has {other!r}, which "
-                    "is neither the id nor the name of a category of this file: correct it"
+                    "is not the id of a category of this file: use ids or names of categories"
                 )
             related[i].add(j)
             related[j].add(i)

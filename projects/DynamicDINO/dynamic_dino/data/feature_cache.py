@@ -9,10 +9,13 @@ strided convolution of a mirrored image is not exactly the mirrored convolution.
 where the cells of the grid land on cells again, that is, where the content's width is a multiple of
 the coarsest stride; other images are not flipped. ``flips="store"`` also stores the features of
 each mirrored image: exact, twice the space and time.
+
+    python -m dynamic_dino.data.feature_cache --config-file CONFIG [key=value ...]
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
@@ -171,7 +174,7 @@ def build_feature_cache(
     loader = DataLoader(images, batch_sampler=batches, num_workers=num_workers, collate_fn=list)
     progress = tqdm(total=len(images), initial=len(images) - len(todo), desc="features", unit="img")
     written: list[int] = []
-    for number, (rows, batch) in enumerate(zip(batches, loader), start=1):
+    for number, (rows, batch) in enumerate(zip(batches, loader, strict=True), start=1):
         with torch.inference_mode():
             features = extract(batch)
         for level, x in features.items():
@@ -221,8 +224,16 @@ def cache_features(cfg: Any, model: nn.Module | None = None, **options: Any) -> 
             "no mapper of this config has features: set dataloader.train.mapper.features="
             "L(FeatureCache)(root=...) to say where to cache them"
         )
-    model = (instantiate(cfg.model) if model is None else model).eval()
+    if model is None:
+        model = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    model.eval()
     fingerprint = module_fingerprint(model.backbone)
+    for root, (size, _) in wanted.items():
+        if getattr(model, "canvas", size) != size:
+            raise ValueError(
+                f"model.canvas is {model.canvas}, but the mapper that reads {root!r} has size "
+                f"{size}: features are cached on the canvas, so make them equal"
+            )
     return [
         build_feature_cache(
             model.extract_features, records, root, canvas=size, backbone=fingerprint, **options
@@ -305,3 +316,27 @@ def _file_bytes(file_name: str | Path) -> int:
         raise FileNotFoundError(
             f"image {str(file_name)!r} does not exist: check the data set's image folder"
         ) from None
+
+
+def main() -> None:
+    from dynamic_dino.engine.config import load_config
+
+    parser = argparse.ArgumentParser(
+        description="Caches the features of a config's frozen backbone on disk."
+    )
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--flips", choices=("mirror", "store"), default="mirror")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--num-workers", type=int, default=0)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a cache of other features"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = vars(parser.parse_args())
+    cfg = load_config(options.pop("config_file"), options.pop("overrides"))
+    for cache in cache_features(cfg, **options):
+        print(f"{cache.root}: features of {len(cache)} images")
+
+
+if __name__ == "__main__":
+    main()

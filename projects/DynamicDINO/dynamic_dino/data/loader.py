@@ -183,13 +183,13 @@ def _record_weights(sources: list[list[Record]], weights: Sequence[float]) -> np
             f"dataloader.train.weights={list(weights)}: give one non-negative number for each of "
             f"the {len(sources)} data sets"
         )
-    for i, (source, weight) in enumerate(zip(sources, weights)):
+    for i, (source, weight) in enumerate(zip(sources, weights, strict=True)):
         if weight and not source:
             raise ValueError(f"data set {i} of dataloader.train has weight {weight} but no images")
     per_record = np.concatenate(
         [
             np.full(len(source), weight / max(len(source), 1))
-            for source, weight in zip(sources, weights)
+            for source, weight in zip(sources, weights, strict=True)
         ]
     )
     return per_record / per_record.sum()
