@@ -24,7 +24,7 @@ def ms_deform_attn(
     grids = (2 * sampling_locations.to(dtype) - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)
     samples = []
     levels = value.split([height * width for height, width in shapes], dim=1)
-    for (height, width), level, grid in zip(shapes, levels, grids):
+    for (height, width), level, grid in zip(shapes, levels, grids, strict=True):
         image = level.to(dtype).permute(0, 2, 3, 1).reshape(-1, head_dim, height, width)
         samples.append(F.grid_sample(image, grid, padding_mode="zeros", align_corners=False))
     sampled = torch.cat(samples, dim=-1)  # [B * heads, head_dim, Q, L * P]

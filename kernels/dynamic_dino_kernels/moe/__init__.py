@@ -30,7 +30,7 @@ def expert_ffn(
 
     Equation 4 of Dynamic-DINO (arXiv 2507.17436). Differentiable in x, the weights and the gates;
     experts without tokens get explicit zero gradients. Under autocast the matmuls run in the
-    autocast dtype, as those of nn.Linear do; the weighted sum over slots is in float32 or wider.
+    autocast dtype, as those of nn.Linear do.
 
     Args:
         x: float [T, D], T tokens.

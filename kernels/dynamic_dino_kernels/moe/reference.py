@@ -29,8 +29,8 @@ def sequential(x, w1, b1, w2, b2, expert_ids, gates, activation: str) -> Tensor:
     """
     act, _ = ACTIVATIONS[activation]
     y = torch.zeros_like(x, dtype=_accumulator(x, gates))
-    for expert, weights in enumerate(zip(w1.unbind(), b1.unbind(), w2.unbind(), b2.unbind())):
-        w1_e, b1_e, w2_e, b2_e = weights
+    experts = zip(w1.unbind(), b1.unbind(), w2.unbind(), b2.unbind(), strict=True)
+    for expert, (w1_e, b1_e, w2_e, b2_e) in enumerate(experts):
         token, slot = torch.where(expert_ids == expert)
         y_e = F.linear(act(F.linear(x.index_select(0, token), w1_e, b1_e)), w2_e, b2_e)
         y = y.index_add(0, token, (gates[token, slot, None] * y_e).to(y.dtype))
@@ -52,13 +52,15 @@ def _accumulator(x: Tensor, gates: Tensor) -> torch.dtype:
 class _Plan(NamedTuple):
     """The order in which N filled slots are processed: by expert, then by token.
 
-    order     int64 [N], index into the flattened [T, K] slots
-    position  int64 [T * K], the row of each slot in that order; N for an empty slot
+    token     int64 [N], the token of each row
+    slot      int64 [N], the index of each row in the flattened [T, K] slots
+    position  int64 [T, K], the row of each slot; N for an empty slot
     blocks    (expert, start, end) of each expert that has tokens
     idle      experts without tokens
     """
 
-    order: Tensor
+    token: Tensor
+    slot: Tensor
     position: Tensor
     blocks: list[tuple[int, int, int]]
     idle: list[int]
@@ -67,10 +69,10 @@ class _Plan(NamedTuple):
 def _plan(expert_ids: Tensor, num_experts: int) -> _Plan:
     flat = expert_ids.reshape(-1)
     empty, *counts = torch.bincount(flat + 1, minlength=num_experts + 1).tolist()
-    order = torch.argsort(flat, stable=True)[empty:]
-    filled = order.numel()
-    position = torch.full_like(flat, filled, dtype=torch.int64)
-    position[order] = torch.arange(filled, device=flat.device)
+    slot = torch.argsort(flat, stable=True)[empty:]
+    token = slot.div(max(expert_ids.shape[1], 1), rounding_mode="floor")
+    position = torch.full_like(flat, slot.numel(), dtype=torch.int64)
+    position[slot] = torch.arange(slot.numel(), device=flat.device)
 
     blocks, idle, start = [], [], 0
     for expert, count in enumerate(counts):
@@ -79,63 +81,63 @@ def _plan(expert_ids: Tensor, num_experts: int) -> _Plan:
         else:
             idle.append(expert)
         start += count
-    return _Plan(order, position, blocks, idle)
+    return _Plan(token, slot, position.view_as(expert_ids), blocks, idle)
+
+
+def _sum_slots(rows: Tensor, position: Tensor, gates: Tensor | None = None) -> Tensor:
+    """[N + 1, D] -> [T, D]: sums each token's rows, with weights if given. The last row is zero."""
+    if position.numel() == 0:
+        return rows.new_zeros(position.shape[0], rows.shape[1])
+    rows[-1].zero_()
+    return F.embedding_bag(position, rows, mode="sum", per_sample_weights=gates)
 
 
 class _GroupedFFN(torch.autograd.Function):
     """Written out by hand so that each expert's weight gradient lands in its slice of one buffer.
 
-    Autograd would build sixteen small gradients and stack them, which costs more memory traffic
-    than the matmuls. Rows beyond the last filled slot are zeros: empty slots read them.
+    Autograd would build sixteen small gradients and stack them. Everything else happens expert by
+    expert, on a few hundred rows that stay in the cache.
     """
 
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, expert_ids, gates, activation):
         act, _ = ACTIVATIONS[activation]
-        tokens, slots = expert_ids.shape
         plan = _plan(expert_ids, w1.shape[0])
-        filled = plan.order.numel()
-        rows = x.index_select(0, plan.order.div(max(slots, 1), rounding_mode="floor"))
+        gates_x = gates.to(x.dtype)
 
-        pre = x.new_empty(filled, w1.shape[1])
-        out = x.new_empty(filled + 1, x.shape[1])
-        out[filled:].zero_()
+        pre = x.new_empty(plan.token.numel(), w1.shape[1])
+        out = x.new_empty(plan.token.numel() + 1, x.shape[1])
         for e, start, end in plan.blocks:
-            torch.addmm(b1[e], rows[start:end], w1[e].t(), out=pre[start:end])
-            torch.addmm(b2[e], act(pre[start:end]), w2[e].t(), out=out[start:end])
+            x_e = x.index_select(0, plan.token[start:end])
+            pre_e = torch.mm(x_e, w1[e].t(), out=pre[start:end]).add_(b1[e])
+            torch.mm(act(pre_e), w2[e].t(), out=out[start:end]).add_(b2[e])
 
-        ctx.save_for_backward(rows, pre, out, w1, w2, gates, plan.order, plan.position)
+        ctx.save_for_backward(x, pre, out, w1, w2, gates, plan.token, plan.slot, plan.position)
         ctx.blocks, ctx.idle, ctx.activation = plan.blocks, plan.idle, activation
-        of_slot = out.index_select(0, plan.position).view(tokens, slots, -1)
-        dtype = _accumulator(x, gates)
-        return (of_slot * gates.to(dtype).unsqueeze(-1)).sum(1).to(x.dtype)
+        return _sum_slots(out, plan.position, gates_x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        rows, pre, out, w1, w2, gates, order, position = ctx.saved_tensors
+        x, pre, out, w1, w2, gates, token, slot, position = ctx.saved_tensors
         act, act_backward = ACTIVATIONS[ctx.activation]
         need_x, need_w1, need_b1, need_w2, need_b2, _, need_gates, _ = ctx.needs_input_grad
-        tokens, slots = gates.shape
-        filled = order.numel()
-        dtype = _accumulator(rows, gates)
 
-        dy_rows = dy.index_select(0, order.div(max(slots, 1), rounding_mode="floor"))
-        dgates = None
-        if need_gates:
-            per_row = (dy_rows.to(dtype) * out[:filled]).sum(-1)
-            per_row = torch.cat([per_row, per_row.new_zeros(1)])
-            dgates = per_row.index_select(0, position).view(tokens, slots).to(gates.dtype)
-        gate_rows = gates.reshape(-1).index_select(0, order).unsqueeze(-1)
-        dout = (dy_rows * gate_rows.to(dtype)).to(rows.dtype)
-
-        drows = rows.new_empty(filled + 1, rows.shape[1]) if need_x else None
+        gate = gates.to(x.dtype).reshape(-1, 1).index_select(0, slot)
+        dgates = gates.new_zeros(gates.shape) if need_gates else None
+        dx_rows = x.new_empty(token.numel() + 1, x.shape[1]) if need_x else None
         dw1 = torch.empty_like(w1) if need_w1 else None
-        dw2 = torch.empty_like(w2) if need_w2 else None
         db1 = w1.new_empty(w1.shape[:2]) if need_b1 else None
+        dw2 = torch.empty_like(w2) if need_w2 else None
         db2 = w2.new_empty(w2.shape[:2]) if need_b2 else None
+
         for e, start, end in ctx.blocks:
-            pre_e, dout_e = pre[start:end], dout[start:end]
+            pre_e = pre[start:end]
+            dy_e = dy.index_select(0, token[start:end])
+            if need_gates:
+                dgate_e = (dy_e * out[start:end]).sum(-1, dtype=gates.dtype)
+                dgates.view(-1)[slot[start:end]] = dgate_e
+            dout_e = dy_e.mul_(gate[start:end])
             if need_w2:
                 torch.mm(dout_e.t(), act(pre_e), out=dw2[e])
             if need_b2:
@@ -144,18 +146,14 @@ class _GroupedFFN(torch.autograd.Function):
                 continue
             dpre_e = act_backward(dout_e @ w2[e], pre_e)
             if need_w1:
-                torch.mm(dpre_e.t(), rows[start:end], out=dw1[e])
+                torch.mm(dpre_e.t(), x.index_select(0, token[start:end]), out=dw1[e])
             if need_b1:
                 torch.sum(dpre_e, 0, out=db1[e])
             if need_x:
-                torch.mm(dpre_e, w1[e], out=drows[start:end])
+                torch.mm(dpre_e, w1[e], out=dx_rows[start:end])
 
         for grad in (dw1, db1, dw2, db2):
             if grad is not None:
-                for e in ctx.idle:
-                    grad[e].zero_()
-        dx = None
-        if need_x:
-            drows[filled:].zero_()
-            dx = drows.index_select(0, position).view(tokens, slots, -1).sum(1)
+                grad[ctx.idle] = 0
+        dx = _sum_slots(dx_rows, position) if need_x else None
         return dx, dw1, db1, dw2, db2, None, dgates, None

@@ -1,0 +1,149 @@
+"""`Criterion`: the training losses of the detector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
+
+from ..structures import DenoisingQueries, DetectorOutput, Predictions, Target
+from .boxes import cxcywh_to_xyxy, generalized_box_iou
+from .matcher import Assignment
+
+
+class Criterion(nn.Module):
+    """Focal classification over text tokens, L1 and GIoU, on every layer; and router losses.
+
+    Every decoder layer and the query selection are matched to the objects on their own (auxiliary
+    losses, DETR); denoising queries know their object (DINO). All sums are divided by the number of
+    objects in the batch, averaged over the ranks and at least 1. Computed in float32 whatever
+    autocast says.
+
+    Args:
+        matcher: see `HungarianMatcher`.
+        weight_class, weight_bbox, weight_giou: loss weights; Grounding DINO trains with 2, 5, 2.
+        focal_alpha, focal_gamma: of the focal loss (arXiv 1708.02002, equation 5).
+        router_losses: objects with a `name` that map the list of `Routing` to a weighted loss.
+    """
+
+    def __init__(
+        self,
+        matcher: nn.Module,
+        weight_class: float = 2.0,
+        weight_bbox: float = 5.0,
+        weight_giou: float = 2.0,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+        router_losses: Sequence[Callable] = (),
+    ) -> None:
+        super().__init__()
+        self.matcher = matcher
+        self.weight_class = weight_class
+        self.weight_bbox = weight_bbox
+        self.weight_giou = weight_giou
+        self.focal_alpha = focal_alpha
+        self.focal_gamma = focal_gamma
+        self.router_losses = tuple(router_losses)
+
+    def forward(self, output: DetectorOutput, targets: list[Target]) -> dict[str, Tensor]:
+        """Returns the weighted losses, scalars in float32 whose sum is to be minimised.
+
+        Names: `loss_class`, `loss_bbox`, `loss_giou` for the last decoder layer; the same with
+        `_0`, `_1`, ... for the earlier ones, `_selection` for the query selection, `_dn`, `_dn_0`,
+        ... for denoising; and the router losses by their own names. The set of names does not
+        depend on the targets, nor does the set of parameters that get a gradient.
+        """
+        batch = output.layers[-1].boxes.shape[0]
+        if len(targets) != batch:
+            raise ValueError(f"targets are {len(targets)}, but the batch has {batch} images")
+
+        with torch.autocast(output.layers[-1].boxes.device.type, enabled=False):
+            predictions = {**_by_suffix(output.layers, ""), "_selection": output.selection}
+            assignments = self.matcher(list(predictions.values()), targets, output.text)
+            objects = _Objects(targets, output)
+            mask = output.text.mask.unsqueeze(1)
+
+            losses = {}
+            for suffix, assignment in zip(predictions, assignments, strict=True):
+                layer = predictions[suffix]
+                terms = self._layer_losses(layer, assignment, objects, mask, objects.count)
+                losses.update({name + suffix: loss for name, loss in terms.items()})
+
+            if output.denoising is not None:
+                known = _known_assignment(output.denoising, targets)
+                mask = mask & output.denoising.valid.unsqueeze(2)
+                count = objects.count * max(output.denoising.groups, 1)
+                for suffix, layer in _by_suffix(output.denoising_layers, "_dn").items():
+                    terms = self._layer_losses(layer, known, objects, mask, count)
+                    losses.update({name + suffix: loss for name, loss in terms.items()})
+
+            if output.routings:
+                for router_loss in self.router_losses:
+                    losses[router_loss.name] = router_loss(output.routings)
+        return losses
+
+    def _layer_losses(
+        self,
+        predictions: Predictions,
+        assignment: Assignment,
+        objects: _Objects,
+        mask: Tensor,
+        count: Tensor,
+    ) -> dict[str, Tensor]:
+        """`mask` bool, broadcast to [B, Q, L]: the logits that count."""
+        matched = (assignment.image, assignment.query)
+
+        # Padding tokens may have logits of -inf: they must leave before the loss, not after it,
+        # or their gradient is 0 * inf.
+        logits = predictions.logits.float().masked_fill(~mask, 0)
+        wanted = torch.zeros_like(logits)
+        wanted[matched] = objects.tokens[assignment.target]
+        focal = sigmoid_focal_loss(logits, wanted, self.focal_alpha, self.focal_gamma)
+        loss_class = (focal * mask).sum() / count
+
+        boxes = predictions.boxes.float()[matched]
+        true_boxes = objects.boxes[assignment.target]
+        loss_bbox = (boxes - true_boxes).abs().sum() / count
+        giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes))
+        loss_giou = (1 - giou).sum() / count
+        return {
+            "loss_class": self.weight_class * loss_class,
+            "loss_bbox": self.weight_bbox * loss_bbox,
+            "loss_giou": self.weight_giou * loss_giou,
+        }
+
+
+class _Objects:
+    """All N objects of the batch: boxes [N, 4], wanted tokens [N, L], count as the normaliser."""
+
+    def __init__(self, targets: list[Target], output: DetectorOutput) -> None:
+        phrase_map = output.text.phrase_map
+        self.boxes = torch.cat([target.boxes for target in targets]).float()
+        self.tokens = torch.cat(
+            [(phrase_map[image] > 0)[target.labels] for image, target in enumerate(targets)]
+        ).float()
+        self.count = _mean_over_ranks(self.boxes.new_tensor(float(len(self.boxes)))).clamp(min=1)
+
+
+def _by_suffix(layers: list[Predictions], suffix: str) -> dict[str, Predictions]:
+    """The last layer has the plain suffix, the earlier ones their number after it."""
+    *earlier, last = layers
+    return {suffix: last, **{f"{suffix}_{i}": layer for i, layer in enumerate(earlier)}}
+
+
+def _known_assignment(denoising: DenoisingQueries, targets: list[Target]) -> Assignment:
+    counts = torch.tensor([0, *(len(target.labels) for target in targets[:-1])])
+    offsets = counts.cumsum(0).to(denoising.target_index.device)
+    positive = denoising.valid & (denoising.target_index >= 0)
+    image, query = torch.nonzero(positive, as_tuple=True)
+    return Assignment(image, query, offsets[image] + denoising.target_index[image, query])
+
+
+def _mean_over_ranks(value: Tensor) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
