@@ -1,0 +1,100 @@
+"""Evaluation results as text."""
+
+from __future__ import annotations
+
+from tabulate import tabulate
+
+_SIZES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_GROUPS = {"r": "rare", "c": "common", "f": "frequent", "_seen": "seen", "_novel": "novel"}
+
+
+def format_results(results: dict, max_classes: int | None = None) -> str:
+    """What `DetectionEvaluator` found, as tables for people.
+
+    Args:
+        results: the content of results.json.
+        max_classes: show this many classes at most, half of them the best, half the worst.
+    """
+    metrics, per_class = results["metrics"], results["per_class"]
+    scored = [row for row in per_class if row["objects"]]
+    recall = f"AR{results['max_dets']}"
+    parts = [
+        f"{results['dataset']}: {results['images']} images, {results['objects']} objects of "
+        f"{len(scored)} classes; percent, at most {results['max_dets']} detections per image and "
+        "class",
+        _table([[_number(metrics[k]) for k in (*_SIZES, recall)]], [*_SIZES, recall]),
+    ]
+    groups = {s: name for s, name in _GROUPS.items() if f"AP{s}" in metrics}
+    if groups:
+        rows = [
+            [
+                name,
+                _members(scored, suffix),
+                *(_number(metrics[f"{k}{suffix}"]) for k in _SIZES[:2]),
+            ]
+            for suffix, name in groups.items()
+        ]
+        parts.append(_table(rows, ["classes", "number", "AP", "AP50"]))
+    if results["routing"]:
+        parts.append(_routing_table(results["routing"]))
+    parts.append(_class_table(scored, max_classes))
+    return "\n\n".join(parts)
+
+
+def _routing_table(layers: list[dict]) -> str:
+    """One row per MoE layer; shares of tokens and loads in percent."""
+    rows = [
+        [
+            i,
+            len(layer["load"]),
+            f"{layer['load_entropy']:.3f}",
+            _number(100 * min(layer["load"])),
+            _number(100 * max(layer["load"])),
+            layer["rare_experts"],
+            layer["dead_experts"],
+            _number(100 * layer["siblings"]),
+            _number(100 * layer["same_part"]),
+        ]
+        for i, layer in enumerate(layers)
+    ]
+    headers = "layer,experts,load entropy,min load,max load,under 1%,dead,siblings,same part twice"
+    return "Routing\n" + _table(rows, headers.split(","))
+
+
+def _class_table(scored: list[dict], max_classes: int | None) -> str:
+    """The best classes first, several columns side by side."""
+    rows = sorted(scored, key=lambda row: -row["AP"])
+    title = f"AP of each of the {len(rows)} classes with objects, best first"
+    if max_classes and len(rows) > max_classes:
+        half = max_classes // 2
+        title = f"AP of the {half} best and the {half} worst of {len(rows)} classes"
+        rows = rows[:half] + rows[-half:]
+    cells = [
+        [row["name"] + _marks(row), row["objects"], _number(row["AP"]), _number(row["AP50"])]
+        for row in rows
+    ]
+    columns = 3 if len(cells) > 20 else 1
+    height = -(-len(cells) // columns)
+    cells += [[""] * 4] * (columns * height - len(cells))
+    lines = [sum((cells[c * height + i] for c in range(columns)), []) for i in range(height)]
+    return f"{title}\n" + _table(lines, ["class", "objects", "AP", "AP50"] * columns)
+
+
+def _marks(row: dict) -> str:
+    marks = [row["frequency"]] if row.get("frequency") else []
+    marks += ["novel"] if row.get("novel") else []
+    return f" ({', '.join(marks)})" if marks else ""
+
+
+def _members(scored: list[dict], suffix: str) -> int:
+    if suffix.startswith("_"):
+        return sum(row.get("novel") == (suffix == "_novel") for row in scored)
+    return sum(row.get("frequency") == suffix for row in scored)
+
+
+def _table(rows: list[list], headers: list[str]) -> str:
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True, stralign="right")
+
+
+def _number(value: float) -> str:
+    return "-" if value < 0 else f"{value:.1f}"

@@ -1,0 +1,25 @@
+"""Writing results: find out early that it is impossible, and never leave half a file."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+
+def writable_folder(folder: str | Path, remedy: str) -> Path:
+    """Creates the folder; raises OSError with the remedy where no file can be written into it."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"can't write to {folder} ({error.strerror}): {remedy}") from None
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all: an interruption leaves the previous file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
