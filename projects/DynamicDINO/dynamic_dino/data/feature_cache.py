@@ -205,7 +205,8 @@ def cache_features(cfg: Any, model: nn.Module | None = None, **options: Any) -> 
 
     from .loader import _is_flat
 
-    loaders = [cfg.dataloader.train, *cfg.dataloader.get("test", {}).values()]
+    nodes = cfg.dataloader
+    loaders = [*filter(None, [nodes.get("train")]), *nodes.get("test", {}).values()]
     wanted: dict[str, tuple[int, list[Record]]] = {}
     for loader in loaders:
         mapper = loader.mapper

@@ -33,14 +33,15 @@ class PromptSampler:
         near_synonyms: Sequence[Iterable[int]] | None = None,
         never_negative: Iterable[int] = (),
     ) -> None:
-        if max_phrases < 1 or not 1 <= (min_phrases or 1) <= max_phrases:
+        min_phrases = max_phrases if min_phrases is None else min_phrases
+        if not 1 <= min_phrases <= max_phrases:
             raise ValueError(
                 f"min_phrases {min_phrases}, max_phrases {max_phrases}: a prompt needs at least "
                 "one phrase, and min_phrases <= max_phrases"
             )
         self.names = list(names)
         self.max_phrases = max_phrases
-        self.min_phrases = max_phrases if min_phrases is None else min_phrases
+        self.min_phrases = min_phrases
         self.related = _related_classes(self.names, near_synonyms)
         self.negative = np.ones(len(self.names), dtype=bool)
         self.negative[[int(i) for i in never_negative]] = False

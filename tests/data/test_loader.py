@@ -1,0 +1,154 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from dynamic_dino.data import (
+    TestMapper,
+    TrainMapper,
+    build_test_loader,
+    build_train_loader,
+    color_jitter,
+    datasets,
+    load_datasets,
+)
+from dynamic_dino.data.drawn import write_drawn_dataset
+from dynamic_dino.data.loader import TrainBatches
+
+
+@pytest.fixture(scope="module")
+def name(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    file = write_drawn_dataset(root, 10, 64, seed=int(np.random.default_rng().integers(1000)))
+    datasets.register_coco_json("test_loader", file, root / "drawn/train")
+    return "test_loader"
+
+
+def batches(name, count, **options):
+    mapper = TrainMapper(name, 64, max_phrases=5, augmentations=[color_jitter()])
+    options = {"total_batch_size": 4, "seed": 3, **options}
+    loader = build_train_loader(load_datasets(name), mapper, **options)
+    return list(itertools.islice(loader, count))
+
+
+def assert_equal(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(itertools.chain(*a), itertools.chain(*b), strict=True):
+        assert x["file_name"] == y["file_name"] and x["prompt"] == y["prompt"]
+        assert torch.equal(x["image"], y["image"])
+        assert torch.equal(x["instances"].gt_boxes.tensor, y["instances"].gt_boxes.tensor)
+        assert torch.equal(x["instances"].gt_classes, y["instances"].gt_classes)
+
+
+@pytest.fixture(scope="module")
+def reference(name):
+    return batches(name, 7)  # 28 samples of 10 records: into the third epoch
+
+
+def test_workers_change_nothing(name, reference):
+    assert_equal(batches(name, 7, num_workers=2), reference)
+
+
+def test_resuming_changes_nothing(name, reference):
+    for start in (1, 3, 5):
+        assert_equal(batches(name, 7 - start, start_iter=start), reference[start:])
+    assert_equal(batches(name, 3, start_iter=4, num_workers=2), reference[4:])
+
+
+def test_another_seed_is_another_run(name, reference):
+    other = batches(name, 7, seed=4)
+    files = [[s["file_name"] for b in run for s in b] for run in (reference, other)]
+    assert files[0] != files[1]
+
+
+def test_the_same_image_is_augmented_differently_each_epoch(reference):
+    samples = list(itertools.chain(*reference))
+    by_file = {}
+    for sample in samples:
+        by_file.setdefault(sample["file_name"], []).append(sample)
+    for first, second, *_ in by_file.values():
+        assert not torch.equal(first["image"], second["image"])
+
+
+def test_an_epoch_has_every_record_once():
+    sampler = TrainBatches(10, 5, seed=0)
+    drawn = [i for batch in itertools.islice(sampler, 6) for i in batch]
+    assert [n for n, _ in drawn] == list(range(30))
+    epochs = [[i for _, i in drawn[k : k + 10]] for k in (0, 10, 20)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("weights", [None, np.arange(7) / 21])
+def test_ranks_partition_the_batch(weights):
+    whole = itertools.islice(TrainBatches(7, 6, seed=9, weights=weights, start_iter=2), 5)
+    halves = [
+        itertools.islice(
+            TrainBatches(7, 6, seed=9, weights=weights, start_iter=2, rank=rank, world_size=2), 5
+        )
+        for rank in range(2)
+    ]
+    for batch, first, second in zip(whole, *halves, strict=True):
+        assert batch == first + second and len(first) == 3
+
+
+def test_the_batch_must_divide():
+    with pytest.raises(ValueError, match="total_batch_size=5 .* 2"):
+        TrainBatches(7, 5, seed=0, world_size=2)
+
+
+def test_weighted_mixture():
+    sources = [
+        [{"annotations": [{}], "source": k} for _ in range(n)] for k, n in enumerate((5, 50))
+    ]
+    loader = build_train_loader(sources, lambda r, rng: r["source"], 100, weights=[3, 1])
+    drawn = [s for batch in itertools.islice(loader, 20) for s in batch]
+    assert 0.20 < np.mean(drawn) < 0.30  # expected .25, standard deviation .01
+    loader = build_train_loader(sources, lambda r, rng: r["source"], 55)
+    assert sum(next(iter(loader))) == 50  # without weights: by size
+    with pytest.raises(ValueError, match="one non-negative number for each of the 2"):
+        build_train_loader(sources, None, 4, weights=[1])
+
+
+def test_images_without_boxes_are_left_out(name):
+    records = load_datasets(name)
+    crowd = {**records[0], "annotations": [{**records[0]["annotations"][0], "iscrowd": 1}]}
+    empty = {**records[1], "annotations": []}
+    loader = build_train_loader([crowd, empty, *records[2:]], lambda r, rng: r["image_id"], 8)
+    assert len(loader.dataset) == 8
+    with pytest.raises(ValueError, match="no image with a box"):
+        build_train_loader([crowd, empty], None, 1)
+    assert len(build_train_loader([crowd, empty], None, 1, filter_empty=False).dataset) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_sees_every_image_once_and_in_order(name, workers):
+    records = load_datasets(name)
+    loader = build_test_loader(records, TestMapper(name, 64), batch_size=4, num_workers=workers)
+    seen = list(loader)
+    assert [len(batch) for batch in seen] == [4, 4, 2] and len(loader) == 3
+    assert [s["image_id"] for batch in seen for s in batch] == [r["image_id"] for r in records]
+
+
+def test_lazy_config_and_interpolation(name):
+    node = L(build_train_loader)(
+        dataset=L(load_datasets)(names=name),
+        mapper=L(TrainMapper)(
+            dataset="${..dataset.names}",
+            size=64,
+            max_phrases=5,
+            augmentations=[L(color_jitter)()],
+        ),
+        total_batch_size=4,
+        seed=3,
+    )
+    node.start_iter = 2
+    assert_equal([next(iter(instantiate(node)))], batches(name, 1, start_iter=2))
+    names = L(load_datasets)(names=[name, name])
+    mapper = L(TrainMapper)(dataset=[name, name], size=[64, 96], max_phrases=5)
+    loader = instantiate(
+        L(build_train_loader)(dataset=names, mapper=mapper, total_batch_size=2, weights=[1, 2])
+    )
+    assert len(next(iter(loader))) == 2 and len(loader.dataset) == 20
