@@ -1,0 +1,1 @@
+"""Training and evaluation: Detectron2's lazy-config loop, with exact resume and clear errors."""

@@ -1,0 +1,157 @@
+"""The command line of train_net.py, and the start of its processes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import default_argument_parser
+from detectron2.engine import launch as spawn
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.utils import comm
+
+from .config import ConfigError
+
+EXAMPLES = """
+examples:
+  the main recipe, Dynamic-DINO x16-Top2, on 8 GPUs
+    train_net.py --num-gpus 8
+  the nano detector on CPU
+    train_net.py --config-file configs/pretrain/nano.py --num-gpus 0
+  go on after an interruption, to the same numbers (with no checkpoint yet: start)
+    train_net.py --config-file CONFIG --resume
+  evaluate weights, or the last checkpoint of a run
+    train_net.py --config-file CONFIG --eval-only train.init_checkpoint=model.pth
+    train_net.py --config-file CONFIG --eval-only --resume
+  change anything of the recipe; wrong names are reported with the nearest right one
+    train_net.py --config-file CONFIG train.output_dir=out optimizer.lr=2e-4 train.amp.enabled=true
+  two machines (started once on each)
+    train_net.py --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:29500
+    train_net.py --num-gpus 8 --num-machines 2 --machine-rank 1 --dist-url tcp://HOST:29500
+  torchrun; with --num-gpus 0, or no GPU, its processes train on CPU with gloo
+    torchrun --nproc-per-node 8 train_net.py --config-file CONFIG
+  Slurm, one task a GPU
+    srun --ntasks-per-node 8 --gpus-per-node 8 train_net.py --config-file CONFIG --resume
+
+A run writes to train.output_dir: config.yaml, log.txt, metrics.json, TensorBoard events,
+model_*.pth, model_best.pth, results.json, evaluation/.
+"""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an already started process stands among its peers."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    url: str
+
+
+def argument_parser(default_config: str | Path) -> argparse.ArgumentParser:
+    """Detectron2's flags, with our defaults and examples."""
+    parser = default_argument_parser(EXAMPLES)
+    parser.description = "Train or evaluate a detector by a LazyConfig recipe."
+    parser.set_defaults(config_file=str(default_config), num_gpus=None)
+    help_texts = {
+        "config_file": "the recipe (default: %(default)s)",
+        "resume": "go on from the last checkpoint of train.output_dir, if there is one",
+        "eval_only": "evaluate, don't train",
+        "num_gpus": "GPUs of each machine; 0 trains on CPU (default: 1 where there is one)",
+        "dist_url": "where the processes meet (default: %(default)s)",
+        "opts": "overrides of the recipe, key=value",
+    }
+    for action in parser._actions:
+        action.help = help_texts.get(action.dest, action.help)
+    return parser
+
+
+def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Calls ``main(args)`` in every process: in this one, if torchrun or Slurm started it or one
+    is enough, or in one process per GPU.
+
+    Raises `ConfigError` where there are fewer GPUs than asked for.
+    """
+    available = torch.cuda.device_count()
+    placement = placement_from_environment(os.environ)
+    if placement is not None:
+        gpus = placement.local_size if args.num_gpus != 0 and available else 0
+    else:
+        gpus = min(1, available) if args.num_gpus is None else args.num_gpus
+    if gpus > available:
+        raise ConfigError(
+            f"{gpus} processes with one GPU each were asked for, but this machine has {available} "
+            "GPUs; use fewer, or --num-gpus 0 for CPU (several CPU processes: torchrun)"
+        )
+    if gpus == 0:
+        args.opts = [*args.opts, "train.device=cpu"]
+    if placement is None:
+        if gpus == 0 and args.num_machines > 1:
+            raise ConfigError("several machines without GPUs: start the processes with torchrun")
+        spawn(
+            main,
+            gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+        return
+
+    if gpus:
+        torch.cuda.set_device(placement.local_rank)
+    dist.init_process_group(
+        "nccl" if gpus else "gloo",
+        init_method=placement.url,
+        rank=placement.rank,
+        world_size=placement.world_size,
+        timeout=DEFAULT_TIMEOUT,
+    )
+    comm.create_local_process_group(placement.local_size)
+    main(args)
+    dist.destroy_process_group()
+
+
+def placement_from_environment(env: Mapping[str, str]) -> Placement | None:
+    """Reads what torchrun, or else srun, tells its processes; None if neither started this one."""
+    if {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        world_size = int(env["WORLD_SIZE"])
+        local_size = int(env.get("LOCAL_WORLD_SIZE", world_size))
+        return Placement(int(env["RANK"]), world_size, int(env["LOCAL_RANK"]), local_size, "env://")
+    # Set for the processes of a job step; in a batch script, SLURM_NTASKS and _PROCID are too.
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        world_size = int(env["SLURM_STEP_NUM_TASKS"])
+        per_node = env["SLURM_STEP_TASKS_PER_NODE"]
+        counts = [
+            int(count)
+            for part in per_node.split(",")
+            for count in [re.match(r"\d+", part)[0]] * int((re.findall(r"x(\d+)", part) or [1])[0])
+        ]
+        if len(set(counts)) > 1:
+            raise ConfigError(
+                f"Slurm placed {per_node} tasks on its nodes; use the same number on each "
+                "(--ntasks-per-node)"
+            )
+        host = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
+        port = env.get("MASTER_PORT") or 20000 + int(env["SLURM_JOB_ID"]) % 20000
+        return Placement(
+            rank=int(env["SLURM_PROCID"]),
+            world_size=world_size,
+            local_rank=int(env["SLURM_LOCALID"]),
+            local_size=counts[0],
+            url=f"tcp://{host}:{port}",
+        )
+    return None
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of Slurm's notation: ``"gpu[03-05,9],cpu1"`` -> ``"gpu03"``."""
+    prefix, number, suffix = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodelist).groups()
+    return prefix + (number or "") + (suffix or "")

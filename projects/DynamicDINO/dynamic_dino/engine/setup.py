@@ -1,0 +1,81 @@
+"""What a run needs before it starts: a device, a writable output folder, logs, a saved config."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from detectron2.config import LazyConfig
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
+
+from .config import ConfigError
+from .memory import keep_freed_memory
+from .trainer import seed_everything
+
+logger = logging.getLogger(__name__)
+
+
+def setup(cfg: DictConfig) -> None:
+    """Prepares this process. Sets ``train.device`` to what "auto" stands for.
+
+    Raises `ConfigError` where the output folder can't be written or the device is absent.
+    """
+    train = cfg.train
+    train.device = resolve_device(train.device)
+    if train.device == "cpu" and dist.is_initialized() and dist.get_backend() == "nccl":
+        raise ConfigError("several processes on CPU next to GPUs: start them with --num-gpus 0")
+    if comm.is_main_process():
+        check_writable(train.output_dir)
+    comm.synchronize()
+    for name in ("detectron2", "fvcore", "dynamic_dino"):
+        setup_logger(str(train.output_dir), distributed_rank=comm.get_rank(), name=name)
+    if train.num_threads:
+        torch.set_num_threads(train.num_threads)
+    if train.device == "cpu":
+        keep_freed_memory()
+    seed_everything(train.seed)
+    logger.info("Command: %s", " ".join(sys.argv))
+    logger.info(
+        "Python %s, torch %s, %s, process %d of %d, %d threads",
+        sys.version.split()[0],
+        torch.__version__,
+        torch.cuda.get_device_name() if train.device == "cuda" else "CPU",
+        comm.get_rank(),
+        comm.get_world_size(),
+        torch.get_num_threads(),
+    )
+    if comm.is_main_process():
+        path = Path(train.output_dir) / "config.yaml"
+        LazyConfig.save(cfg, str(path))
+        logger.info("Full config: %s", path)
+
+
+def resolve_device(name: str) -> str:
+    """ "cuda" or "cpu" for "auto"; raises `ConfigError` for an unknown or absent device."""
+    if name not in ("auto", "cuda", "cpu"):
+        raise ConfigError(f"train.device={name!r} is unknown; use auto, cuda or cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device=cuda, but torch sees no CUDA device; use auto or cpu")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def check_writable(folder: str | Path) -> None:
+    """Creates the folder; raises `ConfigError` where no file can be written into it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"can't write to train.output_dir={folder} ({error.strerror}); choose another with "
+            "train.output_dir=FOLDER"
+        ) from error

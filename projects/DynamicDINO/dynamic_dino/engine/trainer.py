@@ -1,0 +1,209 @@
+"""`Trainer`: one iteration, made so that an interrupted run continues to the same numbers."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.engine.hooks import EvalHook
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .checkpointing import BestCheckpointer
+from .ema import ModelEma
+from .trainable import set_train_mode
+
+logger = logging.getLogger(__name__)
+
+AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss or the gradients became infinite or NaN; the weights were not touched by them."""
+
+
+class Trainer(SimpleTrainer):
+    """Detectron2's trainer, with autocast, clipping, EMA, exact resume and a stop at NaN.
+
+    The model returns a dict of scalars: what is called ``loss*`` is summed and differentiated, the
+    rest is only logged. All randomness of an iteration follows from (seed, iteration, rank), so a
+    checkpoint needs no generator states.
+
+    Args:
+        loader: infinite iterable of batches, each a list of samples with a "file_name".
+        amp: ``enabled`` and ``dtype``.   clip_grad: ``enabled``, ``max_norm``, ``norm_type``.
+        log_period: with several processes, metrics are averaged over them this often.
+        last_checkpoint: names what is safe on disk, for the message when the run must stop.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Any,
+        optimizer: torch.optim.Optimizer,
+        *,
+        seed: int = 0,
+        amp: Mapping | None = None,
+        clip_grad: Mapping | None = None,
+        ema: ModelEma | None = None,
+        log_period: int = 20,
+        last_checkpoint: Callable[[], Any] = lambda: None,
+    ) -> None:
+        period = 1 if comm.get_world_size() == 1 else log_period
+        super().__init__(model, loader, optimizer, gather_metric_period=period)
+        set_train_mode(model)
+        self.seed, self.ema, self.last_checkpoint = seed, ema, last_checkpoint
+        self.clip_grad = clip_grad or {"enabled": False}
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        device = self.parameters[0].device.type
+        self.amp_dtype = amp_dtype(amp, device) if amp and amp["enabled"] else None
+        self.scaler = torch.amp.GradScaler(device, enabled=self.amp_dtype is torch.float16)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model without the wrapper of distributed training."""
+        wrapped = isinstance(self.model, DistributedDataParallel)
+        return self.model.module if wrapped else self.model
+
+    def run_step(self) -> None:
+        seed_everything(self.seed, self.iter, comm.get_rank())
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+
+        try:
+            with autocast(self.parameters[0].device.type, self.amp_dtype):
+                outputs = self.model(batch)
+        except Exception:
+            logger.error("Iteration %d failed on %s", self.iter, _file_names(batch))
+            raise
+        losses = {name: value for name, value in outputs.items() if name.startswith("loss")}
+        if not losses:
+            raise ValueError(f"the model returned no 'loss*' in training, only {list(outputs)}")
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(sum(losses.values())).backward()
+        self.after_backward()
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = self._clip_gradients()
+
+        # One transfer for all scalars, the iteration's only wait for the device.
+        names = [*outputs, "grad_norm"]
+        scalars = torch.stack(
+            [torch.as_tensor(v).detach().float().to(grad_norm.device) for v in outputs.values()]
+            + [grad_norm.float()]
+        )
+        metrics = dict(zip(names, scalars.tolist(), strict=True))
+        self._stop_if_not_finite(batch, metrics, list(losses))
+
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update()
+        metrics["total_loss"] = sum(metrics[name] for name in losses)
+        self._log(metrics, data_time)
+
+    def after_train(self) -> None:
+        """After an interruption nothing is evaluated or saved any more, the logs are closed."""
+        if self.iter < self.max_iter:
+            self._hooks = [h for h in self._hooks if not isinstance(h, EvalHook | BestCheckpointer)]
+        super().after_train()
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Rates, decays etc. stay as the recipe has them, so that overrides count on resume."""
+        options = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        super().load_state_dict(state_dict)
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own, initial_lr=own["lr"])
+        if state_dict["scaler"]:
+            self.scaler.load_state_dict(state_dict["scaler"])
+
+    def _clip_gradients(self) -> Tensor:
+        """Returns the norm of all gradients before clipping."""
+        norm_type = float(self.clip_grad.get("norm_type", 2.0))
+        if self.clip_grad["enabled"]:
+            max_norm = self.clip_grad["max_norm"]
+            return nn.utils.clip_grad_norm_(self.parameters, max_norm, norm_type)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return nn.utils.get_total_norm(gradients, norm_type)
+
+    def _stop_if_not_finite(self, batch: list, metrics: dict[str, float], losses: list) -> None:
+        bad_loss = not all(math.isfinite(metrics[name]) for name in losses)
+        # With loss scaling, infinite gradients are ordinary: the scaler skips the step.
+        bad_norm = not math.isfinite(metrics["grad_norm"]) and not self.scaler.is_enabled()
+        if not (bad_loss or bad_norm):
+            return
+        culprits = [(_file_names(batch), metrics if bad_loss else None)]
+        if bad_norm:  # gradients are averaged, so all processes come here: find whose loss it was
+            everyone = comm.all_gather((_file_names(batch), metrics if bad_loss else None))
+            culprits = [c for c in everyone if c[1] is not None]
+            culprits = culprits or [(files, metrics) for files, _ in everyone]
+        reports = [
+            f"  batch: {files}\n  terms: " + ", ".join(f"{k}={v:.4g}" for k, v in terms.items())
+            for files, terms in culprits
+        ]
+        what = "the loss" if any(_bad(terms, losses) for _, terms in culprits) else "the gradient"
+        saved = self.last_checkpoint()
+        raise NonFiniteLossError(
+            f"{what} is infinite or NaN at iteration {self.iter}; training stops before the "
+            "optimizer's step, and nothing is saved from here on\n"
+            + "\n".join(reports)
+            + "\n"
+            + (f"  last good checkpoint: {saved}\n" if saved else "  no checkpoint was due yet\n")
+            + "  look at these images and boxes; if they are right, lower optimizer.lr or "
+            "train.clip_grad.max_norm, or set train.amp.enabled=false, and continue with --resume"
+        )
+
+    def _log(self, metrics: dict[str, float], data_time: float) -> None:
+        if (self.iter + 1) % self.gather_metric_period:
+            return
+        everyone = comm.gather({**metrics, "data_time": data_time})
+        if comm.is_main_process():
+            mean = {key: float(np.mean([m[key] for m in everyone])) for key in metrics}
+            slowest = max(m["data_time"] for m in everyone)
+            self.storage.put_scalars(**mean, data_time=slowest)
+
+
+def seed_everything(*entropy: int) -> None:
+    """Seeds torch, numpy and random with a well mixed function of the numbers."""
+    state = np.random.SeedSequence(entropy).generate_state(3)
+    torch.manual_seed(int(state[0]))
+    np.random.seed(state[1])
+    random.seed(int(state[2]))
+
+
+def amp_dtype(amp: Mapping, device: str) -> torch.dtype:
+    """The type that ``train.amp`` names. Raises ValueError for one that `device` can't train in."""
+    name = amp["dtype"]
+    if name not in AMP_DTYPES:
+        raise ValueError(f"train.amp.dtype={name!r} is unknown; choose from {list(AMP_DTYPES)}")
+    if name == "float16" and device == "cpu":
+        raise ValueError("train.amp.dtype=float16 needs CUDA; use bfloat16 on CPU")
+    return AMP_DTYPES[name]
+
+
+def autocast(device: str, dtype: torch.dtype | None):
+    """Autocast to `dtype`, or nothing where it is None."""
+    return nullcontext() if dtype is None else torch.autocast(device, dtype)
+
+
+def _bad(terms: Mapping[str, float], losses: list[str]) -> bool:
+    return not all(math.isfinite(terms[name]) for name in losses)
+
+
+def _file_names(batch: list[dict]) -> str:
+    return ", ".join(str(sample.get("file_name", "?")) for sample in batch)
