@@ -29,7 +29,7 @@ def ms_deform_attn(
         samples.append(F.grid_sample(image, grid, padding_mode="zeros", align_corners=False))
     sampled = torch.cat(samples, dim=-1)  # [B * heads, head_dim, Q, L * P]
 
-    weights = attention_weights.to(dtype).transpose(1, 2).reshape(batch * heads, 1, queries, -1)
-    out = (sampled * weights).sum(-1)  # [B * heads, head_dim, Q]
+    weights = attention_weights.to(dtype).permute(0, 2, 1, 3, 4).flatten(3).flatten(0, 1)
+    out = (sampled * weights.unsqueeze(1)).sum(-1)  # [B * heads, head_dim, Q]
     out = out.view(batch, heads * head_dim, queries).transpose(1, 2)
     return out.to(value.dtype).contiguous()

@@ -1,0 +1,328 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from dynamic_dino_kernels import expert_ffn, resolve_backend
+
+PLAIN_BACKENDS = ("sequential", "grouped")
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+NAMES = ("x", "w1", "b1", "w2", "b2", "gates")
+
+
+def draw(tokens, slots, experts, dim=7, hidden=10, dtype=torch.float64):
+    """Arguments of expert_ffn with gradients on; ids are distinct in a row, as a top-k's are."""
+    shapes = {
+        "x": (tokens, dim),
+        "w1": (experts, hidden, dim),
+        "b1": (experts, hidden),
+        "w2": (experts, dim, hidden),
+        "b2": (experts, dim),
+        "gates": (tokens, slots),
+    }
+    args = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+    args["w1"] /= dim**0.5
+    args["w2"] /= hidden**0.5
+    for tensor in args.values():
+        tensor.requires_grad_()
+    ids = torch.rand(tokens, experts).argsort(-1)[:, :slots].to(torch.int32)
+    return args, ids
+
+
+def run(args, ids, **options):
+    args = dict(args)
+    gates = args.pop("gates")
+    return expert_ffn(**args, expert_ids=ids, gates=gates, **options)
+
+
+def per_token(args, ids, activation="relu"):
+    """The definition, one token and one slot at a time, in float64."""
+    args = {name: tensor.double() for name, tensor in args.items()}
+    act = ACTIVATIONS[activation]
+    rows = []
+    for t, row in enumerate(ids.tolist()):
+        y = args["x"][t] * 0
+        for k, e in enumerate(row):
+            if e >= 0:
+                hidden = act(args["w1"][e] @ args["x"][t] + args["b1"][e])
+                y = y + args["gates"][t, k] * (args["w2"][e] @ hidden + args["b2"][e])
+        rows.append(y)
+    return torch.stack(rows) if rows else args["x"] * 1
+
+
+def gradients(y, args, dy):
+    grads = torch.autograd.grad(y, list(args.values()), dy, allow_unused=True)
+    return {
+        name: torch.zeros_like(args[name]) if grad is None else grad
+        for name, grad in zip(args, grads, strict=True)
+    }
+
+
+def check(args, ids, **options):
+    """Forward and all gradients against the definition."""
+    expected = per_token(args, ids, options.get("activation", "relu"))
+    dy = torch.randn_like(expected)
+    expected_grads = gradients(expected, args, dy) if len(ids) else None
+    for backend in PLAIN_BACKENDS:
+        y = run(args, ids, backend=backend, **options)
+        torch.testing.assert_close(y, expected.to(y.dtype), msg=lambda m: f"{backend}: {m}")  # noqa: B023
+        grads = torch.autograd.grad(y, list(args.values()), dy.to(y.dtype))
+        for name, grad in zip(args, grads, strict=True):
+            want = torch.zeros_like(grad) if expected_grads is None else expected_grads[name]
+            torch.testing.assert_close(grad, want, msg=lambda m: f"{backend}, {name}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_matches_the_definition(slots, activation):
+    check(*draw(tokens=23, slots=slots, experts=5), activation=activation)
+
+
+@pytest.mark.parametrize("tokens, slots, experts", [(1, 1, 1), (1, 3, 3), (9, 7, 7), (40, 2, 16)])
+def test_sizes_at_the_edge(tokens, slots, experts):
+    check(*draw(tokens, slots, experts))
+
+
+def test_empty_slots_contribute_nothing_even_with_a_gate():
+    args, ids = draw(tokens=31, slots=4, experts=6)
+    ids[torch.rand(ids.shape) < 0.5] = -1
+    ids[3] = -1
+    check(args, ids)
+    for backend in PLAIN_BACKENDS:
+        y = run(args, ids, backend=backend)
+        assert (y[3] == 0).all()
+        with torch.no_grad():
+            filled = ids >= 0
+            other = args | {"gates": torch.where(filled, args["gates"], torch.nan)}
+        assert torch.equal(run(other, ids, backend=backend), y)
+
+
+def test_all_slots_empty():
+    args, ids = draw(tokens=6, slots=2, experts=3)
+    check(args, torch.full_like(ids, -1))
+
+
+def test_no_tokens_and_no_slots():
+    for tokens, slots in ((0, 2), (5, 0), (0, 0)):
+        args, ids = draw(tokens, slots, experts=3)
+        for backend in PLAIN_BACKENDS:
+            y = run(args, ids, backend=backend)
+            assert y.shape == (tokens, 7) and (y == 0).all()
+            y.sum().backward()
+            for tensor in args.values():
+                assert tensor.grad is not None and (tensor.grad == 0).all()
+                tensor.grad = None
+
+
+def test_one_expert_gets_everything_and_the_idle_ones_get_zero_gradients():
+    args, ids = draw(tokens=12, slots=1, experts=4)
+    ids.fill_(2)
+    check(args, ids)
+    for backend in PLAIN_BACKENDS:
+        grads = gradients(run(args, ids, backend=backend), args, torch.randn(12, 7).double())
+        for name in ("w1", "b1", "w2", "b2"):
+            assert (grads[name][[0, 1, 3]] == 0).all() and (grads[name][2] != 0).any()
+
+
+def test_the_same_expert_twice_in_a_row_counts_twice():
+    args, ids = draw(tokens=8, slots=3, experts=4)
+    ids[:, 2] = ids[:, 0]
+    check(args, ids)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck(activation):
+    args, ids = draw(tokens=5, slots=2, experts=4, dim=3, hidden=4)
+    ids[0, 1] = ids[2, 0] = -1
+    for backend in PLAIN_BACKENDS:
+        torch.autograd.gradcheck(
+            lambda *values: run(
+                dict(zip(NAMES, values, strict=True)),
+                ids,
+                activation=activation,
+                backend=backend,  # noqa: B023
+            ),
+            tuple(args[name] for name in NAMES),
+        )
+
+
+@pytest.mark.parametrize("frozen", NAMES)
+def test_frozen_arguments_get_no_gradient_and_change_no_other(frozen):
+    args, ids = draw(tokens=11, slots=2, experts=4)
+    dy = torch.randn(11, 7, dtype=torch.float64)
+    full = gradients(run(args, ids, backend="grouped"), args, dy)
+    args[frozen] = args[frozen].detach()
+    trained = {name: tensor for name, tensor in args.items() if name != frozen}
+    some = gradients(run(args, ids, backend="grouped"), trained, dy)
+    for name, grad in some.items():
+        torch.testing.assert_close(grad, full[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precisions(dtype):
+    args, ids = draw(tokens=33, slots=2, experts=4, dtype=dtype)
+    expected = per_token(args, ids)
+    tolerance = 20 * torch.finfo(dtype).eps
+    dy = torch.randn_like(expected)
+    expected_grads = gradients(expected, args, dy)
+    for backend in PLAIN_BACKENDS:
+        y = run(args, ids, backend=backend)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+        grads = gradients(y, args, dy.to(dtype))
+        for name, grad in grads.items():
+            assert grad.dtype == dtype
+            error = (grad - expected_grads[name]).double().norm()
+            assert error <= tolerance * expected_grads[name].double().norm(), name
+
+
+def test_float32_gates_with_half_precision_tokens_get_float32_gradients():
+    args, ids = draw(tokens=9, slots=2, experts=4, dtype=torch.bfloat16)
+    args["gates"] = torch.rand(9, 2, requires_grad=True)
+    for backend in PLAIN_BACKENDS:
+        y = run(args, ids, backend=backend)
+        (grad,) = torch.autograd.grad(y.float().sum(), args["gates"])
+        assert y.dtype == torch.bfloat16 and grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", PLAIN_BACKENDS)
+def test_autocast_runs_in_the_autocast_dtype_and_returns_float32_gradients(backend):
+    args, ids = draw(tokens=20, slots=2, experts=4, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = run(args, ids, backend=backend)
+    low = {name: t if name == "gates" else t.bfloat16() for name, t in args.items()}
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, run(low, ids, backend=backend))
+    for name, grad in gradients(y, args, torch.randn_like(y)).items():
+        assert grad.dtype == torch.float32 and grad.norm() > 0, name
+
+    double, ids = draw(tokens=4, slots=2, experts=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(double, ids, backend=backend).dtype == torch.float64
+
+
+def test_backends_agree_and_repeat_themselves_bit_for_bit():
+    args, ids = draw(tokens=200, slots=2, experts=16, dim=32, hidden=48, dtype=torch.float32)
+    dy = torch.randn(200, 32)
+    results = []
+    for backend in ("grouped", "grouped", "sequential"):
+        y = run(args, ids, backend=backend)
+        results.append([y, *gradients(y, args, dy).values()])
+    for first, second, other in zip(*results, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, other, rtol=1e-4, atol=1e-4)
+
+
+def test_accepts_what_training_hands_over():
+    """Rows of a larger tensor, gates of a transposed one, int64 ids, gradients of a broadcast."""
+    args, ids = draw(tokens=10, slots=2, experts=4)
+    wide = torch.randn(10, 12, dtype=torch.float64)
+    views = args | {"x": wide[:, 3:10], "gates": args["gates"].detach().t().contiguous().t()}
+    for tensor in ("x", "gates"):
+        views[tensor] = views[tensor].detach().requires_grad_()
+    assert not views["x"].is_contiguous() and not views["gates"].is_contiguous()
+    check(views, ids.long())
+    for backend in PLAIN_BACKENDS:
+        run(views, ids, backend=backend).sum().backward()
+    with torch.no_grad():
+        assert torch.equal(run(views, ids), run(views, ids.long()))
+
+
+def test_nan_stays_nan_in_its_token_only():
+    args, ids = draw(tokens=9, slots=2, experts=4)
+    with torch.no_grad():
+        args["x"][4, 2] = torch.nan
+    for backend in PLAIN_BACKENDS:
+        bad = run(args, ids, backend=backend).isnan().all(-1)
+        assert bad.tolist() == [t == 4 for t in range(9)]
+
+
+# Errors
+
+
+@pytest.mark.parametrize("name", ["w1", "b1", "w2", "b2", "gates"])
+def test_wrong_shapes_are_named(name):
+    args, ids = draw(tokens=6, slots=2, experts=4)
+    args[name] = torch.cat([args[name], args[name]], dim=-1)
+    # Sizes are read off x, w1 and expert_ids, so a w1 of another D is itself what doesn't fit.
+    with pytest.raises(ValueError, match=rf"^{name} must be"):
+        run(args, ids)
+
+
+def test_wrong_number_of_dimensions_is_named():
+    args, ids = draw(tokens=6, slots=2, experts=4)
+    with pytest.raises(ValueError, match="^x must be"):
+        run(args | {"x": args["x"][None]}, ids)
+    with pytest.raises(ValueError, match="^w1 must be"):
+        run(args | {"w1": args["w1"][0]}, ids)
+    with pytest.raises(ValueError, match="^expert_ids must be"):
+        run(args, ids[:, 0])
+    with pytest.raises(ValueError, match="^expert_ids must be"):
+        run(args, ids[:4])
+
+
+def test_ids_out_of_range_are_named():
+    args, ids = draw(tokens=6, slots=2, experts=4)
+    for bad in (4, -2):
+        ids[3, 1] = bad
+        with pytest.raises(ValueError, match=r"expert_ids must lie in \[-1, 3\]"):
+            run(args, ids)
+
+
+def test_more_slots_than_experts():
+    args, _ = draw(tokens=6, slots=3, experts=2)
+    with pytest.raises(ValueError, match="K=3 slots, more than the E=2"):
+        run(args | {"gates": torch.ones(6, 3).double()}, torch.zeros(6, 3, dtype=torch.int32))
+
+
+def test_wrong_dtypes_are_named():
+    args, ids = draw(tokens=6, slots=2, experts=4)
+    for name in ("w1", "b1", "w2", "b2"):
+        with pytest.raises(TypeError, match=f"^{name} is torch.float32"):
+            run(args | {name: args[name].float()}, ids)
+    with pytest.raises(TypeError, match="expert_ids must be int32 or int64"):
+        run(args, ids.float())
+    with pytest.raises(TypeError, match="gates must be a floating-point"):
+        run(args | {"gates": ids}, ids)
+
+
+def test_non_contiguous_last_dimension_is_named():
+    args, ids = draw(tokens=6, slots=2, experts=4)
+    for name in ("x", "w1", "w2"):
+        turned = args[name].detach().transpose(-1, -2).contiguous().transpose(-1, -2)
+        with pytest.raises(ValueError, match=f"last dimension of {name} must be contiguous"):
+            run(args | {name: turned}, ids)
+
+
+def test_unknown_activation():
+    args, ids = draw(tokens=6, slots=2, experts=4)
+    with pytest.raises(ValueError, match="activation is 'tanh': choose one of relu, gelu, silu"):
+        run(args, ids, activation="tanh")
+
+
+# The choice of the back-end
+
+
+def test_argument_beats_environment_beats_automatic(monkeypatch):
+    assert resolve_backend() == "grouped"
+    monkeypatch.setenv("DYNAMIC_DINO_KERNELS", "sequential")
+    assert resolve_backend() == "sequential"
+    assert resolve_backend("auto") == "sequential"
+    assert resolve_backend("grouped") == "grouped"
+    monkeypatch.setenv("DYNAMIC_DINO_KERNELS", "auto")
+    assert resolve_backend() == "grouped"
+
+
+def test_unknown_backend_names_its_source_and_the_choices(monkeypatch):
+    args, ids = draw(tokens=6, slots=2, experts=4)
+    with pytest.raises(ValueError, match="^backend is 'cuda': choose one of auto, sequential"):
+        run(args, ids, backend="cuda")
+    monkeypatch.setenv("DYNAMIC_DINO_KERNELS", "fast")
+    with pytest.raises(ValueError, match="^DYNAMIC_DINO_KERNELS is 'fast'"):
+        run(args, ids)
+
+
+def test_triton_is_refused_while_there_is_none(monkeypatch):
+    monkeypatch.setenv("DYNAMIC_DINO_KERNELS", "triton")
+    args, ids = draw(tokens=6, slots=2, experts=4)
+    with pytest.raises(RuntimeError, match="no Triton"):
+        run(args, ids)
+    run(args, ids, backend="grouped")
