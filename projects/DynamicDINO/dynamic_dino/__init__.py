@@ -1,0 +1,17 @@
+"""Dynamic-DINO: a real-time open-vocabulary detector with fine-grained mixtures of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["load_detector"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily, so that `import dynamic_dino` doesn't pull torch and transformers in.
+    if name == "load_detector":
+        from .inference import load_detector
+
+        return load_detector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,213 @@
+"""Attention blocks and position encodings shared by the enhancer and the decoder.
+
+Shapes: B images, N queries, M keys, D channels, h heads. Masks are boolean, True = may attend.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from dynamic_dino_kernels.deform_attn import ms_deform_attn
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for q [B, h, N, d], k, v [B, h, M, d], mask [B|1, 1, N|1, M]."""
+    if q.is_cpu and torch.is_grad_enabled():
+        # The backward pass of torch's fused CPU attention is several times slower than this.
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return scores.softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, D] -> [B, h, N, D / h]"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, h, N, d] -> [B, N, h * d]"""
+    return x.transpose(1, 2).flatten(2)
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention with separate projections of queries, keys and values."""
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
+        self.heads = heads
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def reset_parameters(self) -> None:
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """q [B, N, D], k and v [B, M, D], mask [B|1, N|1, M] -> [B, N, D]"""
+        heads = [
+            split_heads(proj(x), self.heads)
+            for proj, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
+        ]
+        out = attend(*heads, mask=None if mask is None else mask.unsqueeze(1))
+        return self.dropout(self.out_proj(merge_heads(out)))
+
+
+class BiAttention(nn.Module):
+    """Image-to-text and text-to-image attention over one shared affinity matrix (GLIP, eq. 4-6).
+
+    Both directions read the same q k^T, once along the text and once along the image, and are
+    added to their inputs through a small learned scale, so that fusion starts as the identity.
+    """
+
+    def __init__(
+        self, dim: int, embed_dim: int, heads: int, init_scale: float = 1e-4, drop_path: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.heads, self.init_scale = heads, init_scale
+        self.norm_image = nn.LayerNorm(dim)
+        self.norm_text = nn.LayerNorm(dim)
+        self.image_query = nn.Linear(dim, embed_dim)
+        self.text_key = nn.Linear(dim, embed_dim)
+        self.image_value = nn.Linear(dim, embed_dim)
+        self.text_value = nn.Linear(dim, embed_dim)
+        self.image_out = nn.Linear(embed_dim, dim)
+        self.text_out = nn.Linear(embed_dim, dim)
+        self.image_scale = nn.Parameter(torch.full((dim,), init_scale))
+        self.text_scale = nn.Parameter(torch.full((dim,), init_scale))
+        self.drop_path = DropPath(drop_path)
+
+    def reset_parameters(self) -> None:
+        for layer in self.children():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.image_scale, self.init_scale)
+        nn.init.constant_(self.text_scale, self.init_scale)
+
+    def forward(
+        self, image: Tensor, text: Tensor, image_mask: Tensor, text_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """image [B, N, D], text [B, L, D], masks [B, N] and [B, L] -> both updated"""
+        x, t = self.norm_image(image), self.norm_text(text)
+        q, k = (
+            split_heads(self.image_query(x), self.heads),
+            split_heads(self.text_key(t), self.heads),
+        )
+        x_value = split_heads(self.image_value(x), self.heads)
+        t_value = split_heads(self.text_value(t), self.heads)
+        to_image = merge_heads(attend(q, k, t_value, text_mask[:, None, None]))
+        to_text = merge_heads(attend(k, q, x_value, image_mask[:, None, None]))
+        image = image + self.drop_path(self.image_scale * self.image_out(to_image))
+        text = text + self.drop_path(self.text_scale * self.text_out(to_text))
+        return image, text
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention (Deformable DETR, eq. 3) around 4-d reference boxes."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        levels: int = 3,
+        points: int = 4,
+        value_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        value_dim = value_dim or dim
+        if value_dim % heads:
+            raise ValueError(f"value_dim {value_dim} is not a multiple of heads {heads}")
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+        self.value_proj = nn.Linear(dim, value_dim)
+        self.out_proj = nn.Linear(value_dim, dim)
+
+    def reset_parameters(self) -> None:
+        """Offsets start as a star: head h looks in direction h, point p at distance p + 1."""
+        angles = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
+        star = torch.stack([angles.cos(), angles.sin()], -1)
+        star = star / star.abs().amax(-1, keepdim=True)
+        distance = torch.arange(1, self.points + 1, dtype=torch.float32)
+        star = star[:, None, None] * distance[None, None, :, None]
+        with torch.no_grad():
+            self.sampling_offsets.weight.zero_()
+            bias = star.expand(self.heads, self.levels, self.points, 2).reshape(-1)
+            self.sampling_offsets.bias.copy_(bias)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for layer in (self.value_proj, self.out_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        boxes: Tensor,
+        memory: Tensor,
+        memory_mask: Tensor,
+        shapes: list[tuple[int, int]],
+        valid_ratios: Tensor,
+    ) -> Tensor:
+        """query [B, N, D], boxes [B, N, 4], memory [B, S, D], memory_mask [B, S],
+        valid_ratios [B, levels, 2] (content width and height over the canvas's) -> [B, N, D]"""
+        b, n, _ = query.shape
+        value = self.value_proj(memory).masked_fill(~memory_mask[..., None], 0.0)
+        value = value.unflatten(-1, (self.heads, -1))
+        offsets = self.sampling_offsets(query).view(b, n, self.heads, self.levels, self.points, 2)
+        weights = self.attention_weights(query).view(b, n, self.heads, -1).softmax(-1)
+        weights = weights.view(b, n, self.heads, self.levels, self.points)
+        # Boxes are relative to the content, feature maps to the padded canvas.
+        scaled = boxes[:, :, None] * valid_ratios.repeat(1, 1, 2)[:, None]
+        scaled = scaled[:, :, None, :, None]  # [B, N, 1, levels, 1, 4]
+        locations = scaled[..., :2] + offsets / self.points * scaled[..., 2:] * 0.5
+        return self.out_proj(ms_deform_attn(value, shapes, locations, weights))
+
+
+def clone_layers(layer: nn.Module, n: int) -> nn.ModuleList:
+    """n copies of a layer, each freshly initialised (children first, then their parents)."""
+    layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(n))
+    return layers.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+
+
+def sine_encoding(positions: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
+    """Sine-cosine encoding of coordinates: [..., C] -> [..., C * dim], coordinate after coordinate.
+
+    Even channels hold sines, odd channels cosines, as in DETR. Always computed in fp32.
+    """
+    index = torch.arange(dim, dtype=torch.float32, device=positions.device)
+    frequency = temperature ** (2 * torch.div(index, 2, rounding_mode="floor") / dim)
+    angles = positions.float()[..., None] / frequency
+    pairs = torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], -1)
+    return pairs.flatten(-3)
+
+
+def box_encoding(boxes: Tensor, dim: int) -> Tensor:
+    """Encodes boxes [..., 4] as [..., 4 * dim], in the order (y, x, w, h) of DAB-DETR."""
+    y_first = boxes[..., [1, 0, 2, 3]]
+    return sine_encoding(y_first * (2 * math.pi), dim)
+
+
+def grid_encoding(mask: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
+    """DETR's position encoding of feature map cells, for a mask [B, H, W] of real cells.
+
+    Positions are normalised by the content's size to (0, 2 pi]. Returns [B, H * W, dim].
+    """
+    y, x = mask.cumsum(1, dtype=torch.float32), mask.cumsum(2, dtype=torch.float32)
+    y = y / (y[:, -1:] + 1e-6)
+    x = x / (x[:, :, -1:] + 1e-6)
+    yx = torch.stack([y, x], -1) * (2 * math.pi)
+    return sine_encoding(yx, dim // 2, temperature).flatten(1, 2)

@@ -1,0 +1,132 @@
+"""Cross-modality decoder of Grounding DINO; its FFNs are what Dynamic-DINO turns into experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import DeformableAttention, MultiHeadAttention, box_encoding, clone_layers
+from .enhancer import ImageMemory
+from .heads import BoxHead, ContrastiveHead
+from .moe.routing import Routing
+from .query_selection import Queries
+from .structures import Predictions, TextFeatures
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, text cross-attention, deformable image cross-attention, FFN; post-norm.
+
+    Args:
+        ffn: `FeedForward` (dense) or `MoEFeedForward`; called as ffn(x, scene).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        image_attention: DeformableAttention,
+        ffn: nn.Module,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.self_attention = MultiHeadAttention(dim, heads, dropout)
+        self.norm1 = nn.LayerNorm(dim)
+        self.text_attention = MultiHeadAttention(dim, heads, dropout)
+        self.norm2 = nn.LayerNorm(dim)
+        self.image_attention = image_attention
+        self.norm3 = nn.LayerNorm(dim)
+        self.ffn = ffn
+        self.norm4 = nn.LayerNorm(dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        boxes: Tensor,
+        position: Tensor,
+        memory: ImageMemory,
+        text: TextFeatures,
+        attention_mask: Tensor | None,
+    ) -> tuple[Tensor, Routing | None]:
+        """x, position [B, N, D], boxes [B, N, 4]; attention_mask bool [1, N, N], True = attend"""
+        q = x + position
+        x = self.norm1(x + self.self_attention(q, q, x, attention_mask))
+        x = self.norm2(
+            x + self.text_attention(x + position, text.tokens, text.tokens, text.mask[:, None])
+        )
+        x = self.norm3(
+            x
+            + self.image_attention(
+                x + position, boxes, memory.tokens, memory.mask, memory.shapes, memory.valid_ratios
+            )
+        )
+        y, routing = self.ffn(x, memory.scene)
+        return self.norm4(x + y), routing
+
+
+class PositionMLP(nn.Module):
+    """Encodes reference boxes as query positions (DAB-DETR)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.layers = nn.Sequential(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+
+    def forward(self, boxes: Tensor) -> Tensor:
+        encoding = box_encoding(boxes, self.dim // 2)
+        return self.layers(encoding.to(self.layers[0].weight.dtype))
+
+
+@dataclass
+class DecoderOutput:
+    """layers: predictions of each layer, of every query; routings: one per MoE layer"""
+
+    layers: list[Predictions]
+    routings: list[Routing]
+
+
+class Decoder(nn.Module):
+    """Layers that refine boxes step by step: each starts from the last one's, without gradient."""
+
+    def __init__(
+        self,
+        dim: int,
+        layer: DecoderLayer,
+        num_layers: int,
+        class_head: ContrastiveHead,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.layers = clone_layers(layer, num_layers)
+        self.norm = nn.LayerNorm(dim)
+        self.position = PositionMLP(dim)
+        self.class_head = class_head
+        self.box_head = BoxHead(dim)
+        self.grad_checkpointing = grad_checkpointing
+
+    def forward(
+        self,
+        queries: Queries,
+        memory: ImageMemory,
+        text: TextFeatures,
+        attention_mask: Tensor | None = None,
+    ) -> DecoderOutput:
+        """attention_mask: bool [N, N], True where a query may attend to another; None = all"""
+        x, boxes = queries.content, queries.boxes
+        mask = None if attention_mask is None else attention_mask[None]
+        output = DecoderOutput([], [])
+        for layer in self.layers:
+            arguments = (x, boxes, self.position(boxes), memory, text, mask)
+            if self.grad_checkpointing and self.training:
+                x, routing = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                x, routing = layer(*arguments)
+            if routing is not None:
+                output.routings.append(routing)
+            normed = self.norm(x)
+            refined = self.box_head(normed, boxes)
+            logits = self.class_head(normed, text.tokens, text.mask)
+            output.layers.append(Predictions(logits, refined))
+            boxes = refined.detach()
+        return output

@@ -1,0 +1,248 @@
+"""The detector: the whole forward pass of (Dynamic-)DINO on one screen.
+
+images -> backbone -> P3, P4, P5 ─┐
+prompts -> text encoder ----------┴> enhancer -> query selection -> decoder -> detections
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from .backbone import Backbone
+from .decoder import Decoder
+from .enhancer import EdgeEnhancer
+from .losses.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from .losses.criterion import Criterion
+from .losses.denoising import Denoising
+from .moe.routing import Routing
+from .moe.statistics import training_metrics
+from .prompt import Prompt
+from .query_selection import Queries, QuerySelection
+from .structures import DetectorOutput, Predictions, Target, TextFeatures
+from .text import TextEncoder
+
+
+class OpenVocabularyDetector(nn.Module):
+    """Grounding DINO 1.5 Edge; Dynamic-DINO when the decoder's FFNs are mixtures of experts.
+
+    Args:
+        criterion: the training losses; None builds a detector for inference only.
+        denoising: contrastive denoising queries for training, optional.
+        canvas: side of the square that images are padded to; None pads each batch to its largest
+            image. A square canvas makes the result independent of what else is in the batch.
+        max_phrases: longest prompt, in phrases, that is looked at in one piece at test time.
+        max_detections: kept per image.
+        chunk_batch: how many (image, prompt piece) pairs go through the decoder at once.
+        return_routings: in evaluation, adds the batch's `Routing`s to the first result.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        text_encoder: TextEncoder,
+        enhancer: EdgeEnhancer,
+        query_selection: QuerySelection,
+        decoder: Decoder,
+        criterion: Criterion | None = None,
+        denoising: Denoising | None = None,
+        pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
+        pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
+        canvas: int | None = None,
+        max_phrases: int | None = None,
+        max_detections: int = 300,
+        chunk_batch: int = 8,
+        return_routings: bool = True,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.text_encoder = backbone, text_encoder
+        self.enhancer, self.query_selection, self.decoder = enhancer, query_selection, decoder
+        self.criterion, self.denoising = criterion, denoising
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), False)
+        self.canvas, self.max_phrases, self.max_detections = canvas, max_phrases, max_detections
+        self.chunk_batch, self.return_routings = chunk_batch, return_routings
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batch: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """Losses in training, detections in evaluation.
+
+        Args:
+            batch: mapped samples, see ``dynamic_dino.data.mapper``: "image" (uint8 [3, h, w], RGB)
+                or cached "features", "image_size", "height", "width", "prompt", and "instances".
+        """
+        if not self.training:
+            return self.inference(batch)
+        if self.criterion is None:
+            raise ValueError("this detector was built without a criterion, so it can't be trained")
+        features, masks = self.image_features(batch)
+        text = self.text_encoder([sample["prompt"] for sample in batch])
+        targets = self.targets(batch)
+        output = self.detect(features, masks, text, targets)
+        return {**self.criterion(output, targets), **training_metrics(output.routings)}
+
+    def detect(
+        self,
+        features: dict[str, Tensor],
+        masks: dict[str, Tensor],
+        text: TextFeatures,
+        targets: list[Target] | None = None,
+    ) -> DetectorOutput:
+        """Everything after the two towers; targets only serve the denoising queries."""
+        memory, text, routings = self.enhancer(features, masks, text)
+        queries, selection = self.query_selection(memory, text)
+        denoising = None
+        if targets is not None and self.denoising is not None:
+            denoising = self.denoising(targets, text, queries.content.shape[1])
+        skip, mask = 0, None
+        if denoising is not None:
+            skip, mask = denoising.content.shape[1], ~denoising.attention_mask
+            queries = Queries(
+                torch.cat([denoising.content.to(queries.content.dtype), queries.content], 1),
+                torch.cat([denoising.boxes, queries.boxes], 1),
+            )
+        decoded = self.decoder(queries, memory, text, mask)
+        batch = len(queries.boxes)
+        return DetectorOutput(
+            layers=[Predictions(p.logits[:, skip:], p.boxes[:, skip:]) for p in decoded.layers],
+            selection=selection,
+            text=text,
+            routings=routings + [r.slice_tokens(batch, skip) for r in decoded.routings],
+            denoising=denoising,
+            denoising_layers=[
+                Predictions(p.logits[:, :skip], p.boxes[:, :skip])
+                for p in decoded.layers
+                if denoising is not None
+            ],
+        )
+
+    # Images ------------------------------------------------------------------------------------
+    def canvas_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """(height, width) that the batch is padded to, multiples of 32."""
+        height, width = (max(s[i] for s in sizes) for i in (0, 1))
+        if self.canvas:
+            if max(height, width) > self.canvas:
+                raise ValueError(
+                    f"an image of {height} x {width} pixels doesn't fit the canvas of "
+                    f"{self.canvas}; resize it, or raise model.canvas"
+                )
+            height = width = self.canvas
+        return -(-height // 32) * 32, -(-width // 32) * 32
+
+    def extract_features(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
+        """uint8 images [3, h, w] of any sizes -> backbone features of the padded canvas."""
+        height, width = self.canvas_size([tuple(i.shape[-2:]) for i in images])
+        normed = [(i.to(self.device) - self.pixel_mean) / self.pixel_std for i in images]
+        return self.backbone(
+            torch.stack([F.pad(i, (0, width - i.shape[2], 0, height - i.shape[1])) for i in normed])
+        )
+
+    def image_features(self, batch: list[dict]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Features of the batch, computed or cached, and the masks of their real cells."""
+        sizes = [sample["image_size"] for sample in batch]
+        height, width = self.canvas_size(sizes)
+        if "features" in batch[0]:
+            features = {
+                name: torch.stack([s["features"][name].float() for s in batch]).to(self.device)
+                for name in batch[0]["features"]
+            }
+        else:
+            features = self.extract_features([sample["image"] for sample in batch])
+        # Channels last: 1x1 convolutions become matmuls, and maps become tokens without a copy.
+        features = {n: x.contiguous(memory_format=torch.channels_last) for n, x in features.items()}
+        masks = {}
+        for name, x in features.items():
+            h, w = x.shape[-2:]
+            mask = torch.zeros(len(batch), h, w, dtype=torch.bool)
+            for i, (rows, columns) in enumerate(sizes):
+                mask[i, : -(-rows * h // height), : -(-columns * w // width)] = True
+            masks[name] = mask.to(self.device, non_blocking=True)
+        return features, masks
+
+    def targets(self, batch: list[dict]) -> list[Target]:
+        result = []
+        for sample in batch:
+            h, w = sample["image_size"]
+            boxes = sample["instances"].gt_boxes.tensor / torch.tensor([w, h, w, h])
+            labels = sample["instances"].gt_classes
+            result.append(Target(xyxy_to_cxcywh(boxes).to(self.device), labels.to(self.device)))
+        return result
+
+    # Inference ---------------------------------------------------------------------------------
+    def inference(self, batch: list[dict]) -> list[dict]:
+        """Detects every phrase of every sample's prompt.
+
+        Prompts that are too long are split. The backbone runs once per image whatever the number
+        of pieces, and pieces of different images share decoder batches. A split prompt's result
+        is that of its pieces detected one by one, merged by score.
+        """
+        features, masks = self.image_features(batch)
+        pieces = [
+            (i, part)
+            for i, sample in enumerate(batch)
+            for part in self.text_encoder.split(sample["prompt"], self.max_phrases)
+        ]
+        found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in batch]
+        routings: list[list[Routing]] = []
+        for start in range(0, len(pieces), self.chunk_batch):
+            chunk = pieces[start : start + self.chunk_batch]
+            rows = torch.tensor([i for i, _ in chunk], device=self.device)
+            text = self.text_encoder([self._piece(batch[i]["prompt"], part) for i, part in chunk])
+            output = self.detect(
+                {n: x[rows] for n, x in features.items()},
+                {n: m[rows] for n, m in masks.items()},
+                text,
+            )
+            routings.append(output.routings)
+            for row, (i, part) in enumerate(chunk):
+                found[i].append(self.top_detections(output, row, part))
+        results = [
+            {"instances": self.to_instances(sample, pieces_found)}
+            for sample, pieces_found in zip(batch, found, strict=True)
+        ]
+        if self.return_routings and results:
+            results[0]["routings"] = [Routing.cat(layer) for layer in zip(*routings, strict=True)]
+        return results
+
+    @staticmethod
+    def _piece(prompt: Prompt, part: list[int]) -> Prompt:
+        return prompt if len(part) == len(prompt.spans) else prompt.select(part)
+
+    def top_detections(
+        self, output: DetectorOutput, row: int, phrases: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The best (query, phrase) pairs of one image: scores [N], phrase ids [N], boxes [N, 4].
+
+        A phrase's score is the mean probability of its tokens.
+        """
+        last = output.layers[-1]
+        phrase_map = output.text.phrase_map[row, : len(phrases)]
+        scores = last.logits[row].sigmoid() @ phrase_map.T  # [Q, P]
+        k = min(self.max_detections, scores.numel())
+        scores, flat = scores.flatten().topk(k)
+        query = torch.div(flat, len(phrases), rounding_mode="floor")
+        ids = torch.tensor(phrases, device=flat.device)[flat % len(phrases)]
+        return scores, ids, last.boxes[row][query]
+
+    def to_instances(self, sample: dict, found: list[tuple[Tensor, Tensor, Tensor]]) -> Instances:
+        """Merges the pieces of one image, and scales boxes to its original size."""
+        scores, ids, boxes = (torch.cat(t) for t in zip(*found, strict=True))
+        scores, order = scores.sort(descending=True, stable=True)
+        order = order[: self.max_detections]
+        height, width = sample["height"], sample["width"]
+        scale = torch.tensor([width, height, width, height], device=boxes.device)
+        result = Instances((height, width))
+        result.pred_boxes = Boxes(cxcywh_to_xyxy(boxes[order]) * scale)
+        result.pred_boxes.clip((height, width))
+        result.scores = scores[: self.max_detections]
+        result.pred_classes = ids[order]
+        names = sample["prompt"].phrases
+        result.phrases = [names[i] for i in result.pred_classes.tolist()]
+        return result

@@ -1,0 +1,76 @@
+"""Routers: which experts a token goes to, and with which weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .routing import Routing
+
+GATES = ("straight_through", "renormalized", "indicator")
+
+
+class SoftmaxRouter(nn.Module):
+    """Dynamic-DINO's router: p = softmax(W x), the k most probable experts (paper, section 3.2).
+
+    The gates of the chosen experts, all equal to one while the rows of siblings are equal, so that
+    a converted model starts as the dense one:
+
+    - ``indicator``: 1, as the paper writes it. No gradient of the detection loss reaches the
+      router, and sibling rows never part.
+    - ``renormalized``: the softmax over the k chosen logits, times k.
+    - ``straight_through``: 1 in the forward pass, the gradient of ``renormalized`` backward.
+
+    Args:
+        groups: rows are drawn for this many groups, and repeated for the siblings of each
+            (Algorithm 1). None draws every row (Table 10, without initialisation).
+        std: standard deviation of the rows. Algorithm 1 draws N(0, 1), which saturates the softmax
+            on layer-normalised tokens; a small value starts from a nearly even load.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        gate: str = "straight_through",
+        groups: int | None = None,
+        std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        if gate not in GATES:
+            raise ValueError(f"gate {gate!r}: choose one of {', '.join(GATES)}")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
+        if groups is not None and num_experts % groups:
+            raise ValueError(f"num_experts={num_experts} is not a multiple of groups={groups}")
+        self.num_experts, self.top_k, self.gate = num_experts, top_k, gate
+        self.groups, self.std = groups, std
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        groups = self.groups or self.num_experts
+        with torch.no_grad():
+            rows = torch.empty_like(self.weight[:groups]).normal_(0, self.std)
+            self.weight.copy_(rows.repeat_interleave(self.num_experts // groups, 0))
+
+    def forward(self, tokens: Tensor, scene: Tensor | None = None) -> Routing:
+        """tokens [B, N, D] -> Routing of T = B * N tokens; `scene` is for scene-aware routers."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            # Summed in float64: equal rows then give equal fp32 logits whatever the order of
+            # summation, TF32 or split-K, and ties between siblings stay ties.
+            x = tokens.flatten(0, 1).double()
+            logits = (x @ self.weight.double().T).float()
+            probs = logits.softmax(-1)
+            # A stable sort breaks ties by the lowest index, which topk doesn't promise.
+            order = torch.sort(logits.detach(), dim=-1, descending=True, stable=True).indices
+            ids = order[:, : self.top_k]
+            soft = logits.gather(1, ids).softmax(-1) * self.top_k
+            if self.gate == "renormalized":
+                gates = soft
+            elif self.gate == "straight_through":
+                gates = torch.ones_like(soft) + (soft - soft.detach())
+            else:
+                gates = torch.ones_like(soft)
+        return Routing(ids.int(), gates, probs)
