@@ -1,4 +1,5 @@
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -152,3 +153,24 @@ def test_lazy_config_and_interpolation(name):
         L(build_train_loader)(dataset=names, mapper=mapper, total_batch_size=2, weights=[1, 2])
     )
     assert len(next(iter(loader))) == 2 and len(loader.dataset) == 20
+
+
+def test_detection_and_grounding_mix(name, tmp_path):
+    (record, *_) = load_datasets(name)
+    line = {"filename": record["file_name"], "height": record["height"], "width": record["width"]}
+    region = {"bbox": [0, 0, 9, 9], "phrase": "small corner"}
+    line["grounding"] = {"caption": "the small corner of a picture", "regions": [region]}
+    file = tmp_path / "g.jsonl"
+    file.write_text(json.dumps(line))
+    datasets.register_odvg_jsonl("test_loader_grounding", file, tmp_path)
+    names = [name, "test_loader_grounding"]
+    node = L(build_train_loader)(
+        dataset=L(load_datasets)(names=names),
+        mapper=L(TrainMapper)(
+            dataset="${..dataset.names}", size=64, augmentations=L(color_jitter)(), max_phrases=5
+        ),
+        total_batch_size=8,
+        weights=[1, 1],
+    )
+    prompts = {sample["prompt"].text for sample in next(iter(instantiate(node)))}
+    assert "the small corner of a picture" in prompts and len(prompts) > 1

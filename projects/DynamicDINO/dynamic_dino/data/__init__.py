@@ -6,6 +6,7 @@ from .datasets import (
     load_datasets,
     load_odvg_jsonl,
     register_coco_json,
+    register_odvg_jsonl,
 )
 from .loader import build_test_loader, build_train_loader
 from .mapper import TestMapper, TrainMapper, color_jitter, detr_augmentations, large_scale_jitter
@@ -25,4 +26,5 @@ __all__ = [
     "load_datasets",
     "load_odvg_jsonl",
     "register_coco_json",
+    "register_odvg_jsonl",
 ]

@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,19 +74,22 @@ def register_coco_json(
     The file is read when the data set is first used. `remedy` completes the error message that is
     given when it doesn't exist.
     """
-    if name in DatasetCatalog:
-        DatasetCatalog.remove(name)
-    if name in MetadataCatalog:
-        MetadataCatalog.remove(name)
-    MetadataCatalog.get(name).set(
-        json_file=str(json_file), image_root=str(image_root), evaluator_type="coco"
-    )
-    DatasetCatalog.register(
-        name,
-        lambda: load_coco_json(
-            json_file, image_root, name=name, bad_boxes=bad_boxes, remedy=remedy
-        ),
-    )
+
+    def load() -> list[Record]:
+        return load_coco_json(json_file, image_root, name, bad_boxes=bad_boxes, remedy=remedy)
+
+    _register(name, load, json_file, image_root, "coco")
+
+
+def register_odvg_jsonl(
+    name: str, jsonl_file: str | Path, image_root: str | Path, *, remedy: str = ""
+) -> None:
+    """Makes a grounding data set available by name, see `register_coco_json`."""
+
+    def load() -> list[Record]:
+        return load_odvg_jsonl(jsonl_file, image_root, name, remedy=remedy)
+
+    _register(name, load, jsonl_file, image_root, "grounding")
 
 
 def load_coco_json(
@@ -186,7 +189,7 @@ def load_coco_json(
 
 
 def load_odvg_jsonl(
-    jsonl_file: str | Path, image_root: str | Path, name: str | None = None
+    jsonl_file: str | Path, image_root: str | Path, name: str | None = None, *, remedy: str = ""
 ) -> list[Record]:
     """Reads grounding data, one JSON object a line (the ODVG format of Open-GroundingDino):
     ``{"filename", "height", "width", "grounding": {"caption", "regions": [...]}}``, each region
@@ -201,9 +204,14 @@ def load_odvg_jsonl(
     """
     jsonl_file, image_root = Path(jsonl_file), Path(image_root)
     name = str(jsonl_file) if name is None else name
-    if not jsonl_file.is_file():
-        raise FileNotFoundError(f"{jsonl_file} does not exist: check the path of the data set")
-    _replace_metadata(name, thing_classes=[], json_file=str(jsonl_file), image_root=str(image_root))
+    _require_file(jsonl_file, remedy)
+    _replace_metadata(
+        name,
+        thing_classes=[],
+        json_file=str(jsonl_file),
+        image_root=str(image_root),
+        evaluator_type="grounding",
+    )
     records, clipped = [], 0
     with jsonl_file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -310,12 +318,25 @@ def _phrase_spans(where: str, caption: str, region: dict) -> tuple[tuple[int, in
     return (found.span(),)
 
 
-def _read_json(path: Path, remedy: str) -> dict:
+def _register(
+    name: str, load: Callable[[], list[Record]], file: str | Path, image_root: str | Path, kind: str
+) -> None:
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+    _replace_metadata(name, json_file=str(file), image_root=str(image_root), evaluator_type=kind)
+    DatasetCatalog.register(name, load)
+
+
+def _require_file(path: Path, remedy: str) -> None:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist: {remedy or 'check the path of the data set'} "
             f"(data sets are looked for under DETECTRON2_DATASETS, now {str(dataset_root())!r})"
         )
+
+
+def _read_json(path: Path, remedy: str) -> dict:
+    _require_file(path, remedy)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -412,33 +433,53 @@ def _replace_metadata(name: str, **fields: Any) -> None:
 _STAMPS = "make it with `python -m dynamic_dino.data.stamps`"
 _DRAWN = "make it with `python -m dynamic_dino.data.drawn`"
 _COCO = "download COCO 2017 from https://cocodataset.org/#download and unpack it there"
-# name: (JSON, image folder, what to do about bad boxes, remedy when missing)
-_BUILTIN: dict[str, tuple[str, str, BadBoxes, str]] = {
-    f"{family}_{split}": (f"{family}/annotations/{split}.json", f"{family}/{split}", "error", hint)
-    for family, splits, hint in (
-        ("stamps", ("train", "val", "val_novel", "val_real"), _STAMPS),
-        ("drawn", ("train", "val"), _DRAWN),
-    )
-    for split in splits
-} | {
-    # two of the published training boxes have no height
-    f"coco_2017_{split}": (
-        f"coco/annotations/instances_{split}2017.json",
-        f"coco/{split}2017",
-        "drop",
-        _COCO,
-    )
-    for split in ("train", "val")
+_O365 = "download Objects365 v1 from https://www.objects365.org and unpack it there"
+_V3DET = "download V3Det from https://v3det.openxlab.org.cn and unpack it there"
+_GOLDG = "convert GoldG to ODVG JSONL, one JSON object a line, and put it there"
+# name: (annotations, image folder, what to do when the annotations are missing)
+_BUILTIN: dict[str, tuple[str, str, str]] = {
+    **{
+        f"{family}_{split}": (f"{family}/annotations/{split}.json", f"{family}/{split}", remedy)
+        for family, splits, remedy in (
+            ("stamps", ("train", "val", "val_novel", "val_real"), _STAMPS),
+            ("drawn", ("train", "val"), _DRAWN),
+        )
+        for split in splits
+    },
+    **{
+        f"coco_2017_{split}": (
+            f"coco/annotations/instances_{split}2017.json",
+            f"coco/{split}2017",
+            _COCO,
+        )
+        for split in ("train", "val")
+    },
+    "objects365_v1_train": (
+        "objects365_v1/annotations/objects365_train.json",
+        "objects365_v1/train",
+        _O365,
+    ),
+    "v3det_train": ("v3det/annotations/v3det_2023_v1_train.json", "v3det", _V3DET),
+    "gqa_train": ("gqa/final_mixed_train_no_coco_vg.jsonl", "gqa/images", _GOLDG),
+    "flickr30k_train": (
+        "flickr30k/final_flickr_separateGT_train_vg.jsonl",
+        "flickr30k/flickr30k_images",
+        _GOLDG,
+    ),
 }
+# Published files are known to have a few boxes without a size; ours must not.
+_OURS = ("stamps_", "drawn_")
 
 
 def register_builtin(root: str | Path | None = None) -> None:
     """Registers the built-in names under `root` (default: `dataset_root()`), as an import does."""
     root = dataset_root() if root is None else Path(root)
-    for name, (json_file, image_root, bad_boxes, remedy) in _BUILTIN.items():
-        register_coco_json(
-            name, root / json_file, root / image_root, bad_boxes=bad_boxes, remedy=remedy
-        )
+    for name, (file, images, remedy) in _BUILTIN.items():
+        if file.endswith(".jsonl"):
+            register_odvg_jsonl(name, root / file, root / images, remedy=remedy)
+        else:
+            bad_boxes = "error" if name.startswith(_OURS) else "drop"
+            register_coco_json(name, root / file, root / images, bad_boxes=bad_boxes, remedy=remedy)
 
 
 register_builtin()

@@ -32,7 +32,8 @@ class TrainMapper:
     size           int: the longest edge is scaled to it; (short, long): the shortest edge is
                    scaled to `short` unless the longest would pass `long`; None: as `augmentations`
                    leave it
-    augmentations  Detectron2 augmentations, applied before the resizing
+    augmentations  one or several of Detectron2's, applied before the resizing; those that choose a
+                   scale themselves (`detr_augmentations`, `large_scale_jitter`) want size=None
     flip           probability of a horizontal flip; captions that say left or right aren't flipped
     max_phrases, min_phrases   see `PromptSampler`
     features       cached backbone features to be used in the place of the image; `size` must be
@@ -49,13 +50,15 @@ class TrainMapper:
         dataset: str | Sequence[str],
         size: Size,
         *,
-        augmentations: Sequence[T.Augmentation] = (),
+        augmentations: T.Augmentation | Sequence[T.Augmentation] = (),
         flip: float = 0.5,
         max_phrases: int = 80,
         min_phrases: int | None = None,
         features: FeatureCache | None = None,
         min_box_size: float = 1.0,
     ) -> None:
+        if isinstance(augmentations, T.Augmentation):
+            augmentations = [augmentations]
         if features is not None:
             _check_features(features, size)
             if len(augmentations):
