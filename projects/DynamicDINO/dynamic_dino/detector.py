@@ -155,7 +155,7 @@ class OpenVocabularyDetector(nn.Module):
             }
         else:
             features = self.extract_features([sample["image"] for sample in batch])
-        # Channels last: 1x1 convolutions become matmuls, and maps become tokens without a copy.
+        # As the backbone gives them: maps become tokens without a copy.
         features = {n: x.contiguous(memory_format=torch.channels_last) for n, x in features.items()}
         masks = {}
         for name, x in features.items():
