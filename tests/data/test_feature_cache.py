@@ -220,7 +220,7 @@ def test_missing_damaged_and_unwritable(records, tmp_path):
 
 def test_the_cache_that_a_config_asks_for(records, tmp_path):
     dataset = L(load_datasets)(names="test_cache")
-    features = L(FeatureCache)(root=str(tmp_path / "c"))
+    features = str(tmp_path / "c")
     mapper = L(TrainMapper)(dataset="test_cache", size=CANVAS, features=features)
     test = L(TestMapper)(dataset="test_cache", size=CANVAS, features=features)
     from detectron2.config import instantiate

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .datasets import dataset_root
-from .mapper import _as_tensor, read_image, resize_transform
+from .images import read_image, resize_transform, to_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ def build_feature_cache(
 
 def cache_features(cfg: Any, model: nn.Module | None = None, **options: Any) -> list[FeatureCache]:
     """Caches the features that a config's loaders ask for: every loader whose mapper has
-    ``features=L(FeatureCache)(root=...)``. `options` go to `build_feature_cache`."""
+    ``features`` set to a folder. `options` go to `build_feature_cache`."""
     from detectron2.config import instantiate
 
     from .loader import _is_flat
@@ -210,20 +210,20 @@ def cache_features(cfg: Any, model: nn.Module | None = None, **options: Any) -> 
     wanted: dict[str, tuple[int, list[Record]]] = {}
     for loader in loaders:
         mapper = loader.mapper
-        if mapper.get("features") is None:
+        root = mapper.get("features")
+        if root is None:
             continue
+        root = root if isinstance(root, str) else root.root
         dataset = instantiate(loader.dataset)
         records = dataset if _is_flat(dataset) else [r for source in dataset for r in source]
-        size, collected = wanted.setdefault(mapper.features.root, (mapper.size, []))
+        size, collected = wanted.setdefault(root, (mapper.size, []))
         if size != mapper.size:
-            raise ValueError(
-                f"{mapper.features.root!r} is asked for at sizes {size}, {mapper.size}"
-            )
+            raise ValueError(f"{root!r} is asked for at sizes {size}, {mapper.size}")
         collected.extend(records)
     if not wanted:
         raise ValueError(
             "no mapper of this config has features: set dataloader.train.mapper.features="
-            "L(FeatureCache)(root=...) to say where to cache them"
+            "FOLDER to say where to cache them"
         )
     if model is None:
         model = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -270,7 +270,7 @@ class _Images(Dataset):
     def __getitem__(self, row: int) -> Tensor:
         image = read_image(self.records[row // self.variants])
         image = resize_transform(*image.shape[:2], self.canvas).apply_image(image)
-        return _as_tensor(image[:, ::-1] if row % self.variants else image)
+        return to_tensor(image[:, ::-1] if row % self.variants else image)
 
 
 def _create(root: Path, manifest: dict, rows: int) -> None:

@@ -5,24 +5,20 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances
-from PIL import Image
 
 from ..prompt import Prompt
 from .datasets import get_metadata
+from .feature_cache import FeatureCache
+from .images import Size, read_image, resize_transform, to_tensor
 from .prompts import PromptSampler, evaluation_prompt
 
-if TYPE_CHECKING:
-    from .feature_cache import FeatureCache
-
 Record = dict[str, Any]
-Size = int | Sequence[int] | None
 
 
 class TrainMapper:
@@ -36,8 +32,8 @@ class TrainMapper:
                    scale themselves (`detr_augmentations`, `large_scale_jitter`) want size=None
     flip           probability of a horizontal flip; captions that say left or right aren't flipped
     max_phrases, min_phrases   see `PromptSampler`
-    features       cached backbone features to be used in the place of the image; `size` must be
-                   the canvas of the cache and `augmentations` empty
+    features       cached backbone features to be used in the place of the image, or the folder
+                   of the cache; `size` must be its canvas and `augmentations` empty
     min_box_size   boxes narrower or lower than this, in pixels of the network, are left out
 
     The sample: "image" uint8 [3, h, w] RGB, or "features" {level: float16 [C, H, W]};
@@ -54,18 +50,17 @@ class TrainMapper:
         flip: float = 0.5,
         max_phrases: int = 80,
         min_phrases: int | None = None,
-        features: FeatureCache | None = None,
+        features: FeatureCache | str | None = None,
         min_box_size: float = 1.0,
     ) -> None:
         if isinstance(augmentations, T.Augmentation):
             augmentations = [augmentations]
-        if features is not None:
-            _check_features(features, size)
-            if len(augmentations):
-                raise ValueError(
-                    "cached features can't be augmented: leave dataloader.train.mapper."
-                    "augmentations empty or features unset"
-                )
+        features = _open_features(features, size)
+        if features is not None and len(augmentations):
+            raise ValueError(
+                "cached features can't be augmented: leave dataloader.train.mapper.augmentations "
+                "empty or features unset"
+            )
         self.samplers = {}
         for name in [dataset] if isinstance(dataset, str) else dataset:
             metadata = get_metadata(name)
@@ -96,7 +91,7 @@ class TrainMapper:
             if flip:
                 mirror = T.HFlipTransform(image.shape[1])
                 image, boxes = mirror.apply_image(image), mirror.apply_box(boxes)
-            sample["image"] = _as_tensor(image)
+            sample["image"] = to_tensor(image)
             sample["image_size"] = tuple(image.shape[:2])
         else:
             resize = resize_transform(record["height"], record["width"], self.size)
@@ -141,12 +136,11 @@ class TestMapper:
         size: Size,
         *,
         prompt_names: str | int = "all",
-        features: FeatureCache | None = None,
+        features: FeatureCache | str | None = None,
     ) -> None:
         if prompt_names != "all" and not (isinstance(prompt_names, int) and prompt_names > 0):
             raise ValueError(f"prompt_names={prompt_names!r}: use 'all' or a positive number")
-        if features is not None:
-            _check_features(features, size)
+        features = _open_features(features, size)
         self.samplers, self.fixed = {}, {}
         for name in [dataset] if isinstance(dataset, str) else dataset:
             metadata = get_metadata(name)
@@ -163,7 +157,7 @@ class TestMapper:
         sample = _describe(record)
         resize = resize_transform(record["height"], record["width"], self.size)
         if self.features is None:
-            sample["image"] = _as_tensor(resize.apply_image(read_image(record)))
+            sample["image"] = to_tensor(resize.apply_image(read_image(record)))
         else:
             sample["features"] = self.features.load(record)
         sample["image_size"] = (resize.new_h, resize.new_w)
@@ -187,46 +181,7 @@ class TestMapper:
         return sample
 
 
-# ---- images -------------------------------------------------------------------------------------
-
-
-def read_image(record: Record) -> np.ndarray:
-    """uint8 [H, W, 3] RGB, turned as its EXIF tag says.
-
-    Raises FileNotFoundError or ValueError, naming the file, if it is missing, can't be decoded or
-    is not of the size that the record states.
-    """
-    path = record["file_name"]
-    try:
-        image = detection_utils.read_image(path, format="RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"image {path!r} does not exist: check the data set's image folder (image_root)"
-        ) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"image {path!r} can't be read ({error}): the file may be corrupt or truncated; "
-            "replace it or remove it from the annotation file"
-        ) from error
-    height, width = image.shape[:2]
-    if (height, width) != (record.get("height", height), record.get("width", width)):
-        raise ValueError(
-            f"image {path!r} is {width} x {height} (width x height), but its annotation says "
-            f"{record['width']} x {record['height']}: its boxes can't be right; correct the "
-            "annotation file"
-        )
-    return image
-
-
-def resize_transform(height: int, width: int, size: Size) -> T.ResizeTransform:
-    """The resizing that `size` asks for, see `TrainMapper`; never to less than one pixel."""
-    if isinstance(size, int):
-        scale = size / max(height, width)
-    else:
-        short, long = size
-        scale = min(short / min(height, width), long / max(height, width))
-    new_height, new_width = (max(int(edge * scale + 0.5), 1) for edge in (height, width))
-    return T.ResizeTransform(height, width, new_height, new_width)
+# ---- augmentations ------------------------------------------------------------------------------
 
 
 class Resize(T.Augmentation):
@@ -325,10 +280,6 @@ def _instances(
     return instances
 
 
-def _as_tensor(image: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-
-
 def _dataset_of(record: Record, samplers: dict[str, PromptSampler]) -> str:
     if len(samplers) == 1:
         return next(iter(samplers))
@@ -349,9 +300,14 @@ def _mentions_sides(record: Record) -> bool:
     return bool(re.search(r"\b(left|right)", record.get("caption", ""), re.IGNORECASE))
 
 
-def _check_features(features: FeatureCache, size: Size) -> None:
+def _open_features(features: FeatureCache | str | None, size: Size) -> FeatureCache | None:
+    if features is None:
+        return None
+    if isinstance(features, str):
+        features = FeatureCache(features)
     if size != features.canvas:
         raise ValueError(
             f"the mapper's size is {size}, but the features in {str(features.root)!r} were cached "
             f"at {features.canvas}: use the same size or cache them again"
         )
+    return features
