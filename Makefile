@@ -28,12 +28,13 @@ lint: $(READY)  ## check the style of the code
 	@$(PY) -m ruff format --check
 
 # Of what pip says, print what tells a waiting person how far it is: the larger files.
-PROGRESS := awk '/^ *(Downloading|Using cached) .* [MG]B\)$$/; \
-	/^Installing/ {print "  Installing " NF - 3 " packages"} {fflush()}'
+PROGRESS := { grep --line-buffered -oE -e '^ *(Downloading|Using cached) .* [MG]B\)$$' \
+	-e '^Installing collected packages' || true; }
 
 # Runs again whenever what it installs has changed.
 $(READY): setup.py pyproject.toml constraints.txt projects/DynamicDINO/install_detectron2.py | $(PY)
 	@echo "[1/2] Installing Dynamic-DINO and what it needs into $(VENV)"
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip  # environments of uv lack pip
 	@set -o pipefail; $(PY) -m pip --disable-pip-version-check install --progress-bar off \
 	    -c constraints.txt -e '.[nano,dev]' | $(PROGRESS)
 	@echo "[2/2] Installing Detectron2, unless there is one"

@@ -6,8 +6,11 @@ They are environment variables where they can be, so that processes which tests 
 import os
 import tempfile
 
-for name in [name for name in os.environ if name.startswith("DYNAMIC_DINO")]:
-    del os.environ[name]  # what a developer switched on must not decide what is tested
+# What a developer switched on, or the batch job they sit in, must not decide what is tested.
+LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+for name in list(os.environ):
+    if name in LAUNCHER or name.startswith(("DYNAMIC_DINO", "SLURM_")):
+        del os.environ[name]
 os.environ["OMP_NUM_THREADS"] = "1"  # small tensors: more threads only get into each other's way
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a download is a mistake; fail at once
