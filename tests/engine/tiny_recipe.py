@@ -2,6 +2,7 @@
 a frozen part with BatchNorm, and samples that look like a detector's."""
 
 import random
+import time
 from collections import OrderedDict
 from itertools import count
 
@@ -52,13 +53,17 @@ def sample(index: int) -> dict:
 
 
 class TrainLoader:
-    """An endless stream; batch i of a rank depends on (seed, i, rank) only."""
+    """An endless stream; batch i of a rank depends on (seed, i, rank) only. Breaks at `stop_at`."""
 
-    def __init__(self, total_batch_size: int, seed: int, start_iter: int) -> None:
+    def __init__(self, total_batch_size: int, seed: int, start_iter: int, stop_at, delay) -> None:
         self.size, self.seed, self.start_iter = total_batch_size, seed, start_iter
+        self.stop_at, self.delay = stop_at, delay
 
     def __iter__(self):
         for i in count(self.start_iter):
+            time.sleep(self.delay)
+            if i == self.stop_at:
+                raise InterruptedError
             order = np.random.default_rng((self.seed, i)).permutation(64)[: self.size]
             yield [sample(int(j)) for j in np.split(order, comm.get_world_size())[comm.get_rank()]]
 
@@ -71,7 +76,9 @@ class Evaluator(DatasetEvaluator):
         self.errors = []
 
     def process(self, inputs, outputs) -> None:
-        self.errors += [abs(i["y"].item() - o["prediction"]) for i, o in zip(inputs, outputs)]
+        self.errors += [
+            abs(i["y"].item() - o["prediction"]) for i, o in zip(inputs, outputs, strict=True)
+        ]
 
     def evaluate(self):
         errors = [e for part in comm.gather(self.errors) for e in part]
@@ -96,7 +103,7 @@ lr_multiplier = L(WarmupParamScheduler)(
     warmup_length=0.2,
 )
 dataloader = dict(
-    train=L(TrainLoader)(total_batch_size=8, seed=3, start_iter=0),
+    train=L(TrainLoader)(total_batch_size=8, seed=3, start_iter=0, stop_at=None, delay=0.0),
     test=dict(val=L(test_loader)(first=100)),
     evaluator=dict(val=L(Evaluator)(sign=-1.0)),
 )

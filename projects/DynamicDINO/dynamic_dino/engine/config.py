@@ -110,15 +110,15 @@ def keys_of(cfg: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+def nearest(name: str, names: Iterable[str], count: int = 1) -> list[str]:
     """The most similar names, best first; may be empty."""
     return difflib.get_close_matches(name, list(names), n=count, cutoff=0.6)
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean ...?", or nothing where no name comes near."""
+    """The end of an error message: "; did you mean ...?", or nothing where no name comes near."""
     near = nearest(name, names)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _check_key(cfg: DictConfig, key: str) -> None:
@@ -167,7 +167,9 @@ def _near_files(path: Path) -> str:
     depth = len(path.parent.relative_to(root).parts)
     found = {str(file): None for file in sorted(root.glob("*/" * depth + "*.py"))}
     by_name = {Path(file).name: file for file in found}
-    near = nearest(str(path), found) or [by_name[name] for name in nearest(path.name, by_name)]
+    near = [by_name[name] for name in nearest(path.name, by_name)]
+    if depth:  # a folder is wrong: the file's name alone says too little
+        near = nearest(str(path), found) or near
     if near:
         return f"; did you mean {' or '.join(near)}?"
     return f"; in {root} there are: {', '.join([*found][:8])}" if found else ""

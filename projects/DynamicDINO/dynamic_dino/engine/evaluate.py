@@ -56,6 +56,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
         comm.synchronize()
     if comm.is_main_process() and scores:
         path = Path(cfg.train.output_dir) / "results.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         finite = {k: v if math.isfinite(v) else None for k, v in scores.items()}
         path.write_text(json.dumps(finite, indent=2) + "\n")
         logger.info("Results, also in %s\n%s", path, results_table(scores))

@@ -30,7 +30,7 @@ def match_parameters(model: nn.Module, pattern: str) -> set[str]:
         for name in names:
             words = name.split(".")
             parts.update({".".join(words[:i]) + ".*": None for i in range(1, len(words))})
-        near = nearest(literal, parts) or names[:3]
+        near = nearest(literal, parts, 3) or names[:3]
         raise ConfigError(
             f"pattern {pattern!r} matches no parameter of {type(model).__name__}; "
             f"the nearest names are {', '.join(near)}"

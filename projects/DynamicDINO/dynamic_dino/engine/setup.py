@@ -17,7 +17,6 @@ from omegaconf import DictConfig
 
 from .config import ConfigError
 from .memory import keep_freed_memory
-from .trainer import seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,6 @@ def setup(cfg: DictConfig) -> None:
         torch.set_num_threads(train.num_threads)
     if train.device == "cpu":
         keep_freed_memory()
-    seed_everything(train.seed)
     logger.info("Command: %s", " ".join(sys.argv))
     logger.info(
         "Python %s, torch %s, %s, process %d of %d, %d threads",

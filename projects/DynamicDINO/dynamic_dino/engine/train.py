@@ -25,9 +25,24 @@ from .evaluate import do_test
 from .optim import build_optimizer
 from .printer import ProgressPrinter
 from .trainable import parameter_table, set_train_mode, set_trainable
-from .trainer import Trainer
+from .trainer import Trainer, seed_everything
 
 logger = logging.getLogger(__name__)
+
+
+class LRScheduler(hooks.LRScheduler):
+    """Detectron2's hook. It takes no step after the last iteration, which not every schedule of
+    fvcore is defined for, and saves nothing: the rate follows from the iteration."""
+
+    def after_step(self) -> None:
+        if self.trainer.iter + 1 < self.trainer.max_iter:
+            super().after_step()
+        else:
+            lr = self._optimizer.param_groups[self._best_param_group_id]["lr"]
+            self.trainer.storage.put_scalar("lr", lr, smoothing_hint=False)
+
+    def state_dict(self) -> dict:
+        return {}
 
 
 def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
@@ -44,6 +59,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
             "choose another folder with train.output_dir=FOLDER"
         )
 
+    output_dir.mkdir(parents=True, exist_ok=True)
+    seed_everything(train.seed)
     model = instantiate(cfg.model).to(train.device)
     if train.init_checkpoint and not resumable:
         from ..checkpoint import load_checkpoint
@@ -114,7 +131,7 @@ def _hooks(
     has_tests = bool(cfg.dataloader.get("test"))
     common = [
         hooks.IterationTimer(),
-        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
     ]
     evaluation = [hooks.EvalHook(train.eval_period, evaluate)] if has_tests else []
     if not comm.is_main_process():

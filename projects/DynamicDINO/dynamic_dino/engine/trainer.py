@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpointing import BestCheckpointer
+from .config import ConfigError
 from .ema import ModelEma
 from .trainable import set_train_mode
 
@@ -187,12 +188,12 @@ def seed_everything(*entropy: int) -> None:
 
 
 def amp_dtype(amp: Mapping, device: str) -> torch.dtype:
-    """The type that ``train.amp`` names. Raises ValueError for one that `device` can't train in."""
+    """The type that ``train.amp`` names; raises `ConfigError` if `device` can't train in it."""
     name = amp["dtype"]
     if name not in AMP_DTYPES:
-        raise ValueError(f"train.amp.dtype={name!r} is unknown; choose from {list(AMP_DTYPES)}")
+        raise ConfigError(f"train.amp.dtype={name!r} is unknown; choose from {list(AMP_DTYPES)}")
     if name == "float16" and device == "cpu":
-        raise ValueError("train.amp.dtype=float16 needs CUDA; use bfloat16 on CPU")
+        raise ConfigError("train.amp.dtype=float16 needs CUDA; use bfloat16 on CPU")
     return AMP_DTYPES[name]
 
 

@@ -1,0 +1,100 @@
+"""Two processes with gloo on CPU, started by torchrun, against one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from dynamic_dino.engine.config import ConfigError
+from dynamic_dino.engine.launch import Placement, first_host, placement_from_environment
+from dynamic_dino.engine.train import do_train
+
+HERE = Path(__file__).parent
+POISON = "041.png"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    output = tmp_path_factory.mktemp("two_ranks")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [*torchrun, HERE / "two_ranks.py", output, POISON],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return output
+
+
+@pytest.fixture
+def tmp_path(two_ranks):
+    """`recipe` and `metrics` look into the folder of the two processes."""
+    return two_ranks
+
+
+def test_two_ranks_equal_one(recipe, metrics):
+    do_train(recipe("single", "model.dropout=0", "model.noise=0"))
+    single, double = metrics("single"), metrics("whole")
+    assert single.keys() == double.keys()
+    for i in single:
+        for name in single[i].keys() - {"moe/entropy"}:  # not a mean over samples
+            assert double[i][name] == pytest.approx(single[i][name], rel=1e-4), (i, name)
+
+
+def test_two_ranks_resume_exactly(metrics, two_ranks):
+    assert metrics("cut") == metrics("random")
+    a, b = (torch.load(two_ranks / n / "model_final.pth") for n in ("cut", "random"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert all(
+        torch.equal(a["ema"]["weights"][k], b["ema"]["weights"][k]) for k in a["ema"]["weights"]
+    )
+
+
+def test_ranks_draw_different_noise(metrics):
+    assert metrics("random")[0]["total_loss"] != metrics("whole")[0]["total_loss"]
+
+
+def test_every_rank_names_the_batch_that_was_nan(two_ranks):
+    errors = [(two_ranks / f"error{rank}.txt").read_text() for rank in (0, 1)]
+    assert errors[0] == errors[1]
+    (batch,) = [line for line in errors[0].split("\n") if "batch:" in line]
+    names = batch.split(":")[1].split(",")
+    assert POISON in batch and len(names) == 4, "the half batch of one rank"
+
+
+def test_placement_from_torchrun():
+    env = dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4")
+    assert placement_from_environment(env) is None
+    env |= dict(MASTER_ADDR="a", MASTER_PORT="1")
+    assert placement_from_environment(env) == Placement(5, 8, 1, 4, "env://")
+
+
+def test_placement_from_slurm():
+    batch_script = dict(SLURM_NTASKS="16", SLURM_PROCID="0", SLURM_JOB_ID="20123")
+    assert placement_from_environment(batch_script) is None
+    step = batch_script | dict(
+        SLURM_STEP_NUM_TASKS="16",
+        SLURM_STEP_TASKS_PER_NODE="8(x2)",
+        SLURM_STEP_NODELIST="gpu[07,11-12]",
+        SLURM_PROCID="9",
+        SLURM_LOCALID="1",
+    )
+    assert placement_from_environment(step) == Placement(9, 16, 1, 8, "tcp://gpu07:20123")
+    step["MASTER_ADDR"], step["MASTER_PORT"] = "head", "123"
+    assert placement_from_environment(step).url == "tcp://head:123"
+    with pytest.raises(ConfigError, match="8,4.*--ntasks-per-node"):
+        placement_from_environment(step | dict(SLURM_STEP_TASKS_PER_NODE="8,4"))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[03-05,9],cpu1", "gpu03"),
+        ("alpha", "alpha"),
+        ("alpha,beta[1-2]", "alpha"),
+        ("rack1-n[2]-ib", "rack1-n2-ib"),
+    ],
+)
+def test_first_host(nodes, first):
+    assert first_host(nodes) == first

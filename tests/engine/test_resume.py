@@ -1,0 +1,160 @@
+"""An interrupted run continues to the numbers of an uninterrupted one, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from dynamic_dino.engine import checkpointing
+from dynamic_dino.engine.checkpointing import last_checkpoint
+from dynamic_dino.engine.config import ConfigError
+from dynamic_dino.engine.train import do_train
+
+TRAIN_NET = Path(__file__).parents[2] / "projects/DynamicDINO/train_net.py"
+RECIPE = Path(__file__).with_name("tiny_recipe.py")
+
+
+def same(a, b) -> bool:
+    """Bitwise equality of nested state dicts."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def load(cfg, name: str = "model_final.pth") -> dict:
+    return torch.load(Path(cfg.train.output_dir) / name, weights_only=True)
+
+
+def with_momentum(cfg):
+    """SGD with momentum under bf16 autocast, in place of AdamW in fp32."""
+    cfg.optimizer._target_ = "torch.optim.SGD"
+    del cfg.optimizer.betas
+    cfg.optimizer.momentum, cfg.train.amp.enabled = 0.9, True
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "change"),
+    [(2, None), (4, None), (11, None), (19, None), (11, with_momentum)],
+)
+def test_interrupted_run_equals_whole_run(recipe, metrics, stop_at, change):
+    change = change or (lambda cfg: cfg)
+    whole = change(recipe("whole"))
+    do_train(whole)
+    with pytest.raises(InterruptedError):
+        do_train(change(recipe("cut", f"dataloader.train.stop_at={stop_at}")))
+    assert max(metrics("cut")) == stop_at - 1
+    do_train(change(recipe("cut")), resume=True)
+
+    assert metrics("cut") == metrics("whole")
+    assert sorted(metrics("whole")) == list(range(21))  # the last row is the final evaluation
+    assert len({row["total_loss"] for row in metrics("whole").values() if "lr" in row}) == 20
+    cut = load(recipe("cut"))
+    assert same(cut, load(whole))
+    assert cut["ema"]["updates"] == 20 and cut["iteration"] == 19
+
+
+def test_killed_run_equals_whole_run(recipe, metrics, tmp_path):
+    """kill -9 while checkpoints are written after every iteration."""
+    options = ["train.max_iter=60", "train.checkpointer.period=1"]
+    do_train(recipe("whole", *options))
+    command = [sys.executable, TRAIN_NET, "--config-file", RECIPE, "--num-gpus", "0"]
+    more = [f"train.output_dir={tmp_path / 'cut'}", "dataloader.train.delay=0.05"]
+    with subprocess.Popen([*command, *options, *more], stderr=subprocess.DEVNULL) as process:
+        file = tmp_path / "cut/metrics.json"
+        while not file.is_file() or file.read_text().count("\n") < 15:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    do_train(recipe("cut", *options), resume=True)
+    assert metrics("cut") == metrics("whole")
+    assert same(load(recipe("cut")), load(recipe("whole")))
+
+
+@pytest.mark.parametrize(
+    ("victim", "survivor"),
+    [("model_0000011.pth", "model_0000007.pth"), ("last_checkpoint", "model_0000003.pth")],
+)
+def test_death_while_saving_leaves_a_good_checkpoint(
+    recipe, metrics, monkeypatch, victim, survivor
+):
+    do_train(recipe("whole"))
+    replace = checkpointing._replace
+
+    def dies(path, write):
+        if path.name == victim and last_checkpoint(path.parent) is not None:
+            with pytest.raises(KeyError):  # half a file, and then nothing
+                replace(path, lambda file: (file.write(b"PK\3\4 half"), {}["dead"]))
+            raise KeyboardInterrupt
+        replace(path, write)
+
+    monkeypatch.setattr(checkpointing, "_replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        do_train(recipe("cut"))
+    monkeypatch.undo()
+    assert last_checkpoint(recipe("cut").train.output_dir).name == survivor
+    do_train(recipe("cut"), resume=True)
+    assert metrics("cut") == metrics("whole")
+    assert same(load(recipe("cut")), load(recipe("whole")))
+
+
+def test_old_checkpoints_go_also_after_a_resume(recipe, tmp_path):
+    with pytest.raises(InterruptedError):
+        do_train(recipe("run", "dataloader.train.stop_at=9"))
+    do_train(recipe("run"), resume=True)
+    names = sorted(file.name for file in (tmp_path / "run").glob("*.pth"))
+    assert names == ["model_0000015.pth", "model_0000019.pth", "model_best.pth", "model_final.pth"]
+    assert last_checkpoint(tmp_path / "run").name == "model_final.pth"
+
+
+def test_best_checkpoint_outlives_a_resume(recipe, metrics):
+    """With the sign turned round the first evaluation, at iteration 4, is the best."""
+    worse = "dataloader.evaluator.val.sign=1"
+    with pytest.raises(InterruptedError):
+        do_train(recipe("run", worse, "dataloader.train.stop_at=12"))
+    do_train(recipe("run", worse), resume=True)
+    best = load(recipe("run"), "model_best.pth")
+    scores = {i: row["val/AP"] for i, row in metrics("run").items() if "val/AP" in row}
+    assert list(scores) == [4, 9, 14, 20] and max(scores.values()) == scores[4]
+    assert best["iteration"] == 4 and best["best"] == {"val/AP": scores[4]}
+
+
+def test_overrides_count_on_resume(recipe, metrics):
+    with pytest.raises(InterruptedError):
+        do_train(recipe("run", "dataloader.train.stop_at=12"))
+    do_train(recipe("whole"))
+    do_train(recipe("run", "optimizer.lr=0.002"), resume=True)
+    changed, whole = metrics("run"), metrics("whole")
+    assert changed[11] == whole[11]
+    assert changed[13]["lr"] == pytest.approx(whole[13]["lr"] / 10)
+
+
+def test_used_folder_needs_resume(recipe):
+    do_train(recipe("run"))
+    with pytest.raises(ConfigError, match="already holds a run.*--resume"):
+        do_train(recipe("run"))
+
+
+def test_resume_refuses_what_does_not_fit(recipe, tmp_path):
+    do_train(recipe("run", "train.ema.enabled=false"))
+    with pytest.raises(ValueError, match="holds no 'ema' to resume"):
+        do_train(recipe("run"), resume=True)
+    with pytest.raises(ValueError, match="model_final.pth was written by another architecture"):
+        do_train(recipe("run", "model.dim=9", "train.ema.enabled=false"), resume=True)
+
+    final = tmp_path / "run/model_final.pth"
+    os.truncate(final, final.stat().st_size // 2)
+    with pytest.raises(ValueError, match="model_final.pth can't be read"):
+        do_train(recipe("run"), resume=True)
+    final.unlink()
+    with pytest.raises(FileNotFoundError, match="names model_final.pth.*model_0000019.pth"):
+        do_train(recipe("run"), resume=True)
