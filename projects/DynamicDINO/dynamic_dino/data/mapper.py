@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,9 +14,11 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from ..prompt import Prompt
 from .datasets import get_metadata
-from .feature_cache import FeatureCache
 from .images import Size, read_image, resize_transform, to_tensor
 from .prompts import PromptSampler, evaluation_prompt
+
+if TYPE_CHECKING:
+    from .feature_cache import FeatureCache
 
 Record = dict[str, Any]
 
@@ -301,6 +303,8 @@ def _mentions_sides(record: Record) -> bool:
 
 
 def _open_features(features: FeatureCache | str | None, size: Size) -> FeatureCache | None:
+    from .feature_cache import FeatureCache  # it is also a command, which must be imported last
+
     if features is None:
         return None
     if isinstance(features, str):
