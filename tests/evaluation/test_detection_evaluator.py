@@ -299,5 +299,8 @@ def test_bad_input_is_named(tmp_path):
     truth["categories"].append({"id": 99, "name": "stranger"})
     with pytest.raises(ValueError, match=r"other categories .* ids \[99\]"):
         DetectionEvaluator(register(truth, tmp_path)).reset()
-    with pytest.raises(ValueError, match="no thing_dataset_id_to_contiguous_id"):
-        DetectionEvaluator("a data set that nobody registered").reset()
+    MetadataCatalog.get(name := f"captions_{uuid.uuid4().hex}").thing_classes = []
+    with pytest.raises(ValueError, match="has no categories to score"):
+        DetectionEvaluator(name).reset()
+    with pytest.raises(ValueError, match="unknown data set 'nobody registered it'"):
+        DetectionEvaluator("nobody registered it").reset()

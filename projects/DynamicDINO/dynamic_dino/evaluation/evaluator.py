@@ -8,10 +8,10 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
+from ..data.datasets import get_metadata
 from ..files import writable_folder, write_text
 from ..moe.statistics import RoutingStatistics
 from .coco import class_groups, coco_ap, read_ground_truth
@@ -58,7 +58,7 @@ class DetectionEvaluator(DatasetEvaluator):
         self._prompted: dict[int, tuple[int, ...]] = {}  # by image id, contiguous classes asked for
         self._known_prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._routing = RoutingStatistics()
-        self._metadata = MetadataCatalog.get(self.dataset_name)
+        self._metadata = get_metadata(self.dataset_name)
         self._category_ids = self._read_category_ids()
         if comm.is_main_process():
             self._truth = self._read_truth()
@@ -152,8 +152,8 @@ class DetectionEvaluator(DatasetEvaluator):
         mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if not mapping:
             raise ValueError(
-                f"data set {self.dataset_name} has no thing_dataset_id_to_contiguous_id in its "
-                "metadata: register it, and load it once before evaluating"
+                f"data set {self.dataset_name} has no categories to score (its metadata lacks "
+                "thing_dataset_id_to_contiguous_id): COCO AP needs a COCO .json file"
             )
         return [category for category, _ in sorted(mapping.items(), key=lambda item: item[1])]
 

@@ -1,0 +1,318 @@
+"""Detection from Python: images and phrases in, boxes out.
+
+from dynamic_dino import load_detector
+detections = load_detector("nano-x16")("photo.jpg", ["red panda", "windmill"])
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.structures import Instances
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import nn
+
+from .checkpoint import load_checkpoint
+from .engine.config import load_config
+from .prompt import Prompt
+
+ImageLike = str | Path | Image.Image | np.ndarray
+PromptLike = str | Sequence[str] | Prompt
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PACKAGE = Path(__file__).resolve().parent
+
+
+class ShippedModel(NamedTuple):
+    """A recipe under configs/ and its weights in this package's weights/."""
+
+    config: str
+    weights: str
+
+
+SHIPPED_MODELS = {
+    "nano-dense": ShippedModel("pretrain/nano_stamps.py", "nano_dense.safetensors"),
+    "nano-x16": ShippedModel("moe_tuning/nano_x16_stamps.py", "nano_x16.safetensors"),
+}
+
+
+class Phrases(list):
+    """The phrase of each detection; a list that also takes a tensor's indices and masks, so that
+    ``detections[detections.scores > 0.5]`` works on the `Instances` that hold it."""
+
+    def __getitem__(self, index):
+        if isinstance(index, int | np.integer):
+            return super().__getitem__(index)
+        if isinstance(index, slice):
+            return Phrases(super().__getitem__(index))
+        index = torch.as_tensor(index)
+        if index.dtype == torch.bool:
+            index = index.nonzero().flatten()
+        return Phrases(super(Phrases, self).__getitem__(i) for i in index.tolist())
+
+
+class Detector:
+    """A detector ready to use; `load_detector` makes one.
+
+    Args:
+        model: maps a list of samples to a list of {"instances": Instances}.
+        augmentations: how test images are resized, the recipe's ``inference.augmentations``.
+        device: where the model shall run.
+        threshold: detections with lower scores are dropped, unless a call says otherwise.
+        batch_size: images that are looked at together. Default: 8 on a GPU, 1 on a CPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        augmentations: Sequence[T.Augmentation],
+        device: str | torch.device = "cpu",
+        threshold: float = 0.3,
+        batch_size: int | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+        self.augmentations = T.AugmentationList(list(augmentations))
+        self.threshold = threshold
+        self.batch_size = batch_size or (8 if self.device.type == "cuda" else 1)
+
+    def __call__(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        prompts: PromptLike | Sequence[PromptLike],
+        threshold: float | None = None,
+        max_detections: int = 100,
+    ) -> Instances | list[Instances]:
+        """Finds the phrases in an image, or in each of a list of images.
+
+        Args:
+            images: a path, PIL image or RGB array (uint8 [H, W, 3]), or a list of them.
+            prompts: what to look for: "red panda. windmill.", ["red panda", "windmill"], or a
+                `Prompt`; it holds for all images. Or, for a list of images, a list of lists of
+                phrases (or of `Prompt`s), one for each image.
+            threshold: drops detections whose score is lower; default: the detector's.
+            max_detections: keeps this many per image at most, the best.
+
+        Returns:
+            Detectron2 `Instances` on the CPU, one for each image, best first: pred_boxes (XYXY,
+            pixels of the image), scores in [0, 1], pred_classes (index of the phrase), phrases.
+
+        Raises:
+            FileNotFoundError, ValueError: for an image that is missing or can't be read, an empty
+                prompt, or another number of prompts than images.
+        """
+        single = not isinstance(images, list | tuple)
+        images = [images] if single else list(images)
+        samples = [
+            self._sample(image, prompt)
+            for image, prompt in zip(images, _one_prompt_each(prompts, len(images)), strict=True)
+        ]
+        threshold = self.threshold if threshold is None else threshold
+        results = []
+        with torch.inference_mode():
+            for start in range(0, len(samples), self.batch_size):
+                for output in self.model(samples[start : start + self.batch_size]):
+                    results.append(_best(output["instances"], threshold, max_detections))
+        return results[0] if single else results
+
+    def _sample(self, image: ImageLike, prompt: Prompt) -> dict:
+        """What `TestMapper` makes of a record, of an image that belongs to no data set."""
+        pixels = as_array(image)
+        height, width = pixels.shape[:2]
+        inputs = T.AugInput(pixels)
+        self.augmentations(inputs)
+        chw = np.ascontiguousarray(inputs.image.transpose(2, 0, 1))
+        return {
+            "image": torch.from_numpy(chw),
+            "image_size": tuple(chw.shape[1:]),
+            "height": height,
+            "width": width,
+            "file_name": str(image) if isinstance(image, str | Path) else "",
+            "image_id": 0,
+            "prompt": prompt,
+        }
+
+
+def load_detector(
+    model: str | Path = "nano-x16",
+    weights: str | Path | None = None,
+    device: str | torch.device | None = None,
+    threshold: float = 0.3,
+) -> Detector:
+    """A detector by the name of a shipped model, or by its recipe and weights.
+
+    Args:
+        model: "nano-dense", "nano-x16", or the path of a LazyConfig file (.py, or the config.yaml
+            of a run).
+        weights: checkpoint; default for a shipped model: the shipped one.
+        device: "cuda", "cpu", ...; default: a GPU if there is one.
+        threshold: default of `Detector`'s.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file or the argument, and what to give instead.
+    """
+    device = _device(device)
+    if str(model) in SHIPPED_MODELS:
+        shipped = SHIPPED_MODELS[str(model)]
+        config = _configs_folder() / shipped.config
+        weights = weights or PACKAGE / "weights" / shipped.weights
+    elif Path(model).suffix in (".py", ".yaml", ".yml"):
+        config = Path(model)
+        if weights is None:
+            raise ValueError(
+                f"{model} is a recipe without weights: give a checkpoint of it (load_detector's "
+                "weights=, predict.py's --weights)"
+            )
+    else:
+        near = difflib.get_close_matches(str(model), SHIPPED_MODELS, n=1, cutoff=0.3)
+        raise ValueError(
+            f"unknown model {str(model)!r}"
+            + (f", did you mean {near[0]!r}?" if near else ":")
+            + f" There are {', '.join(SHIPPED_MODELS)}; any other is given by its LazyConfig file "
+            "(.py or .yaml) and weights"
+        )
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"weights {weights} of {model} don't exist")
+
+    cfg = load_config(config)
+    if "inference" not in cfg:
+        raise ValueError(
+            f"{config} defines no `inference`, so it isn't known how images are resized: import "
+            "it beside `model`, from ..common.models.nano import inference, model"
+        )
+    detector = instantiate(cfg.model)
+    load_checkpoint(detector, weights)
+    return Detector(detector, instantiate(cfg.inference.augmentations), device, threshold)
+
+
+def as_array(image: ImageLike) -> np.ndarray:
+    """uint8 [H, W, 3] RGB; files and PIL images are turned as their EXIF tag says.
+
+    Raises FileNotFoundError or ValueError, naming the file or what is wrong with the array.
+    """
+    if isinstance(image, str | Path):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"an image must be a path, a PIL image or a numpy array, not {type(image).__name__}"
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(
+            "an image array must be RGB, uint8 [height, width, 3], not "
+            f"{image.dtype} {list(image.shape)}"
+        )
+    return image
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file as uint8 [H, W, 3] RGB, read as the data sets' images are."""
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder, not an image" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"image {path} {what}")
+    try:
+        return np.ascontiguousarray(detection_utils.read_image(str(path), format="RGB"))
+    except UnidentifiedImageError:
+        raise ValueError(f"image {path} can't be read: it is no image, or it is damaged") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {path} can't be read, it is damaged or cut off: {error}") from None
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """Files, the images of folders, and what matches patterns ("photos/**/*.jpg"), each once.
+
+    Raises FileNotFoundError for a path that names nothing.
+    """
+    found: dict[Path, Path] = {}
+    for given in paths:
+        path = Path(given)
+        if path.is_file():
+            matches = [path]
+        elif path.is_dir():
+            matches = [p for p in sorted(path.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]
+        else:
+            matches = [Path(p) for p in sorted(glob.glob(str(given), recursive=True))]
+            matches = [p for p in matches if p.suffix.lower() in IMAGE_SUFFIXES]
+        if not matches:
+            what = "contains no image" if path.is_dir() else "does not exist"
+            if glob.has_magic(str(given)) and not path.exists():
+                what = "matches no image"
+            raise FileNotFoundError(f"{given} {what}")
+        for match in matches:
+            found.setdefault(match.resolve(), match)
+    return list(found.values())
+
+
+def detection_records(detections: Instances) -> list[dict]:
+    """Detections as plain data: phrase, score, box [x0, y0, x1, y1] in pixels of the image."""
+    return [
+        {"phrase": phrase, "score": round(score, 4), "box": [round(v, 1) for v in box]}
+        for phrase, score, box in zip(
+            detections.phrases,
+            detections.scores.tolist(),
+            detections.pred_boxes.tensor.tolist(),
+            strict=True,
+        )
+    ]
+
+
+def as_prompt(prompt: PromptLike) -> Prompt:
+    """Raises ValueError for an empty prompt or phrase."""
+    if isinstance(prompt, Prompt):
+        return prompt
+    return Prompt.parse(prompt) if isinstance(prompt, str) else Prompt.from_phrases(prompt)
+
+
+def _one_prompt_each(prompts: PromptLike | Sequence[PromptLike], images: int) -> list[Prompt]:
+    if isinstance(prompts, str | Prompt) or all(isinstance(p, str) for p in prompts):
+        # One object for all: its text is encoded once.
+        return [as_prompt(prompts)] * images
+    if len(prompts) != images:
+        raise ValueError(
+            f"{len(prompts)} prompts for {images} images: give one for all, or one for each image"
+        )
+    return [as_prompt(p) for p in prompts]
+
+
+def _best(found: Instances, threshold: float, max_detections: int) -> Instances:
+    if not torch.isfinite(found.scores).all():
+        raise ValueError("the model's scores are not finite: are its weights damaged?")
+    phrases = Phrases(found.phrases)
+    found = Instances(
+        found.image_size,
+        pred_boxes=found.pred_boxes,
+        scores=found.scores,
+        pred_classes=found.pred_classes,
+    ).to("cpu")
+    found.phrases = phrases
+    order = found.scores.argsort(descending=True, stable=True)[:max_detections]
+    return found[order[found.scores[order] >= threshold]]
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}: use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch sees no GPU: use cpu")
+    return device
+
+
+def _configs_folder() -> Path:
+    """Where the recipes are: in the package if it was installed, else in the checkout."""
+    installed = PACKAGE / "configs"
+    return installed if installed.is_dir() else PACKAGE.parents[2] / "configs"

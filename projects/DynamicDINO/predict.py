@@ -1,0 +1,181 @@
+#!/usr/bin/env python
+"""Detects what a text names in images; writes annotated pictures and predictions.json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+EXAMPLES = """\
+examples:
+  predict.py photo.jpg --text "red panda. windmill."
+  predict.py zoo/ 'trip/**/*.jpg' --text "red panda. zebra. signpost." --threshold 0.4
+  predict.py a.jpg b.jpg --text "red panda. bamboo." --text "windmill."     one text per image
+  predict.py photo.jpg --text "raccoon." --config-file output/raccoon/config.yaml \\
+      --weights output/raccoon/model_final.pth
+
+Phrases of a text are separated by full stops. Exit status: 0, or 2 if something was wrong.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "predict.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns")
+    p.add_argument(
+        "--text",
+        action="append",
+        required=True,
+        help="what to look for; once for all images, or once for each of them, in their order",
+    )
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--model", default="nano-x16", help="a shipped model (default: nano-x16)")
+    which.add_argument("--config-file", metavar="FILE", help="the recipe of a model of your own")
+    p.add_argument("--weights", metavar="FILE", help="checkpoint (default: the shipped model's)")
+    p.add_argument(
+        "--threshold", type=float, default=0.3, help="lowest score that is shown (default: 0.3)"
+    )
+    p.add_argument(
+        "--max-detections", type=int, default=100, metavar="N", help="per image (default: 100)"
+    )
+    p.add_argument(
+        "--output", default="output/predict", metavar="FOLDER", help="default: output/predict"
+    )
+    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    # Imported late, so that --help and wrong arguments answer at once.
+    from dynamic_dino.files import writable_folder, write_text
+    from dynamic_dino.inference import as_prompt, detection_records, find_images, read_image
+    from dynamic_dino.visualization import draw_detections
+    from PIL import Image
+    from tqdm import tqdm
+
+    try:
+        check_numbers(args)
+        prompts = [as_prompt(text) for text in args.text]
+        files = find_images(args.images)
+        if len(prompts) not in (1, len(files)):
+            raise ValueError(
+                f"--text was given {len(prompts)} times for {len(files)} images: give one for all "
+                "or one for each"
+            )
+        folder = writable_folder(args.output, "choose another folder with --output")
+        start = time.perf_counter()
+        detector = make_detector(args)
+    except (ValueError, OSError) as error:
+        return fail(error)
+    print(
+        f"{args.config_file or args.model} on {detector.device}, ready in "
+        f"{time.perf_counter() - start:.1f} s"
+    )
+
+    prompts = prompts if len(prompts) > 1 else prompts * len(files)
+    pictures = picture_paths(files, folder)
+    results, failed = [], 0
+    progress = tqdm(total=len(files), unit="image", disable=len(files) < 2, file=sys.stderr)
+    try:
+        for step in range(0, len(files), detector.batch_size):
+            loaded = []
+            for i in range(step, min(step + detector.batch_size, len(files))):
+                try:
+                    loaded.append((i, read_image(files[i])))
+                except (ValueError, OSError) as error:
+                    with tqdm.external_write_mode(sys.stderr):
+                        failed += fail(error) == 2
+                    progress.update()
+            found = detector(
+                [image for _, image in loaded],
+                [prompts[i] for i, _ in loaded],
+                args.threshold,
+                args.max_detections,
+            )
+            for (i, image), detections in zip(loaded, found, strict=True):
+                height, width = image.shape[:2]
+                records = detection_records(detections)
+                Image.fromarray(draw_detections(image, detections)).save(pictures[i])
+                results.append(
+                    {
+                        "file": str(files[i]),
+                        "width": width,
+                        "height": height,
+                        "prompt": prompts[i].phrases,
+                        "picture": pictures[i].name,
+                        "detections": records,
+                    }
+                )
+                with tqdm.external_write_mode(sys.stdout):
+                    print("\n" + detection_table(results[-1], args.threshold))
+                progress.update()
+    except KeyboardInterrupt:
+        fail("interrupted; the images so far are in the results")
+        failed = 1
+    except OSError as error:  # the disk is full, the folder is gone
+        return fail(f"can't write to {folder}: {error}")
+    finally:
+        progress.close()
+    write_text(folder / "predictions.json", json.dumps(results, indent=1) + "\n")
+    print(f"\n{len(results)} of {len(files)} images. Pictures and predictions.json: {folder}/")
+    return 2 if failed else 0
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    if not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold {args.threshold:g} is not between 0 and 1")
+    if args.max_detections < 1:
+        raise ValueError(f"--max-detections {args.max_detections} is less than 1")
+
+
+def make_detector(args: argparse.Namespace):
+    from dynamic_dino.inference import load_detector
+
+    return load_detector(args.config_file or args.model, args.weights, args.device, args.threshold)
+
+
+def picture_paths(files: Sequence[Path], folder: Path) -> list[Path]:
+    """`folder`/<stem>.png, numbered where stems repeat; never one of the images themselves."""
+    taken = {file.resolve() for file in files}
+    paths = []
+    for file in files:
+        path, number = folder / f"{file.stem}.png", 2
+        while path.resolve() in taken:
+            path, number = folder / f"{file.stem}_{number}.png", number + 1
+        taken.add(path.resolve())
+        paths.append(path)
+    return paths
+
+
+def detection_table(result: dict, threshold: float) -> str:
+    from tabulate import tabulate
+
+    head = f"{result['file']} ({result['width']} x {result['height']}) -> {result['picture']}"
+    if not result["detections"]:
+        return f"{head}\n  nothing with a score of {threshold:g} or more"
+    rows = [
+        [d["phrase"], f"{d['score']:.2f}", *(f"{v:.0f}" for v in d["box"])]
+        for d in result["detections"]
+    ]
+    headers = ["phrase", "score", "left", "top", "right", "bottom"]
+    table = tabulate(rows, headers, disable_numparse=True, colalign=["left"] + ["right"] * 5)
+    return head + "\n" + "\n".join("  " + line for line in table.splitlines())
+
+
+def fail(message: object) -> int:
+    """One line on stderr, and the exit status that goes with it."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
