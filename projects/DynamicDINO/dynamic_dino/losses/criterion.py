@@ -61,58 +61,63 @@ class Criterion(nn.Module):
             raise ValueError(f"targets are {len(targets)}, but the batch has {batch} images")
 
         with torch.autocast(output.layers[-1].boxes.device.type, enabled=False):
-            predictions = {**_by_suffix(output.layers, ""), "_selection": output.selection}
-            assignments = self.matcher(list(predictions.values()), targets, output.text)
             objects = _Objects(targets, output)
             mask = output.text.mask.unsqueeze(1)
 
-            losses = {}
-            for suffix, assignment in zip(predictions, assignments, strict=True):
-                layer = predictions[suffix]
-                terms = self._layer_losses(layer, assignment, objects, mask, objects.count)
-                losses.update({name + suffix: loss for name, loss in terms.items()})
+            layers = _stack([*output.layers, output.selection])
+            suffixes = [*_suffixes(output.layers, ""), "_selection"]
+            assignment = self.matcher(layers, targets, output.text)
+            losses = self._losses(layers, suffixes, assignment, objects, mask, objects.count)
 
             if output.denoising is not None:
-                known = _known_assignment(output.denoising, targets)
+                layers = _stack(output.denoising_layers)
+                suffixes = _suffixes(output.denoising_layers, "_dn")
+                assignment = _known_assignment(output.denoising, targets, len(suffixes))
                 mask = mask & output.denoising.valid.unsqueeze(2)
                 count = objects.count * max(output.denoising.groups, 1)
-                for suffix, layer in _by_suffix(output.denoising_layers, "_dn").items():
-                    terms = self._layer_losses(layer, known, objects, mask, count)
-                    losses.update({name + suffix: loss for name, loss in terms.items()})
+                losses |= self._losses(layers, suffixes, assignment, objects, mask, count)
 
             if output.routings:
                 for router_loss in self.router_losses:
                     losses[router_loss.name] = router_loss(output.routings)
         return losses
 
-    def _layer_losses(
+    def _losses(
         self,
-        predictions: Predictions,
+        layers: Predictions,
+        suffixes: list[str],
         assignment: Assignment,
         objects: _Objects,
         mask: Tensor,
         count: Tensor,
     ) -> dict[str, Tensor]:
-        """`mask` bool, broadcast to [B, Q, L]: the logits that count."""
-        matched = (assignment.image, assignment.query)
+        """The three losses of each of S stacked layers. `mask` bool [B, 1 or Q, L]: what counts."""
+        layer = torch.arange(len(suffixes), device=mask.device).unsqueeze(1)
+        matched = (layer, assignment.image, assignment.query)
 
         # Padding tokens may have logits of -inf: they must leave before the loss, not after it,
         # or their gradient is 0 * inf.
-        logits = predictions.logits.float().masked_fill(~mask, 0)
+        logits = layers.logits.masked_fill(~mask, 0)
         wanted = torch.zeros_like(logits)
         wanted[matched] = objects.tokens[assignment.target]
         focal = sigmoid_focal_loss(logits, wanted, self.focal_alpha, self.focal_gamma)
-        loss_class = (focal * mask).sum() / count
+        loss_class = (focal * mask).sum((1, 2, 3)) / count
 
-        boxes = predictions.boxes.float()[matched]
+        boxes = layers.boxes[matched]
         true_boxes = objects.boxes[assignment.target]
-        loss_bbox = (boxes - true_boxes).abs().sum() / count
+        loss_bbox = (boxes - true_boxes).abs().sum((1, 2)) / count
         giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes))
-        loss_giou = (1 - giou).sum() / count
-        return {
+        loss_giou = (1 - giou).sum(1) / count
+
+        losses = {
             "loss_class": self.weight_class * loss_class,
             "loss_bbox": self.weight_bbox * loss_bbox,
             "loss_giou": self.weight_giou * loss_giou,
+        }
+        return {
+            name + suffix: value
+            for name, values in losses.items()
+            for suffix, value in zip(suffixes, values.unbind(), strict=True)
         }
 
 
@@ -128,18 +133,28 @@ class _Objects:
         self.count = _mean_over_ranks(self.boxes.new_tensor(float(len(self.boxes)))).clamp(min=1)
 
 
-def _by_suffix(layers: list[Predictions], suffix: str) -> dict[str, Predictions]:
-    """The last layer has the plain suffix, the earlier ones their number after it."""
-    *earlier, last = layers
-    return {suffix: last, **{f"{suffix}_{i}": layer for i, layer in enumerate(earlier)}}
+def _stack(layers: list[Predictions]) -> Predictions:
+    """S layers as one, in float32: one pass over all of them costs a few large operations."""
+    return Predictions(
+        torch.stack([layer.logits.float() for layer in layers]),
+        torch.stack([layer.boxes.float() for layer in layers]),
+    )
 
 
-def _known_assignment(denoising: DenoisingQueries, targets: list[Target]) -> Assignment:
+def _suffixes(layers: list[Predictions], suffix: str) -> list[str]:
+    """Earlier layers have their number after the suffix, the last one has it plain."""
+    return [*(f"{suffix}_{i}" for i in range(len(layers) - 1)), suffix]
+
+
+def _known_assignment(
+    denoising: DenoisingQueries, targets: list[Target], layers: int
+) -> Assignment:
     counts = torch.tensor([0, *(len(target.labels) for target in targets[:-1])])
     offsets = counts.cumsum(0).to(denoising.target_index.device)
     positive = denoising.valid & (denoising.target_index >= 0)
     image, query = torch.nonzero(positive, as_tuple=True)
-    return Assignment(image, query, offsets[image] + denoising.target_index[image, query])
+    target = offsets[image] + denoising.target_index[image, query]
+    return Assignment(*(index.expand(layers, -1) for index in (image, query, target)))
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .boxes import cxcywh_to_xyxy, generalized_box_iou
 
 @dataclass
 class Assignment:
-    """M pairs of a query and an object, int64 [M] each.
+    """M pairs of a query and an object for each of S stacked layers, int64 [S, M] each.
 
     image   index of the image in the batch
     query   index of the query in its image
@@ -60,42 +60,38 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, layers: Sequence[Predictions], targets: Sequence[Target], text: TextFeatures
-    ) -> list[Assignment]:
-        """Matches each layer on its own; all costs travel to the host in one copy.
+        self, predictions: Predictions, targets: Sequence[Target], text: TextFeatures
+    ) -> Assignment:
+        """Matches each of S layers on its own; all costs travel to the host in one copy.
 
         Args:
-            layers: predictions of the same B images, all with the same number of queries.
+            predictions: of S layers, stacked: logits [S, B, Q, L], boxes [S, B, Q, 4].
             targets: one per image, possibly empty.
             text: gives the tokens of each phrase.
 
         Returns:
-            An Assignment per layer. An image has min(Q, N) pairs, ordered by query.
+            The pairs; an image has min(Q, N) of them, ordered by query.
 
         Raises:
             FloatingPointError: a cost is not finite, since the predictions are not.
         """
-        device = layers[0].logits.device
+        layers, device = predictions.logits.shape[0], predictions.logits.device
         counts = [len(target.labels) for target in targets]
         if sum(counts) == 0:
-            none = torch.empty(0, dtype=torch.int64, device=device)
-            return [Assignment(none, none, none) for _ in layers]
+            return Assignment(*torch.empty(3, layers, 0, dtype=torch.int64, device=device))
 
-        boxes = pad_sequence([t.boxes.float() for t in targets], batch_first=True)  # [B, N, 4]
-        labels = pad_sequence([t.labels for t in targets], batch_first=True)
+        boxes = pad_sequence([target.boxes.float() for target in targets], batch_first=True)
+        labels = pad_sequence([target.labels for target in targets], batch_first=True)
         phrases = text.phrase_map.float()
         phrases = phrases / phrases.sum(-1, keepdim=True).clamp(min=1e-6)
         tokens = phrases.gather(1, labels.unsqueeze(-1).expand(-1, -1, phrases.shape[-1]))
 
-        costs = torch.stack([self._cost(layer, boxes, tokens) for layer in layers])
-        pairs = [
-            self._assign(cost, counts, layer) for layer, cost in enumerate(costs.cpu().numpy())
-        ]
-        pairs = torch.from_numpy(np.stack(pairs)).to(device)
-        return [Assignment(*indices) for indices in pairs]
+        costs = self._cost(predictions, boxes, tokens).cpu().numpy()
+        pairs = [self._assign(cost, counts, layer) for layer, cost in enumerate(costs)]
+        return Assignment(*torch.from_numpy(np.stack(pairs, axis=1)).to(device))
 
     def _cost(self, predictions: Predictions, boxes: Tensor, tokens: Tensor) -> Tensor:
-        """[B, Q, N] from target boxes [B, N, 4] and their phrases' token weights [B, N, L]."""
+        """[S, B, Q, N] from target boxes [B, N, 4] and their phrases' token weights [B, N, L]."""
         with torch.autocast(boxes.device.type, enabled=False):
             # The small constant keeps the cost of padding tokens, whose logits are -inf, finite.
             prob = predictions.logits.float().sigmoid()
@@ -103,11 +99,10 @@ class HungarianMatcher(nn.Module):
             negative = (1 - self.focal_alpha) * prob**self.focal_gamma * -(1 - prob + 1e-8).log()
             class_cost = (positive - negative) @ tokens.transpose(1, 2)
 
-            predicted = predictions.boxes.float()
-            bbox_cost = torch.cdist(predicted, boxes, p=1)
-            giou = generalized_box_iou(
-                cxcywh_to_xyxy(predicted).unsqueeze(2), cxcywh_to_xyxy(boxes).unsqueeze(1)
-            )
+            predicted = predictions.boxes.float().unsqueeze(-2)
+            wanted = boxes.unsqueeze(1)
+            bbox_cost = (predicted - wanted).abs().sum(-1)
+            giou = generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
             return self.cost_class * class_cost + self.cost_bbox * bbox_cost - self.cost_giou * giou
 
     @staticmethod
@@ -118,8 +113,8 @@ class HungarianMatcher(nn.Module):
             image_cost = cost[image, :, :count]
             if not np.isfinite(image_cost).all():
                 raise FloatingPointError(
-                    f"the matching cost of image {image} of the batch is not finite in prediction "
-                    f"set {layer}: the predictions or the target boxes contain NaN or infinity "
+                    f"the matching cost of image {image} of the batch is not finite in layer "
+                    f"{layer}: the predictions or the target boxes contain NaN or infinity "
                     "(did training diverge? lower the learning rate or clip gradients)"
                 )
             query, target = linear_sum_assignment(image_cost)
