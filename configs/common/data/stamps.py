@@ -14,7 +14,14 @@ from dynamic_dino.evaluation.evaluator import DetectionEvaluator
 dataloader = dict(
     train=L(build_train_loader)(
         dataset=L(load_datasets)(names="stamps_train"),
-        mapper=L(TrainMapper)(dataset="stamps_train", size="${inference.size}", max_phrases=20),
+        # features: folder of cached features, see python -m dynamic_dino.data.feature_cache --help
+        mapper=L(TrainMapper)(
+            dataset="stamps_train",
+            size="${inference.size}",
+            min_phrases=10,
+            max_phrases=30,
+            features=None,
+        ),
         total_batch_size=8,
         num_workers=1,
         seed=0,

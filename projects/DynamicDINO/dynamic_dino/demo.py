@@ -1,0 +1,184 @@
+"""`make demo`: a dense open-vocabulary detector becomes a 16-expert Dynamic-DINO, before your eyes.
+
+Data, conversion, MoE-Tuning, evaluation of both models, pictures of real photos, curves. Every step
+is a call that train_net.py, predict.py or your own code can make as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from .data.datasets import load_datasets, register_builtin
+from .data.stamps.cli import main as make_stamps
+from .engine.config import load_config
+from .engine.evaluate import do_test, load_for_evaluation
+from .engine.setup import setup
+from .engine.train import do_train
+from .inference import Detector, configs_folder, load_detector
+from .visualization import contact_sheet, draw_detections
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  after the choice of the back-end
+
+# Columns of the final table: names that training has seen, rare ones, and names that it hasn't.
+COLUMNS = {
+    "val AP50": "val/AP50",
+    "val rare": "val/AP50r",
+    "novel names": "val_novel/AP50_novel",
+    "real photos": "val_real/AP50_seen",
+    "real, novel": "val_real/AP50_novel",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m dynamic_dino.demo", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder")
+    parser.add_argument("--photos", type=int, default=12, help="photos in the picture")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.max_iter=50")
+    args = parser.parse_args(arguments)
+    run_demo(args.output, args.photos, args.overrides)
+
+
+def run_demo(output: Path, photos: int, overrides: Sequence[str] = ()) -> None:
+    """Runs all steps; everything that they write is in `output`."""
+    start = time.monotonic()
+    _title(1, "The data: Stamps, photo cut-outs on photos, and real photos for the test")
+    if make_stamps([]) != 0:
+        raise SystemExit(1)
+    register_builtin()
+
+    _title(2, "The same boxes, before and after its FFNs become 16 experts each")
+    recipe = configs_folder() / "demo/nano_x16.py"
+    cfg = load_config(recipe, [f"train.output_dir={_fresh(output / 'x16')}", *overrides])
+    setup(cfg)
+    dense = load_detector("nano-dense", device=cfg.train.device)
+    converted = Detector(load_for_evaluation(cfg, resume=False), cfg.inference.size, dense.device)
+    records = load_datasets("stamps_val_real")
+    print(compare(dense, converted, [r["file_name"] for r in records[:8]], ["dog", "red panda"]))
+
+    _title(3, f"MoE-Tuning for {cfg.train.max_iter} iterations (the recipe: {recipe})")
+    tuned = do_train(cfg)
+
+    _title(4, "AP before and after")
+    dense_cfg = load_config(configs_folder() / "pretrain/nano_stamps.py")
+    dense_cfg.train.output_dir = str(output / "dense")
+    dense_cfg.train.device = cfg.train.device
+    Path(dense_cfg.train.output_dir).mkdir(parents=True, exist_ok=True)
+    scores = {"dense": do_test(dense_cfg, dense.model)}
+    scores["x16-Top2"] = json.loads((Path(cfg.train.output_dir) / "results.json").read_text())
+
+    _title(5, "Real photos")
+    x16 = Detector(tuned.eval(), cfg.inference.size, dense.device)
+    picture = output / "real_photos.jpg"
+    draw_photos(x16, records, photos, picture)
+    curves = output / "curves.png"
+    plot_curves(Path(cfg.train.output_dir) / "metrics.json", curves)
+
+    table = results_table(scores)
+    (output / "results.txt").write_text(table + "\n")
+    _title(6, f"Done in {(time.monotonic() - start) / 60:.1f} minutes")
+    print(f"AP50 (percent), prompts of 30 names\n{table}\n")
+    print(
+        f"pictures      {picture}\ncurves        {curves}\ntable         {output / 'results.txt'}"
+    )
+    print(f"routing       {cfg.train.output_dir}/evaluation/*/results.txt")
+    print(f"TensorBoard   tensorboard --logdir {output}")
+    print('your photos   python projects/DynamicDINO/predict.py PHOTO --text "red panda. dog."')
+
+
+def compare(
+    dense: Detector, converted: Detector, photos: Sequence[str], phrases: Sequence[str]
+) -> str:
+    """The largest differences between two detectors' scores and boxes on some photos."""
+    a = dense(list(photos), phrases, threshold=0.0)
+    b = converted(list(photos), phrases, threshold=0.0)
+    score = max(float((x.scores - y.scores).abs().max()) for x, y in zip(a, b, strict=True))
+    box = max(
+        float((x.pred_boxes.tensor - y.pred_boxes.tensor).abs().max())
+        for x, y in zip(a, b, strict=True)
+    )
+    return (
+        f"{len(photos)} photos, {sum(map(len, a))} detections: largest difference of a score "
+        f"{score:.1e}, of a box side {box:.1e} pixels"
+    )
+
+
+def draw_photos(detector: Detector, records: list[dict], count: int, path: Path) -> None:
+    """A sheet of photos, each asked for what it shows and some names that it doesn't show."""
+    names = sorted({p for r in records for p in _shown(r)})
+    rng = np.random.default_rng(0)
+    pictures, captions = [], []
+    for record in records[:: max(len(records) // count, 1)][:count]:
+        shown = _shown(record)
+        others = [n for n in names if n not in shown]
+        prompt = [*shown, *rng.choice(others, 8, replace=False).tolist()]
+        pixels = np.array(Image.open(record["file_name"]).convert("RGB"))
+        pictures.append(draw_detections(pixels, detector(pixels, prompt)))
+        captions.append(", ".join(shown))
+    Image.fromarray(contact_sheet(pictures, columns=4, captions=captions)).save(path, quality=88)
+
+
+def plot_curves(metrics: Path, path: Path) -> None:
+    """Loss, and per MoE layer how even the load is and how many tokens keep a sibling pair."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    figure, axes = plt.subplots(1, 3, figsize=(14, 3.6), layout="constrained")
+    layers = sorted({k.split("/")[1] for row in rows for k in row if k.startswith("moe/")})
+    panels = [("total loss", {"": "total_loss"})] + [
+        (title, {layer: f"moe/{layer}/{key}" for layer in layers})
+        for title, key in (
+            ("entropy of the experts' load (1 = even)", "load_entropy"),
+            ("tokens whose two experts are siblings", "siblings"),
+        )
+    ]
+    for axis, (title, curves) in zip(axes, panels, strict=True):
+        for label, key in curves.items():
+            points = [(row["iteration"], row[key]) for row in rows if key in row]
+            axis.plot(*zip(*points, strict=True), label=label or None)
+        axis.set(title=title, xlabel="iteration")
+        axis.grid(alpha=0.3)
+    axes[-1].legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def results_table(scores: dict[str, dict[str, float | None]]) -> str:
+    """One row per model, the columns of `COLUMNS`."""
+    lines = [" " * 10 + "".join(f"{name:>13}" for name in COLUMNS)]
+    for model, row in scores.items():
+        cells = (row.get(key) for key in COLUMNS.values())
+        lines.append(
+            f"{model:10}" + "".join(f"{'-' if v is None else f'{v:.1f}':>13}" for v in cells)
+        )
+    return "\n".join(lines)
+
+
+def _shown(record: dict) -> list[str]:
+    from detectron2.data import MetadataCatalog
+
+    classes = MetadataCatalog.get("stamps_val_real").thing_classes
+    return list(dict.fromkeys(classes[a["category_id"]] for a in record["annotations"]))
+
+
+def _title(number: int, text: str) -> None:
+    print(f"\n[{number}/6] {text}", flush=True)
+
+
+def _fresh(folder: Path) -> Path:
+    """A folder for a new run; an earlier demo's run moves aside."""
+    if folder.exists():
+        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        print(f"moved the earlier run to {aside}")
+    return folder
+
+
+if __name__ == "__main__":
+    main()
