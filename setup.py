@@ -34,9 +34,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=[
-        *find_packages(PROJECT, include=["dynamic_dino", "dynamic_dino.*"]),
+        *find_packages(PROJECT),
         "dynamic_dino.configs",
-        *find_packages("kernels", include=["dynamic_dino_kernels", "dynamic_dino_kernels.*"]),
+        *find_packages("kernels"),
     ],
     package_dir={
         "dynamic_dino": f"{PROJECT}/dynamic_dino",
