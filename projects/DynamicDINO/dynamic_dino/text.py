@@ -92,7 +92,7 @@ class TextEncoder(nn.Module):
             self.body.requires_grad_(False)
         self.cache_size = cache_size
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
-        self.register_load_state_dict_post_hook(lambda module, _: module._cache.clear())
+        self._cached_weights: list[tuple[int, int]] = []
 
     def reset_projection(self) -> None:
         nn.init.xavier_uniform_(self.proj.weight)
@@ -194,19 +194,38 @@ class TextEncoder(nn.Module):
         return result / result.sum(-1, keepdim=True).clamp(min=1)
 
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
-        """Encodes unique texts, from the cache where the encoder's weights can't have changed."""
+        """Encodes unique texts, from the cache unless the encoder trains."""
         unique = list(dict.fromkeys(texts))
-        cached = self.frozen or not (self.training or torch.is_grad_enabled())
-        known = {t: self._cache[t] for t in unique if t in self._cache} if cached else {}
+        if not self.frozen and (self.training or torch.is_grad_enabled()):
+            return self._run(unique)
+        self._drop_stale_cache()
+        known = {t: self._cache[t] for t in unique if t in self._cache}
         missing = [t for t in unique if t not in known]
         if missing:
-            known.update(self._run(missing))
-        if cached:
-            for text in missing:
-                self._cache[text] = known[text].detach()
-            while len(self._cache) > self.cache_size:
-                self._cache.popitem(last=False)
+            known.update(self._run_frozen(missing) if self.frozen else self._run(missing))
+        for text in missing:
+            self._cache[text] = known[text].detach()
+        while len(self._cache) > self.cache_size:
+            self._cache.popitem(last=False)
         return known
+
+    def _drop_stale_cache(self) -> None:
+        """Forgets features of other weights. A load, a move, or the step of an average of models
+        changes the version that torch counts, or the address, of some parameter."""
+        weights = [
+            (p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.body.parameters()
+        ]
+        if weights != self._cached_weights:
+            self._cache.clear()
+            self._cached_weights = weights
+
+    def _run_frozen(self, texts: list[str]) -> dict[str, Tensor]:
+        """As `_run`, but a text's features depend on nothing else, be it autocast or, in the last
+        bit, its company in the batch: a resumed run, whose cache starts empty, gets the same."""
+        with torch.autocast(self.proj.weight.device.type, enabled=False):
+            if self.proj.weight.is_cuda:
+                return self._run(texts)
+            return {text: self._run([text])[text] for text in texts}
 
     def _run(self, texts: list[str]) -> dict[str, Tensor]:
         """Runs the encoder on texts, each a row: {text: [T, C]} (T = 1 when pooled)."""
