@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from pickle import PickleError
 
 import torch
 from safetensors import SafetensorError
@@ -56,9 +57,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, PickleError) as error:
         raise ValueError(f"checkpoint {path} is corrupt or incomplete: {error}") from error
-    return state.get("model", state)
+    state = state.get("model", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds no weights: it should map names to tensors")
+    return state
 
 
 def export_weights(model: nn.Module, path: str | Path) -> None:

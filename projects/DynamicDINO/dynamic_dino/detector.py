@@ -153,6 +153,13 @@ class OpenVocabularyDetector(nn.Module):
                 name: torch.stack([s["features"][name].float() for s in batch]).to(self.device)
                 for name in batch[0]["features"]
             }
+            for (name, x), stride in zip(sorted(features.items()), Backbone.strides, strict=True):
+                if x.shape[-2:] != (height // stride, width // stride):
+                    raise ValueError(
+                        f"cached features {name} are {x.shape[-2]} x {x.shape[-1]}, those of a "
+                        f"canvas of {height} x {width} pixels {height // stride} x "
+                        f"{width // stride}: make the cache for this model.canvas"
+                    )
         else:
             features = self.extract_features([sample["image"] for sample in batch])
         # As the backbone gives them: maps become tokens without a copy.
@@ -224,7 +231,8 @@ class OpenVocabularyDetector(nn.Module):
         """
         last = output.layers[-1]
         phrase_map = output.text.phrase_map[row, : len(phrases)]
-        scores = last.logits[row].sigmoid() @ phrase_map.T  # [Q, P]
+        with torch.autocast(self.device.type, enabled=False):  # bf16 would tie what it ranks
+            scores = last.logits[row].sigmoid() @ phrase_map.T  # [Q, P]
         k = min(self.max_detections, scores.numel())
         scores, flat = scores.flatten().topk(k)
         query = torch.div(flat, len(phrases), rounding_mode="floor")
