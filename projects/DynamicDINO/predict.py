@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     # Imported late, so that --help and wrong arguments answer at once.
     from dynamic_dino.files import writable_folder, write_text
-    from dynamic_dino.inference import as_prompt, detection_records, find_images, read_image
+    from dynamic_dino.inference import as_array, as_prompt, detection_records, find_images
     from dynamic_dino.visualization import draw_detections
     from PIL import Image
     from tqdm import tqdm
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             loaded = []
             for i in range(step, min(step + detector.batch_size, len(files))):
                 try:
-                    loaded.append((i, read_image(files[i])))
+                    loaded.append((i, as_array(files[i])))
                 except (ValueError, OSError) as error:
                     with tqdm.external_write_mode(sys.stderr):
                         failed += fail(error) == 2

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 from dynamic_dino import inference
+from dynamic_dino.data.datasets import load_datasets, register_coco_json
+from dynamic_dino.data.drawn import write_drawn_dataset
+from dynamic_dino.data.mapper import TestMapper
 from dynamic_dino.inference import Detector, Phrases, find_images, load_detector
 from dynamic_dino.prompt import Prompt
 from PIL import Image
@@ -38,7 +40,7 @@ class OneBoxPerPhrase(torch.nn.Module):
 
 @pytest.fixture
 def detector():
-    return Detector(OneBoxPerPhrase(), [T.ResizeShortestEdge(32, 32)], batch_size=2)
+    return Detector(OneBoxPerPhrase(), 32, batch_size=2)
 
 
 def noise(h=48, w=64):
@@ -53,16 +55,21 @@ def test_one_image(detector):
     assert found.pred_boxes.tensor[1].tolist() == pytest.approx([6.4, 0, 12.8, 48])
 
 
-def test_the_sample_is_what_the_test_mapper_makes(detector):
-    image = noise(48, 64)
-    detector(image, ["mug"])
-    [[sample]] = detector.model.batches
-    expected = np.asarray(Image.fromarray(image).resize((32, 24), Image.Resampling.BILINEAR))
-    assert (sample["image"].numpy().transpose(1, 2, 0) == expected).all()
-    assert sample["image"].dtype == torch.uint8
-    assert sample["image_size"] == (24, 32)
-    assert (sample["height"], sample["width"]) == (48, 64)
-    assert sample["prompt"].phrases == ["mug"]
+def test_the_sample_is_the_test_mappers(tmp_path):
+    """Evaluation and users must look at the same pixels, whatever the shape of the image."""
+    seed = int(np.random.default_rng().integers(10**6))
+    json_file = write_drawn_dataset(tmp_path, 6, size=90, seed=seed)
+    register_coco_json("detector_api_drawn", json_file, json_file.parents[1] / "train")
+    for size in (64, (48, 80), 200):
+        detector = Detector(OneBoxPerPhrase(), size)
+        mapper = TestMapper("detector_api_drawn", size)
+        for record in load_datasets("detector_api_drawn"):
+            expected = mapper(record)
+            detector(record["file_name"], expected["prompt"])
+            [sample] = detector.model.batches[-1]
+            assert torch.equal(sample["image"], expected["image"])
+            for key in ("image_size", "height", "width", "file_name", "prompt"):
+                assert sample[key] == expected[key], key
 
 
 def test_threshold_and_max_detections(detector):
@@ -165,18 +172,17 @@ def test_scores_that_are_not_finite_stop(detector):
             return outputs
 
     with pytest.raises(ValueError, match="not finite"):
-        Detector(Broken(), [])(noise(), "mug")
+        Detector(Broken(), 32)(noise(), "mug")
 
 
 # ---- load_detector ------------------------------------------------------------------------------
 
 RECIPE = """
 from detectron2.config import LazyCall as L
-from detectron2.data import transforms as T
 from torch import nn
 
 model = L(nn.Linear)(in_features=2, out_features={size})
-inference = dict(augmentations=[L(T.ResizeShortestEdge)(short_edge_length=24, max_size=24)])
+inference = dict(size=24)
 dataloader = dict()
 """
 
@@ -194,9 +200,7 @@ def test_a_recipe_and_its_weights(recipe):
     detector = load_detector(config, path, device="cpu", threshold=0.7)
     assert torch.equal(detector.model.weight, weights["weight"])
     assert detector.threshold == 0.7 and not detector.model.training
-    image = T.AugInput(noise(48, 96))
-    detector.augmentations(image)
-    assert image.image.shape == (12, 24, 3)
+    assert detector.size == 24
 
 
 def test_shipped_models_take_their_own_weights_or_given_ones(recipe, monkeypatch):
@@ -234,7 +238,7 @@ def test_unknown_models_and_files_are_named(recipe, monkeypatch):
     with pytest.raises(ValueError, match="weights.safetensors is corrupt"):
         load_detector(config, path, device="cpu")
     config.write_text("model = dict()\ndataloader = dict()\n")
-    with pytest.raises(ValueError, match="recipe.py defines no `inference`"):
+    with pytest.raises(ValueError, match="recipe.py has no `inference.size`"):
         load_detector(config, path, device="cpu")
 
 

@@ -43,7 +43,7 @@ def detector(monkeypatch):
 
     def make(args):
         asked.append(args)
-        return Detector(RightHalf(), [], batch_size=2)
+        return Detector(RightHalf(), 64, batch_size=2)
 
     monkeypatch.setattr(predict, "make_detector", make)
     return asked

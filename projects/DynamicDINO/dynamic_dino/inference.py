@@ -15,13 +15,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from detectron2.config import instantiate
-from detectron2.data import detection_utils
-from detectron2.data import transforms as T
 from detectron2.structures import Instances
-from PIL import Image, ImageOps, UnidentifiedImageError
+from omegaconf import OmegaConf
+from PIL import Image, ImageOps
 from torch import nn
 
 from .checkpoint import load_checkpoint
+from .data.images import Size, load_image, resize_transform, to_tensor
 from .engine.config import load_config
 from .prompt import Prompt
 
@@ -65,7 +65,7 @@ class Detector:
 
     Args:
         model: maps a list of samples to a list of {"instances": Instances}.
-        augmentations: how test images are resized, the recipe's ``inference.augmentations``.
+        size: what test images are resized to, the recipe's ``inference.size``; see `TrainMapper`.
         device: where the model shall run.
         threshold: detections with lower scores are dropped, unless a call says otherwise.
         batch_size: images that are looked at together. Default: 8 on a GPU, 1 on a CPU.
@@ -74,14 +74,14 @@ class Detector:
     def __init__(
         self,
         model: nn.Module,
-        augmentations: Sequence[T.Augmentation],
+        size: Size,
         device: str | torch.device = "cpu",
         threshold: float = 0.3,
         batch_size: int | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
-        self.augmentations = T.AugmentationList(list(augmentations))
+        self.size = size
         self.threshold = threshold
         self.batch_size = batch_size or (8 if self.device.type == "cuda" else 1)
 
@@ -128,12 +128,10 @@ class Detector:
         """What `TestMapper` makes of a record, of an image that belongs to no data set."""
         pixels = as_array(image)
         height, width = pixels.shape[:2]
-        inputs = T.AugInput(pixels)
-        self.augmentations(inputs)
-        chw = np.ascontiguousarray(inputs.image.transpose(2, 0, 1))
+        resized = resize_transform(height, width, self.size).apply_image(pixels)
         return {
-            "image": torch.from_numpy(chw),
-            "image_size": tuple(chw.shape[1:]),
+            "image": to_tensor(resized),
+            "image_size": tuple(resized.shape[:2]),
             "height": height,
             "width": width,
             "file_name": str(image) if isinstance(image, str | Path) else "",
@@ -163,7 +161,7 @@ def load_detector(
     device = _device(device)
     if str(model) in SHIPPED_MODELS:
         shipped = SHIPPED_MODELS[str(model)]
-        config = _configs_folder() / shipped.config
+        config = configs_folder() / shipped.config
         weights = weights or PACKAGE / "weights" / shipped.weights
     elif Path(model).suffix in (".py", ".yaml", ".yml"):
         config = Path(model)
@@ -184,14 +182,15 @@ def load_detector(
         raise FileNotFoundError(f"weights {weights} of {model} don't exist")
 
     cfg = load_config(config)
-    if "inference" not in cfg:
+    size = OmegaConf.select(cfg, "inference.size")
+    if size is None:
         raise ValueError(
-            f"{config} defines no `inference`, so it isn't known how images are resized: import "
-            "it beside `model`, from ..common.models.nano import inference, model"
+            f"{config} has no `inference.size`, so it isn't known how images are resized: import "
+            "`inference` beside `model`, as in: from ..common.models.nano import inference, model"
         )
     detector = instantiate(cfg.model)
     load_checkpoint(detector, weights)
-    return Detector(detector, instantiate(cfg.inference.augmentations), device, threshold)
+    return Detector(detector, size, device, threshold)
 
 
 def as_array(image: ImageLike) -> np.ndarray:
@@ -200,7 +199,7 @@ def as_array(image: ImageLike) -> np.ndarray:
     Raises FileNotFoundError or ValueError, naming the file or what is wrong with the array.
     """
     if isinstance(image, str | Path):
-        return read_image(image)
+        return load_image(image)
     if isinstance(image, Image.Image):
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     if not isinstance(image, np.ndarray):
@@ -213,20 +212,6 @@ def as_array(image: ImageLike) -> np.ndarray:
             f"{image.dtype} {list(image.shape)}"
         )
     return image
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """An image file as uint8 [H, W, 3] RGB, read as the data sets' images are."""
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not an image" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"image {path} {what}")
-    try:
-        return np.ascontiguousarray(detection_utils.read_image(str(path), format="RGB"))
-    except UnidentifiedImageError:
-        raise ValueError(f"image {path} can't be read: it is no image, or it is damaged") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} can't be read, it is damaged or cut off: {error}") from None
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
@@ -312,7 +297,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     return device
 
 
-def _configs_folder() -> Path:
+def configs_folder() -> Path:
     """Where the recipes are: in the package if it was installed, else in the checkout."""
     installed = PACKAGE / "configs"
     return installed if installed.is_dir() else PACKAGE.parents[2] / "configs"
