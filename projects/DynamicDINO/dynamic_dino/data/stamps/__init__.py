@@ -11,10 +11,10 @@ Layout under the data root (``$DETECTRON2_DATASETS``, or ``datasets``)::
 
 train has the seen phrases with long-tailed frequencies, val the same phrases (uniform) on
 backgrounds of its own, val_novel phrases that training never shows, and val_real real photos with
-boxes drawn by hand. A category has, besides id and name: "frequency" (r, c, f), "novel",
-"image_count" (in train) and "near_synonyms", the ids that must never be its negatives. Note that
-seen phrases of val show the cut-outs of train, warped and re-lit in another way: that measures
-recognition of known pictures, val_real the step to real objects.
+boxes drawn by hand. A category has, besides id and name: "frequency" (r, c, f; null if novel),
+"novel", "image_count" (in train) and "near_synonyms", the ids that must never be its negatives.
+Note that seen phrases of val show the cut-outs of train, warped and re-lit in another way: that
+measures recognition of known pictures, val_real the step to real objects.
 
 Sources, pinned by version and sha256 in ``sources.py`` and fetched, never part of this repository:
 

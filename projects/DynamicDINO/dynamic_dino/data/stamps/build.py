@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -147,7 +148,7 @@ def _compose_all(
     state = (building, library, vocabulary, recipes, settings.seed)
     with bar:
         if workers <= 1:
-            _start_worker(*state)
+            _worker_state(*state)
             for job in missing:
                 bar.update(_run(job))
         else:
@@ -155,8 +156,12 @@ def _compose_all(
             methods = multiprocessing.get_all_start_methods()
             context = multiprocessing.get_context("fork" if "fork" in methods else None)
             with ProcessPoolExecutor(workers, context, _start_worker, state) as pool:
-                for done in as_completed([pool.submit(_run, job) for job in missing]):
-                    bar.update(done.result())
+                try:
+                    for done in as_completed([pool.submit(_run, job) for job in missing]):
+                        bar.update(done.result())
+                except BaseException:  # don't compose the rest before reporting it
+                    pool.shutdown(cancel_futures=True)
+                    raise
     parts: dict[str, list[dict]] = {split: [] for split in settings.sizes}
     for job in jobs:
         parts[job.split] += json.loads(_chunk_file(building, job).read_text())
@@ -166,10 +171,15 @@ def _compose_all(
 _worker: tuple = ()
 
 
-def _start_worker(*state) -> None:
+def _worker_state(*state) -> None:
     global _worker
     _worker = state
-    cv2.setNumThreads(0)
+    cv2.setNumThreads(0)  # one process per core is enough; and forks don't mix with thread pools
+
+
+def _start_worker(*state) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    _worker_state(*state)
 
 
 def _run(job: _Job) -> int:
@@ -197,8 +207,8 @@ def make_categories(vocabulary: Vocabulary, extra: Iterable[str], train: list[di
 
     frequency: the seen phrases, ranked by the number of training images they are in, in three equal
     parts: "r", "c", "f". (LVIS cuts at 10 and 100 of 100,000 images, which would call all phrases
-    of a set this small frequent.) Novel phrases have no training image and count as "r", as in
-    open-vocabulary LVIS. Names of ``extra`` that the vocabulary lacks (real photos only) are novel.
+    of a set this small frequent.) Novel phrases, also those of ``extra`` that the vocabulary lacks
+    (on real photos only), have no training image and no frequency: "rare" means rarely seen.
     """
     images = Counter()
     for record in train:
@@ -215,7 +225,7 @@ def make_categories(vocabulary: Vocabulary, extra: Iterable[str], train: list[di
         {
             "id": ids[name],
             "name": name,
-            "frequency": frequency.get(name, "r"),
+            "frequency": frequency.get(name),
             "novel": name not in frequency,
             "image_count": images[name],
             "near_synonyms": sorted(

@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+import cv2
+
 from .build import Settings, build, is_complete
 from .library import load_library
 from .sheet import draw_sheet
@@ -16,6 +18,12 @@ from .sources import PACKAGES, SourceError, locate
 from .vocabulary import VOCABULARY_FILE, load_vocabulary
 
 VAL_REAL = Path(__file__).with_name("val_real.json")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -31,11 +39,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--deb", type=Path, nargs="+", default=[], metavar="PATH", help="packages fetched by hand"
     )
-    parser.add_argument("--num-train", type=int, default=default.train, metavar="N")
-    parser.add_argument("--num-val", type=int, default=default.val, metavar="N")
-    parser.add_argument("--num-val-novel", type=int, default=default.val_novel, metavar="N")
+    parser.add_argument("--num-train", type=_count, default=default.train, metavar="N")
+    parser.add_argument("--num-val", type=_count, default=default.val, metavar="N")
+    parser.add_argument("--num-val-novel", type=_count, default=default.val_novel, metavar="N")
     parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--workers", type=_count, default=os.cpu_count(), help="processes")
     parser.add_argument("--force", action="store_true", help="compose again even if complete")
     parser.add_argument("--sheet", action="store_true", help="draw every split with its boxes")
     return parser.parse_args(arguments)
@@ -61,9 +69,15 @@ def main(arguments: list[str] | None = None) -> int:
             for split in ("train", "val", "val_novel", "val_real"):
                 if (folder / "annotations" / f"{split}.json").exists():
                     print(f"drew {draw_sheet(folder, split)}")
+    except PermissionError as error:
+        print(f"error: {error}. Choose a folder you may write to with --out.", file=sys.stderr)
+        return 1
     except (SourceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -80,6 +94,7 @@ def _make(folder: Path, settings: Settings, args: argparse.Namespace) -> None:
     debs = locate(PACKAGES, args.deb, folder / "packages")
     val_real = json.loads(VAL_REAL.read_text())
     reserved = frozenset(image["file_name"] for image in val_real["images"])
+    cv2.setNumThreads(0)  # workers are forked later, which thread pools don't survive
     print("reading the pictures out of them (under a minute)", flush=True)
     vocabulary = load_vocabulary()
     library, photos = load_library(debs, vocabulary, reserved)
