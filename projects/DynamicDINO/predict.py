@@ -93,8 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     loaded.append((i, as_array(files[i])))
                 except (ValueError, OSError) as error:
                     with tqdm.external_write_mode(sys.stderr):
-                        failed += fail(error) == 2
+                        fail(error)
+                    failed += 1
                     progress.update()
+            if not loaded:
+                continue
             found = detector(
                 [image for _, image in loaded],
                 [prompts[i] for i, _ in loaded],
@@ -119,8 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print("\n" + detection_table(results[-1], args.threshold))
                 progress.update()
     except KeyboardInterrupt:
-        fail("interrupted; the images so far are in the results")
-        failed = 1
+        failed = fail("interrupted")
+    except ValueError as error:  # the model refuses the input, e.g. a phrase of 300 words
+        failed = fail(error)
     except OSError as error:  # the disk is full, the folder is gone
         return fail(f"can't write to {folder}: {error}")
     finally:

@@ -141,18 +141,27 @@ def test_a_damaged_image_costs_only_itself(tmp_path, photos, capsys):
     [line] = [s for s in capsys.readouterr().err.splitlines() if "error" in s]
     assert line.startswith("error: image ") and "photo1.jpg can't be read" in line
 
+    assert run(tmp_path, photos / "photo1.jpg", "--text", "a.") == 2
+    assert saved(tmp_path) == []
+    [line] = capsys.readouterr().err.splitlines()
+    assert "photo1.jpg can't be read" in line
 
-def test_interruption_keeps_what_is_done(tmp_path, photos, monkeypatch):
+
+@pytest.mark.parametrize("cause", [KeyboardInterrupt(), ValueError("a phrase is too long")])
+def test_an_early_end_keeps_what_is_done(tmp_path, photos, monkeypatch, capsys, cause):
     original = RightHalf.forward
 
     def interrupted(self, batch):
         if batch[0]["width"] == 100:
-            raise KeyboardInterrupt
+            raise cause
         return original(self, batch)
 
     monkeypatch.setattr(RightHalf, "forward", interrupted)
     assert run(tmp_path, photos, "--text", "mug.") == 2
     assert [r["width"] for r in saved(tmp_path)] == [60, 80]
+    printed = capsys.readouterr()
+    assert f"error: {cause or 'interrupted'}" in printed.err
+    assert "2 of 3 images" in printed.out
 
 
 @pytest.mark.parametrize(
