@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from dynamic_dino.engine.optim import get_param_groups
 from fvcore.common.param_scheduler import CosineParamScheduler
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 
 class TinyModel(nn.Module):
@@ -52,7 +53,7 @@ def sample(index: int) -> dict:
     return {"file_name": f"{index:03d}.png", "x": x, "y": x.square().sum().sqrt()}
 
 
-class TrainLoader:
+class Stream(IterableDataset):
     """An endless stream; batch i of a rank depends on (seed, i, rank) only. Breaks at `stop_at`."""
 
     def __init__(self, total_batch_size: int, seed: int, start_iter: int, stop_at, delay) -> None:
@@ -90,6 +91,10 @@ def test_loader(first: int) -> list[list[dict]]:
     return batches[comm.get_rank() :: comm.get_world_size()]
 
 
+def train_loader(**options) -> DataLoader:
+    return DataLoader(Stream(**options), batch_size=None)
+
+
 model = L(TinyModel)(dim=8, dropout=0.2, noise=0.3, poison="")
 optimizer = L(torch.optim.AdamW)(
     params=L(get_param_groups)(lr_factors={"head.*": 0.5}),
@@ -103,7 +108,7 @@ lr_multiplier = L(WarmupParamScheduler)(
     warmup_length=0.2,
 )
 dataloader = dict(
-    train=L(TrainLoader)(total_batch_size=8, seed=3, start_iter=0, stop_at=None, delay=0.0),
+    train=L(train_loader)(total_batch_size=8, seed=3, start_iter=0, stop_at=None, delay=0.0),
     test=dict(val=L(test_loader)(first=100)),
     evaluator=dict(val=L(Evaluator)(sign=-1.0)),
 )

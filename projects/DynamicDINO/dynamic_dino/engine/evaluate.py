@@ -72,8 +72,12 @@ def results_table(scores: dict[str, float]) -> str:
     metrics = list(dict.fromkeys(m for row in rows.values() for m in row if "/" not in m))
     width = max(map(len, rows))
     head = f"{'':<{width}} " + " ".join(f"{m:>9}" for m in metrics)
+
+    def cell(value: float | None) -> str:  # -1: no ground truth to score
+        return f"{'-':>9}" if value in (None, -1) else f"{value:9.2f}"
+
     lines = [
-        f"{name:<{width}} " + " ".join(f"{row[m]:9.2f}" if m in row else " " * 9 for m in metrics)
+        f"{name:<{width}} " + " ".join(cell(row.get(m)) for m in metrics)
         for name, row in rows.items()
     ]
     return "\n".join([head, *lines])

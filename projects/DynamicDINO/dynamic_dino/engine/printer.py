@@ -11,11 +11,14 @@ from detectron2.utils.events import EventWriter, get_event_storage
 
 logger = logging.getLogger(__name__)
 
+_AUXILIARY = re.compile(r"\d|_selection|_dn")
+
 
 class ProgressPrinter(EventWriter):
     """Iteration, time left, total loss and its last-layer terms, rate, time per iteration, memory.
 
-    Losses of earlier layers ("loss_class_0", ...) go to the metrics file and TensorBoard only.
+    Auxiliary losses (earlier layers, query selection, denoising) go to the metrics file and
+    TensorBoard only.
     """
 
     def __init__(self, max_iter: int, window: int = 20) -> None:
@@ -34,7 +37,7 @@ class ProgressPrinter(EventWriter):
         if "time" in histories:
             seconds = histories["time"].median(1000) * (self.max_iter - storage.iter - 1)
             words.append(f"eta {datetime.timedelta(seconds=int(seconds))}")
-        names = [n for n in histories if n.startswith("loss") and not re.search(r"\d|_dn", n)]
+        names = [n for n in histories if n.startswith("loss") and not _AUXILIARY.search(n)]
         words += [f"{name} {smooth(name):.4g}" for name in ["total_loss", *names, "grad_norm"]]
         if "lr" in histories:
             words.append(f"lr {histories['lr'].latest():.3g}")

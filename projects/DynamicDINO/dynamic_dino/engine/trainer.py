@@ -76,9 +76,12 @@ class Trainer(SimpleTrainer):
         return self.model.module if wrapped else self.model
 
     def run_step(self) -> None:
-        seed_everything(self.seed, self.iter, comm.get_rank())
         start = time.perf_counter()
+        seed_everything(self.seed, self.iter, comm.get_rank())
         batch = next(self._data_loader_iter)
+        # Again: starting its workers, a DataLoader draws from the generator, in the first
+        # iteration after a resume too.
+        seed_everything(self.seed, self.iter, comm.get_rank(), 1)
         data_time = time.perf_counter() - start
 
         try:
