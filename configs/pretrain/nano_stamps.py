@@ -5,13 +5,13 @@ from ..common.models.nano import inference, model  # noqa: F401
 from ..common.optim import cosine_schedule, optimizer
 from ..common.train import train
 
-# 10,000 images * 5 epochs / 8 images = 6,250 iterations
-train.max_iter = 6250
+# 10,000 images * 2.5 epochs / 8 images = 3,125 iterations
+train.max_iter = 3125
 lr_multiplier = cosine_schedule(warmup=0.02)
 optimizer.lr = 1e-3
 train.clip_grad.max_norm = 1.0
 train.output_dir = "output/nano_stamps"
-train.eval_period = 2500
-train.checkpointer.period = 500
+train.eval_period = 1250
+train.checkpointer.period = 250
 train.best_metric = "val/AP50"
 dataloader.train.total_batch_size = 8

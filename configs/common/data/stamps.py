@@ -30,7 +30,7 @@ dataloader = dict(
         name: L(build_test_loader)(
             dataset=L(load_datasets)(names=f"stamps_{name}"),
             mapper=L(TestMapper)(
-                dataset=f"stamps_{name}", size="${inference.size}", prompt_names=30
+                dataset=f"stamps_{name}", size="${inference.size}", prompt_names=30, features=None
             ),
             batch_size=8,
             num_workers=0,
