@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,24 +18,34 @@ Record = dict[str, Any]
 Size = int | Sequence[int] | None
 
 
-def read_image(record: Record) -> np.ndarray:
-    """uint8 [H, W, 3] RGB, turned as its EXIF tag says.
+def load_image(path: str | Path) -> np.ndarray:
+    """An image file as uint8 [H, W, 3] RGB, turned as its EXIF tag says.
 
-    Raises FileNotFoundError or ValueError, naming the file, if it is missing, can't be decoded or
-    is not of the size that the record states.
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing or can't be decoded.
     """
-    path = record["file_name"]
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder, not an image" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"image {path} {what}")
     try:
-        image = detection_utils.read_image(path, format="RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"image {path!r} does not exist: check the data set's image folder (image_root)"
-        ) from None
+        return np.ascontiguousarray(detection_utils.read_image(str(path), format="RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"image {path!r} can't be read ({error}): the file may be corrupt or truncated; "
-            "replace it or remove it from the annotation file"
+            f"image {path} can't be read ({error}): the file may be corrupt or truncated; "
+            "replace or remove it"
         ) from error
+
+
+def read_image(record: Record) -> np.ndarray:
+    """The image of a data set's record; raises as `load_image` does, and ValueError if it is not
+    of the size that the record states."""
+    path = record["file_name"]
+    try:
+        image = load_image(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}: check the data set's image folder (image_root)"
+        ) from None
     height, width = image.shape[:2]
     if (height, width) != (record.get("height", height), record.get("width", width)):
         raise ValueError(
