@@ -32,7 +32,7 @@ PROGRESS := { grep --line-buffered -oE -e '^ *(Downloading|Using cached) .* [MG]
 	-e '^Installing collected packages' || true; }
 
 # Runs again whenever what it installs has changed.
-$(READY): setup.py pyproject.toml constraints.txt projects/DynamicDINO/install_detectron2.py | $(PY)
+$(READY): setup.py constraints.txt projects/DynamicDINO/install_detectron2.py | $(PY)
 	@echo "[1/2] Installing Dynamic-DINO and what it needs into $(VENV)"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip  # environments of uv lack pip
 	@set -o pipefail; $(PY) -m pip --disable-pip-version-check install --progress-bar off \
