@@ -43,8 +43,9 @@ def download(folder: Path) -> Path:
     tags = ["--python-version=3.10", "--implementation=cp", "--only-binary=:all:", "--no-deps"]
     run_pip(
         ["download", "--quiet", *tags, f"--dest={folder}", REQUIREMENT],
-        remedy=f"Without access to PyPI, fetch {WHEEL} elsewhere and pass it with\n"
-        "--wheel PATH, or install Detectron2 yourself: an existing one is kept.",
+        remedy=f"Without access to PyPI, fetch {WHEEL} elsewhere and run\n"
+        f"  {sys.executable} {__file__} --wheel PATH\n"
+        "or install Detectron2 yourself: an existing one is kept.",
     )
     return folder / WHEEL
 
