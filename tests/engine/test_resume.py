@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamic_dino.engine import checkpointing
+from dynamic_dino.engine import checkpointing, trainer
 from dynamic_dino.engine.checkpointing import last_checkpoint
 from dynamic_dino.engine.config import ConfigError
 from dynamic_dino.engine.train import do_train
@@ -138,10 +138,26 @@ def test_overrides_count_on_resume(recipe, metrics):
     assert changed[13]["lr"] == pytest.approx(whole[13]["lr"] / 10)
 
 
-def test_used_folder_needs_resume(recipe):
+def test_used_folder_needs_resume(recipe, metrics):
     do_train(recipe("run"))
     with pytest.raises(ConfigError, match="already holds a run.*--resume"):
         do_train(recipe("run"))
+    before = metrics("run")
+    do_train(recipe("run"), resume=True)
+    assert metrics("run") == before, "a complete run stays as it is"
+
+
+def test_loss_scaling_resumes(recipe, metrics, monkeypatch):
+    """float16 is for CUDA, but the scaler works on CPU too; an overflow halves the scale."""
+    monkeypatch.setattr(trainer, "amp_dtype", lambda amp, device: torch.float16)
+    options = ["train.amp.enabled=true", "optimizer.lr=0.001"]
+    do_train(recipe("whole", *options))
+    with pytest.raises(InterruptedError):
+        do_train(recipe("cut", *options, "dataloader.train.stop_at=14"))
+    do_train(recipe("cut", *options), resume=True)
+    assert repr(metrics("cut")) == repr(metrics("whole"))  # NaN norms of skipped steps compare too
+    scaler = load(recipe("whole"))["trainer"]["scaler"]
+    assert scaler == load(recipe("cut"))["trainer"]["scaler"] and scaler["scale"] <= 2**16
 
 
 def test_resume_refuses_what_does_not_fit(recipe, tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import platform
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dynamic_dino.engine.config import ConfigError
 from dynamic_dino.engine.ema import ModelEma
 from dynamic_dino.engine.evaluate import do_test, load_for_evaluation
 from dynamic_dino.engine.launch import argument_parser, launch
+from dynamic_dino.engine.memory import keep_freed_memory
 from dynamic_dino.engine.setup import check_writable, resolve_device
 from dynamic_dino.engine.train import do_train
 from dynamic_dino.engine.trainer import NonFiniteLossError, amp_dtype, seed_everything
@@ -37,6 +39,23 @@ def test_nan_stops_and_names_files(recipe, tmp_path, poisoned_at):
     assert not (tmp_path / "run/model_final.pth").exists()
     # The poison taken out, the run goes on from there.
     do_train(recipe("run"), resume=True)
+
+
+def test_nan_inside_the_model_names_files_too(recipe):
+    class Matching(nn.Linear):
+        def forward(self, batch):
+            raise FloatingPointError("the matching cost is not finite")
+
+    cfg = recipe("run")
+    cfg.model = {"_target_": Matching, "in_features": 1, "out_features": 1}
+    cfg.optimizer.params.lr_factors = {}
+    first = next(iter(instantiate(cfg.dataloader.train)))
+    names = ", ".join(sample["file_name"] for sample in first)
+    with pytest.raises(
+        NonFiniteLossError, match="matching cost is not finite.* at iteration 0;"
+    ) as e:
+        do_train(cfg)
+    assert names in str(e.value) and "no checkpoint was due yet" in str(e.value)
 
 
 def test_infinite_gradient_of_a_finite_loss_stops(recipe, tmp_path):
@@ -196,6 +215,12 @@ def test_devices(monkeypatch):
     assert args.opts == ["train.max_iter=3", "train.device=cpu"]
     with pytest.raises(ConfigError, match="has 0 GPUs.*--num-gpus 0"):
         launch(calls.append, parser.parse_args(["--num-gpus", "8"]))
+
+
+def test_memory_setting(monkeypatch):
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert not keep_freed_memory()
 
 
 def test_help_explains(capsys):

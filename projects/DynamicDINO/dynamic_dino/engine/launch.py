@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ examples:
   the main recipe, Dynamic-DINO x16-Top2, on 8 GPUs
     train_net.py --num-gpus 8
   the nano detector on CPU
-    train_net.py --config-file configs/pretrain/nano.py --num-gpus 0
+    train_net.py --config-file configs/pretrain/nano_stamps.py --num-gpus 0
   go on after an interruption, to the same numbers (with no checkpoint yet: start)
     train_net.py --config-file CONFIG --resume
   evaluate weights, or the last checkpoint of a run
@@ -58,8 +59,9 @@ class Placement:
 def argument_parser(default_config: str | Path) -> argparse.ArgumentParser:
     """Detectron2's flags, with our defaults and examples."""
     parser = default_argument_parser(EXAMPLES)
+    parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, width=100)
     parser.description = "Train or evaluate a detector by a LazyConfig recipe."
-    parser.set_defaults(config_file=str(default_config), num_gpus=None)
+    parser.set_defaults(config_file=os.path.relpath(default_config), num_gpus=None)
     help_texts = {
         "config_file": "the recipe (default: %(default)s)",
         "resume": "go on from the last checkpoint of train.output_dir, if there is one",

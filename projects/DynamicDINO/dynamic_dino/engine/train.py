@@ -85,6 +85,9 @@ def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
     )
     checkpointer = Checkpointer(model, output_dir, trainer=trainer, **({"ema": ema} if ema else {}))
     start_iter = checkpointer.resume() if resume else 0
+    if start_iter >= train.max_iter:
+        logger.info("This run is complete; evaluate it again with --eval-only --resume")
+        return model
     trainer.data_loader = _train_loader(cfg, start_iter)
     trainer.register_hooks(_hooks(cfg, trainer, checkpointer, start_iter))
     trainer.train(start_iter, train.max_iter)

@@ -87,6 +87,8 @@ class Trainer(SimpleTrainer):
         try:
             with autocast(self.parameters[0].device.type, self.amp_dtype):
                 outputs = self.model(batch)
+        except FloatingPointError as error:  # the matcher meets NaN before the loss does
+            raise self._not_finite(f"the model's output ({error})", [_file_names(batch)]) from error
         except Exception:
             logger.error("Iteration %d failed on %s", self.iter, _file_names(batch))
             raise
@@ -157,20 +159,23 @@ class Trainer(SimpleTrainer):
             culprits = [c for c in everyone if c[1] is not None]
             culprits = culprits or [(files, metrics) for files, _ in everyone]
         reports = [
-            f"  batch: {files}\n  terms: " + ", ".join(f"{k}={v:.4g}" for k, v in terms.items())
+            f"{files}\n  terms: " + ", ".join(f"{k}={v:.4g}" for k, v in terms.items())
             for files, terms in culprits
         ]
         what = "the loss" if any(_bad(terms, losses) for _, terms in culprits) else "the gradient"
+        raise self._not_finite(what, reports)
+
+    def _not_finite(self, what: str, batches: list[str]) -> NonFiniteLossError:
         saved = self.last_checkpoint()
-        raise NonFiniteLossError(
+        lines = [
             f"{what} is infinite or NaN at iteration {self.iter}; training stops before the "
-            "optimizer's step, and nothing is saved from here on\n"
-            + "\n".join(reports)
-            + "\n"
-            + (f"  last good checkpoint: {saved}\n" if saved else "  no checkpoint was due yet\n")
-            + "  look at these images and boxes; if they are right, lower optimizer.lr or "
-            "train.clip_grad.max_norm, or set train.amp.enabled=false, and continue with --resume"
-        )
+            "optimizer's step, and nothing is saved from here on",
+            *(f"  batch: {batch}" for batch in batches),
+            f"  last good checkpoint: {saved}" if saved else "  no checkpoint was due yet",
+            "  look at these images and boxes; if they are right, lower optimizer.lr or "
+            "train.clip_grad.max_norm, or set train.amp.enabled=false, and continue with --resume",
+        ]
+        return NonFiniteLossError("\n".join(lines))
 
     def _log(self, metrics: dict[str, float], data_time: float) -> None:
         if (self.iter + 1) % self.gather_metric_period:
