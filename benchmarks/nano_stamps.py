@@ -1,0 +1,96 @@
+#!/usr/bin/env python
+"""AP of trained nano models on Stamps, side by side: base, MoE-tuned, and dense control.
+
+    python benchmarks/nano_stamps.py dense=output/nano_stamps x16-Top2=output/nano_x16_stamps
+
+Each argument is a name and the folder of a finished run of train_net.py. Writes
+``benchmarks/results/cpu/nano_stamps.json`` with machine, versions, commit and commands, and prints
+the README's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+COLUMNS = {
+    "val seen": "val/AP50_seen",
+    "val rare": "val/AP50r",
+    "val frequent": "val/AP50f",
+    "val_novel, novel": "val_novel/AP50_novel",
+    "val_real seen": "val_real/AP50_seen",
+    "val_real novel": "val_real/AP50_novel",
+}
+PACKAGES = ("torch", "transformers", "timm", "numpy", "faster-coco-eval")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
+    args = parser.parse_args()
+    rows = {}
+    for run in args.runs:
+        name, _, folder = run.partition("=")
+        if not folder:
+            parser.error(f"{run!r} is not of the form NAME=FOLDER")
+        rows[name] = read_run(Path(folder))
+    report = {
+        "machine": f"{cpu_name()}, {platform.system()}",
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip(),
+        "runs": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "nano_stamps.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(rows))
+    print(f"\n{path}")
+
+
+def read_run(folder: Path) -> dict:
+    """The command, length and final scores of a run; raises SystemExit where there are none."""
+    try:
+        scores = json.loads((folder / "results.json").read_text())
+        log = (folder / "log.txt").read_text()
+        last = json.loads((folder / "metrics.json").read_text().splitlines()[-1])
+    except FileNotFoundError as error:
+        raise SystemExit(f"{folder} is not a finished run of train_net.py: {error}") from None
+    command = re.findall(r"Command: (.*)", log)
+    return {
+        "command": command[-1] if command else "",
+        "iterations": last["iteration"] + 1,
+        "scores": scores,
+    }
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Markdown: one row per run, AP50 in percent."""
+    head = ["model", "iterations", *COLUMNS]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, row in rows.items():
+        values = (row["scores"].get(key) for key in COLUMNS.values())
+        cells = ["-" if v is None else f"{v:.1f}" for v in values]
+        lines.append("| " + " | ".join([name, str(row["iterations"]), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def cpu_name() -> str:
+    """The processor's model, as /proc/cpuinfo has it where there is one."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
+    return found.group(1) if found else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
