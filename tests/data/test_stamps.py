@@ -247,6 +247,10 @@ def test_same_bytes_whatever_the_number_of_workers(tmp_path, library, vocabulary
         build(tmp_path / name, library, vocabulary, SETTINGS, workers, progress=False)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert len(list((tmp_path / "one" / "train").glob("*.jpg"))) == SETTINGS.train
+    images = json.loads((tmp_path / "two" / "annotations" / "train.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == [
+        f"{number:06d}.jpg" for number in range(SETTINGS.train)
+    ]
 
 
 def test_interrupted_build_goes_on(tmp_path, library, vocabulary, small_chunks, monkeypatch):
@@ -456,6 +460,16 @@ def test_without_apt_it_says_what_to_download(tmp_path, monkeypatch, capsys):
     for package in sources.PACKAGES:
         assert package.file_name in message and package.sha256 in message
     assert "--deb" in message and "Traceback" not in message
+
+
+def test_an_unusable_output_folder_is_named(tmp_path, capsys):
+    (tmp_path / "taken").write_text("a file")
+    assert cli.main(["--out", str(tmp_path / "taken")]) == 1
+    message = capsys.readouterr().err
+    assert str(tmp_path / "taken" / "stamps") in message and "--out" in message
+    with pytest.raises(SystemExit):
+        cli.main(["--num-train", "-3"])
+    assert "'-3' is not a positive whole number" in capsys.readouterr().err
 
 
 def fake_apt(folder, monkeypatch, script):

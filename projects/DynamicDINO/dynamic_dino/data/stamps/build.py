@@ -143,8 +143,8 @@ def _compose_all(
         jobs += [_Job(split, at, min(at + CHUNK, size)) for at in range(0, size, CHUNK)]
     missing = [job for job in jobs if not _chunk_file(building, job).exists()]
     total = sum(settings.sizes.values())
-    bar = tqdm(total=total, unit="image", desc="composing", disable=not progress)
-    bar.update(total - sum(job.stop - job.start for job in missing))
+    done = total - sum(job.stop - job.start for job in missing)
+    bar = tqdm(total=total, initial=done, unit="image", desc="composing", disable=not progress)
     state = (building, library, vocabulary, recipes, settings.seed)
     with bar:
         if workers <= 1:
@@ -157,8 +157,8 @@ def _compose_all(
             context = multiprocessing.get_context("fork" if "fork" in methods else None)
             with ProcessPoolExecutor(workers, context, _start_worker, state) as pool:
                 try:
-                    for done in as_completed([pool.submit(_run, job) for job in missing]):
-                        bar.update(done.result())
+                    for chunk in as_completed([pool.submit(_run, job) for job in missing]):
+                        bar.update(chunk.result())
                 except BaseException:  # don't compose the rest before reporting it
                     pool.shutdown(cancel_futures=True)
                     raise

@@ -61,6 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
     folder = args.out / "stamps"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return _fail(f"can't make {folder}: {error.strerror}. Choose another folder with --out.")
+    try:
         if is_complete(folder, settings) and not args.force:
             print(f"{folder} is complete (these settings), nothing to compose.")
         else:
@@ -70,15 +73,18 @@ def main(arguments: list[str] | None = None) -> int:
                 if (folder / "annotations" / f"{split}.json").exists():
                     print(f"drew {draw_sheet(folder, split)}")
     except PermissionError as error:
-        print(f"error: {error}. Choose a folder you may write to with --out.", file=sys.stderr)
-        return 1
+        return _fail(f"{error}. Choose a folder you may write to with --out.")
     except (SourceError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _fail(str(error))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here.", file=sys.stderr)
         return 130
     return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
 
 
 def _digest(*paths: Path) -> str:
