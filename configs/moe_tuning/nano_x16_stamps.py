@@ -10,7 +10,7 @@ model.criterion.router_losses = [load_balance]
 # 10,000 images * 1 epoch / 8 images = 1,250 iterations
 train.max_iter = 1250
 train.trainable = MOE_TUNING
-train.init_checkpoint = "projects/DynamicDINO/dynamic_dino/weights/nano_dense.safetensors"
+train.init_checkpoint = "package:dynamic_dino/weights/nano_dense.safetensors"
 lr_multiplier = cosine_schedule(warmup=0.04)
 optimizer.lr = 2e-4
 train.output_dir = "output/nano_x16_stamps"

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .backbone import resolve_package_file
+
 logger = logging.getLogger(__name__)
 
 FROZEN_TOWERS = ("backbone.", "text_encoder.body.")
@@ -23,11 +25,15 @@ FROZEN_TOWERS = ("backbone.", "text_encoder.body.")
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Loads .safetensors, or .pth of this project's trainer, into a model.
 
+    A path "package:MODULE/FILE" names a file inside an installed package, such as the shipped
+    "package:dynamic_dino/weights/nano_dense.safetensors".
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is corrupt, or doesn't match the model key by key and shape by shape.
     """
-    path = Path(path)
+    shipped = str(path).startswith("package:")
+    path = resolve_package_file(str(path)) if shipped else Path(path)
     state = read_state_dict(path)
     model_state = model.state_dict()
     kept = [k for k in model_state if k.startswith(FROZEN_TOWERS) and k not in state]

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.evaluation import inference_on_dataset
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
+from ..evaluation import inference_on_dataset
 from .config import ConfigError, accepts, nearest
 from .trainer import amp_dtype, autocast
 
