@@ -16,11 +16,12 @@ optimizer = L(torch.optim.AdamW)(
 
 def step_schedule(milestones: list[float], warmup: float):
     """Divides the rate by ten at each milestone; milestones and warm-up in parts of the run."""
+    parts = 1_000_000  # fvcore counts steps, of which there must be more than milestones
     return L(WarmupParamScheduler)(
         scheduler=L(MultiStepParamScheduler)(
             values=[0.1**i for i in range(len(milestones) + 1)],
-            milestones=milestones,
-            num_updates=1,
+            milestones=[round(milestone * parts) for milestone in milestones],
+            num_updates=parts,
         ),
         warmup_factor=0.001,
         warmup_length=warmup,
