@@ -1,0 +1,177 @@
+"""Every recipe loads, and its model, its trained parts, its optimizer and its schedule build."""
+
+import copy
+import functools
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.utils.registry import locate
+from dynamic_dino.engine.config import load_config
+from dynamic_dino.engine.optim import build_optimizer
+from dynamic_dino.engine.trainable import set_trainable
+from dynamic_dino.moe.layer import MoEFeedForward
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(
+    str(path.relative_to(CONFIGS))
+    for path in CONFIGS.rglob("*.py")
+    if path.relative_to(CONFIGS).parts[0] != "common"
+)
+TOWERS = ("backbone", "text_encoder")
+NODES = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "inference")
+
+
+def device(cfg) -> str:
+    """Edge is only counted; nano has its real towers."""
+    return "meta" if cfg.model.backbone.name.startswith("efficientvit") else "cpu"
+
+
+@functools.cache
+def tower(yaml: str, device: str):
+    with torch.device(device):
+        return instantiate(OmegaConf.create(yaml))
+
+
+def build(cfg):
+    """The recipe's model; without a download, and with towers that are built only once."""
+    node = cfg.model
+    if device(cfg) == "meta":
+        edge = LazyConfig.load(str(CONFIGS / "common/models/edge.py")).model
+        random = LazyConfig.load(str(CONFIGS / "common/models/edge_random.py")).model
+        for name in TOWERS:
+            assert node[name] == edge[name]
+            node[name] = random[name]
+    towers = {}
+    for name in TOWERS:
+        target = node[name]._target_
+        target = target if isinstance(target, str) else f"{target.__module__}.{target.__name__}"
+        yaml = OmegaConf.to_yaml({**OmegaConf.to_container(node[name]), "_target_": target})
+        towers[name] = copy.deepcopy(tower(yaml, device(cfg)))
+    with torch.device(device(cfg)):
+        return instantiate({**node, **towers})
+
+
+def nodes(cfg, path: str = ""):
+    """All lazy calls in a config, with their dotted names."""
+    if isinstance(cfg, DictConfig):
+        if "_target_" in cfg:
+            yield path, cfg
+        for key in cfg:
+            yield from nodes(cfg._get_node(key), f"{path}.{key}".lstrip("."))
+    elif isinstance(cfg, ListConfig):
+        for i in range(len(cfg)):
+            yield from nodes(cfg._get_node(i), f"{path}[{i}]")
+
+
+def test_there_are_recipes():
+    families = {Path(recipe).parts[0] for recipe in RECIPES}
+    assert {"pretrain", "moe_tuning"} <= families and len(RECIPES) > 10
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe(recipe):
+    cfg = load_config(CONFIGS / recipe)
+
+    calls = dict(nodes(cfg))
+    assert {"model", "optimizer", "lr_multiplier"} <= set(calls)
+    for path, node in calls.items():
+        target = locate(node._target_) if isinstance(node._target_, str) else node._target_
+        arguments = {key: None for key in node if key != "_target_"}
+        try:
+            inspect.signature(target).bind_partial(**arguments)
+        except TypeError as error:
+            pytest.fail(f"{recipe}: {path}: {error}")
+
+    assert cfg.dataloader.test.keys() == cfg.dataloader.evaluator.keys()
+    assert cfg.dataloader.train.total_batch_size > 0
+    if best := cfg.train.best_metric:
+        assert best.split("/")[0] in cfg.dataloader.test
+    if isinstance(cfg.inference.size, int):
+        assert cfg.model.canvas == cfg.inference.size, "image and canvas are of one size"
+        assert cfg.dataloader.train.mapper.size == cfg.inference.size
+    else:
+        assert cfg.model.canvas is None
+
+    model = build(cfg)
+    set_trainable(model, cfg.train.trainable)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = build_optimizer(cfg.optimizer, model)
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(trained)
+
+    schedule = instantiate(cfg.lr_multiplier)
+    rates = [schedule(i / 200) for i in range(200)]
+    assert all(0 < rate <= 1 for rate in rates) and max(rates) == pytest.approx(1, abs=0.05)
+    assert rates[0] < 0.5 and rates[-1] < 0.1
+
+    mixtures = {n: m for n, m in model.named_modules() if isinstance(m, MoEFeedForward)}
+    if recipe.startswith(("moe_tuning", "demo")) and "control" not in recipe:
+        assert {n for n in mixtures if n.startswith("decoder.")} == {
+            f"decoder.layers.{i}.ffn" for i in range(cfg.model.decoder.num_layers)
+        }
+        assert len(model.criterion.router_losses) == 1
+        assert cfg.train.init_checkpoint
+        for name in mixtures:
+            assert {f"{name}.router.weight", f"{name}.experts.w1"} <= trained
+        assert not any(n.startswith(("backbone.", "text_encoder.body.")) for n in trained)
+        assert not any(".self_attention." in n or ".norm1." in n for n in trained)
+    else:
+        assert not mixtures and not model.criterion.router_losses
+
+
+def test_what_trains():
+    """The paper's section 3.1, and the ablation of it, part by part."""
+    kinds = ("fusion", "experts", "router", "class_head", "box_head", "linear1", "linear2")
+
+    def trained_parts(model, recipe: str) -> set[str]:
+        model = copy.deepcopy(model)
+        set_trainable(model, load_config(CONFIGS / recipe).train.trainable)
+        names = [n.split(".") for n, p in model.named_parameters() if p.requires_grad]
+        assert all(set(kinds) & set(name) for name in names)
+        return {kind for kind in kinds if any(kind in name for name in names)}
+
+    moe, heads = {"experts", "router"}, {"class_head", "box_head"}
+    model = build(load_config(CONFIGS / "moe_tuning/nano_x16_drawn.py"))
+    assert trained_parts(model, "moe_tuning/nano_x16_drawn.py") == {"fusion", *moe, *heads}
+    assert trained_parts(model, "moe_tuning/dynamic_dino_x16_top2.py") == {"fusion", *moe, *heads}
+    assert trained_parts(model, "moe_tuning/ablations/parts_experts.py") == moe
+    assert trained_parts(model, "moe_tuning/ablations/parts_experts_fusion.py") == {"fusion", *moe}
+    assert trained_parts(model, "moe_tuning/ablations/parts_experts_heads.py") == moe | heads
+    control = "moe_tuning/nano_dense_control_stamps.py"
+    dense = trained_parts(build(load_config(CONFIGS / control)), control)
+    assert dense == {"fusion", "linear1", "linear2", *heads}
+
+
+def test_ablations_change_one_thing():
+    """Everything else is the main recipe's."""
+    main = load_config(CONFIGS / "moe_tuning/dynamic_dino_x16_top2.py")
+    ffn = "model.decoder.layer.ffn"
+    expected = {
+        "gate_indicator": {f"{ffn}.gate"},
+        "gate_renormalized": {f"{ffn}.gate"},
+        "parts_experts": {"train.trainable"},
+        "parts_experts_fusion": {"train.trainable"},
+        "parts_experts_heads": {"train.trainable"},
+        "table10_without_init": {
+            f"model.decoder.layer.ffn.init_{x}" for x in ("experts", "router")
+        },
+        "top1_x8": {f"{ffn}.{x}" for x in ("num_experts", "top_k")},
+        "top4_x32": {f"{ffn}.{x}" for x in ("num_experts", "top_k")},
+    }
+    for name, keys in expected.items():
+        cfg = load_config(CONFIGS / f"moe_tuning/ablations/{name}.py")
+        found = set().union(*(differences(main[n], cfg[n], n) for n in NODES))
+        assert found == {*keys, "train.output_dir"}
+
+
+def differences(a, b, prefix: str) -> set[str]:
+    a, b = (
+        OmegaConf.to_container(x) if isinstance(x, DictConfig | ListConfig) else x for x in (a, b)
+    )
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = a.keys() | b.keys()
+        return set().union(*(differences(a.get(k), b.get(k), f"{prefix}.{k}") for k in keys))
+    return set() if a == b else {prefix}
