@@ -196,15 +196,16 @@ def test_query_selection():
     text = TextFeatures(
         torch.randn(2, 6, 32), text_mask, torch.zeros(2, 6).long(), torch.zeros(2, 1, 6)
     )
-    selection = randomise(QuerySelection(32, 10, ContrastiveHead(32)))
+    boxes, usable = grid_boxes(image, 0.05)
+    wanted = int(usable.sum(1).min())  # all that the smaller image has
+    selection = randomise(QuerySelection(32, wanted, ContrastiveHead(32)))
     queries, predictions = selection(image, text)
     tokens = selection.norm(selection.proj(image.tokens))
     logits = tokens @ text.tokens.transpose(1, 2) / 32**0.5 + selection.class_head.bias
-    boxes, usable = grid_boxes(image, 0.05)
     for i in range(2):
         real = text_mask[i]
         score = logits[i][:, real].amax(-1).masked_fill(~usable[i], -torch.inf)
-        best = score.sort(descending=True).indices[:10]
+        best = score.sort(descending=True).indices[:wanted]
         torch.testing.assert_close(predictions.logits[i][:, real], logits[i][best][:, real])
         assert predictions.logits[i][:, ~real].isneginf().all()
         refined = selection.box_head(tokens[i][best], boxes[i][best])

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from dynamic_dino.backbone import Backbone
 from dynamic_dino.losses.boxes import cxcywh_to_xyxy
+from dynamic_dino.moe.layer import MoEFeedForward
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -25,6 +27,13 @@ def train_step(model, batch, seed: int = 0):
     assert all(v.isfinite() for v in losses.values())
     assert all(g.isfinite().all() for g in gradients.values())
     return {k: v.detach() for k, v in losses.items()}, gradients
+
+
+def with_experts(config, num_experts: int):
+    node = config.model.decoder.copy()
+    dense = node.layer.ffn
+    node.layer.ffn = L(MoEFeedForward)(dim=dense.dim, hidden=dense.hidden, num_experts=num_experts)
+    return instantiate(node)
 
 
 def use_every_token(model):
@@ -103,15 +112,7 @@ def test_frozen_towers_stay_as_they_are(nano, draw):
 @pytest.mark.parametrize("experts", [0, 8])
 def test_gradient_checkpointing(nano_config, nano, draw, experts):
     if experts:
-        node = nano_config.model.decoder.copy()
-        dense = node.layer.ffn
-        node.layer.ffn = {
-            "_target_": "dynamic_dino.moe.layer.MoEFeedForward",
-            "num_experts": experts,
-            "dim": dense.dim,
-            "hidden": dense.hidden,
-        }
-        nano.decoder = instantiate(node)
+        nano.decoder = with_experts(nano_config, experts)
     for layer in nano.enhancer.layers:
         layer.fusion.drop_path.drop_prob = 0.5
     batch = [draw() for _ in range(3)]
@@ -124,6 +125,46 @@ def test_gradient_checkpointing(nano_config, nano, draw, experts):
     assert len(ran) == 4, "each layer should run forward, and again in the backward pass"
     torch.testing.assert_close(losses_again, losses)
     torch.testing.assert_close(gradients_again, gradients, rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_boxes_are_refined_layer_by_layer(nano, draw):
+    last = nano.decoder.box_head.layers[-1]
+    last.weight.zero_()
+    step = last.bias.copy_(torch.tensor([0.3, -0.2, 0.5, 0.1]))
+    sample = draw()
+    inputs = (*nano.eval().image_features([sample]), nano.text_encoder([sample["prompt"]]))
+    output = nano.detect(*inputs)
+    before = output.selection.boxes
+    for layer in output.layers:
+        torch.testing.assert_close(layer.boxes.logit() - before.logit(), step.expand(1, 100, 4))
+        before = layer.boxes
+    # Each layer also looks from where the last one moved the boxes.
+    step.neg_()
+    away = nano.detect(*inputs)
+    torch.testing.assert_close(away.layers[0].logits, output.layers[0].logits)
+    assert (away.layers[1].logits - output.layers[1].logits).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_denoising_queries_are_not_seen(nano_config, nano, draw):
+    """The answers that they hold leak neither into the matching queries nor into the routing."""
+    nano.decoder = with_experts(nano_config, 4)
+    batch = [draw() for _ in range(2)]
+    inputs = (*nano.eval().image_features(batch), nano.text_encoder([s["prompt"] for s in batch]))
+    targets = nano.targets(batch)
+    without, output = nano.detect(*inputs), nano.detect(*inputs, targets)
+    assert output.denoising.content.shape[1] > 0 and without.denoising is None
+    assert output.denoising_layers[0].boxes.shape == output.denoising.boxes.shape
+    for a, b in zip(output.layers, without.layers, strict=True):
+        torch.testing.assert_close(a.logits, b.logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a.boxes, b.boxes, atol=1e-4, rtol=1e-4)
+    for a, b in zip(output.routings, without.routings, strict=True):
+        torch.testing.assert_close(a.probs, b.probs, atol=1e-4, rtol=1e-4)
+    for image, target in enumerate(targets):
+        h, w = batch[image]["image_size"]
+        absolute = cxcywh_to_xyxy(target.boxes) * torch.tensor([w, h, w, h])
+        torch.testing.assert_close(absolute, batch[image]["instances"].gt_boxes.tensor)
 
 
 def test_without_criterion_there_is_no_training(nano, draw):
@@ -212,10 +253,7 @@ def test_score_is_the_mean_probability_of_the_phrase(nano, draw):
 
 @torch.no_grad()
 def test_routings_of_all_pieces(nano_config, nano, draw):
-    node = nano_config.model.decoder.copy()
-    ffn = {"_target_": "dynamic_dino.moe.layer.MoEFeedForward", "dim": 256, "hidden": 512}
-    node.layer.ffn = {**ffn, "num_experts": 4}
-    nano.decoder, nano.max_phrases, nano.chunk_batch = instantiate(node), 4, 2
+    nano.decoder, nano.max_phrases, nano.chunk_batch = with_experts(nano_config, 4), 4, 2
     first, second = nano.eval()([draw(10), draw(4)])  # 3 + 1 pieces of 100 queries
     assert "routings" not in second
     assert [r.expert_ids.shape for r in first["routings"]] == [(400, 2)] * 3
