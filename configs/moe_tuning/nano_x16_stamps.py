@@ -7,11 +7,10 @@ from ..pretrain.nano_stamps import dataloader, inference, model, optimizer, trai
 model.decoder.layer.ffn = experts(model.decoder.layer.ffn, num_experts=16, top_k=2)
 model.criterion.router_losses = [load_balance]
 
-# 10,000 images * 1 epoch / 8 images = 1,250 iterations
-train.max_iter = 1250
+# 10,000 images * 0.5 epochs / 8 images = 625 iterations
+train.max_iter = 625
 train.trainable = MOE_TUNING
 train.init_checkpoint = "package:dynamic_dino/weights/nano_dense.safetensors"
 lr_multiplier = cosine_schedule(warmup=0.04)
 optimizer.lr = 2e-4
 train.output_dir = "output/nano_x16_stamps"
-train.eval_period = 1250

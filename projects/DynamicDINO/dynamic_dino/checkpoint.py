@@ -2,11 +2,15 @@
 
 A frozen tower whose weights come from an installed package is not stored in shipped files. An MoE
 model that loads a dense checkpoint is converted on the way (see ``dynamic_dino.moe.layer``).
+
+    python -m dynamic_dino.checkpoint export --config-file CONFIG model_final.pth OUT.safetensors
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import PickleError
 
@@ -65,7 +69,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, PickleError) as error:
         raise ValueError(f"checkpoint {path} is corrupt or incomplete: {error}") from error
-    state = state.get("model", state) if isinstance(state, dict) else None
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        # What the trainer evaluates: the averaged weights, where the run has them.
+        state = {**state["model"], **state.get("ema", {}).get("weights", {})}
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no weights: it should map names to tensors")
     return state
@@ -90,3 +96,25 @@ def _towers_are_frozen(model: nn.Module) -> bool:
 def _some(what: str, keys: list[str], show: int = 4) -> str:
     more = f" and {len(keys) - show} more" if len(keys) > show else ""
     return f"{len(keys)} {what} keys" + (f" ({', '.join(keys[:show])}{more})" if keys else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    from detectron2.config import instantiate
+
+    from .engine.config import load_config  # it is not needed to load weights
+
+    parser = argparse.ArgumentParser(prog="python -m dynamic_dino.checkpoint")
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("export", help="write a small fp16 safetensors file to ship")
+    export.add_argument("--config-file", required=True, help="the recipe of the checkpoint")
+    export.add_argument("source", type=Path, help="checkpoint of a run")
+    export.add_argument("out", type=Path, help="file to write, *.safetensors")
+    args = parser.parse_args(arguments)
+    model = instantiate(load_config(args.config_file).model)
+    load_checkpoint(model, args.source)
+    export_weights(model, args.out)
+    print(f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -45,6 +45,8 @@ class TextEncoder(nn.Module):
         frozen: no gradients; features of phrases are then computed once and cached.
         pooled: one token per phrase, the mean over its word pieces (sentence encoders), instead of
             one token per word piece (Grounding DINO).
+        norm: layer norm after the projection, for an enhancer without text layers, whose norms
+            otherwise give the class head vectors of a known length.
         max_tokens: longest prompt, in tokens, that is looked at in one piece at test time.
         config: overrides of the encoder's configuration, e.g. ``{"num_hidden_layers": 2}``.
 
@@ -60,6 +62,7 @@ class TextEncoder(nn.Module):
         frozen: bool = False,
         pooled: bool = False,
         max_tokens: int = 256,
+        norm: bool = False,
         dropout: float = 0.0,
         grad_checkpointing: bool = False,
         cache_size: int = 100_000,
@@ -84,6 +87,7 @@ class TextEncoder(nn.Module):
             ) from error
         self.dim, self.frozen, self.pooled, self.max_tokens = dim, frozen, pooled, max_tokens
         self.proj = nn.Linear(self.body.config.hidden_size, dim)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.reset_projection()
         if grad_checkpointing:
@@ -168,7 +172,7 @@ class TextEncoder(nn.Module):
             block_ids.append(torch.arange(len(parts)).repeat_interleave(sizes))
             phrase_maps.append(self._phrase_map(prompt, row, len(rows[-1])))
 
-        tokens = self.proj(self.dropout(pad_sequence(rows, batch_first=True)))
+        tokens = self.norm(self.proj(self.dropout(pad_sequence(rows, batch_first=True))))
         device, length = tokens.device, tokens.shape[1]
         ids = pad_sequence(block_ids, batch_first=True, padding_value=-1)
         phrase_map = torch.zeros(len(prompts), max(len(m) for m in phrase_maps), length)
