@@ -18,6 +18,11 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+from detectron2.data import MetadataCatalog
+from dynamic_dino import load_detector
+from dynamic_dino.data.datasets import load_datasets
+from dynamic_dino.demo import draw_photos
+
 COLUMNS = {
     "val seen": "val/AP50_seen",
     "val rare": "val/AP50r",
@@ -35,6 +40,9 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
+    parser.add_argument(
+        "--picture", metavar="MODEL", help="also draw its detections on public-domain photos"
+    )
     args = parser.parse_args()
     rows = {}
     for run in args.runs:
@@ -56,6 +64,9 @@ def main() -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(table(rows))
     print(f"\n{path}")
+    if args.picture:
+        name = args.picture.replace("-", "_")
+        draw_public_domain(args.picture, args.out / f"{name}_photos.jpg")
 
 
 def read_run(folder: Path) -> dict:
@@ -83,6 +94,20 @@ def table(rows: dict[str, dict]) -> str:
         cells = ["-" if v is None else f"{v:.1f}" for v in values]
         lines.append("| " + " | ".join([name, str(row["iterations"]), *cells]) + " |")
     return "\n".join(lines)
+
+
+def draw_public_domain(model: str, path: Path, count: int = 12) -> None:
+    """Detections on photos of val_real that anyone may show, evenly spread over the set."""
+    registered = load_datasets("stamps_val_real")
+    annotations = json.loads(Path(MetadataCatalog.get("stamps_val_real").json_file).read_text())
+    free = {
+        image["id"]
+        for image in annotations["images"]
+        if image["licence"].lower() in ("public domain", "cc0-1.0")
+    }
+    records = [r for r in registered if r["image_id"] in free]
+    draw_photos(load_detector(model), records, count, path)
+    print(path)
 
 
 def cpu_name() -> str:
