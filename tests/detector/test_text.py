@@ -170,6 +170,17 @@ def test_pooled_is_the_mean_over_the_phrase(pooled):
         torch.testing.assert_close(feature, pooled.proj(mean), atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_norm(tokens):
+    prompt = Prompt.from_phrases(random_phrases(3))
+    plain = tokens([prompt]).tokens
+    normed = small_encoder(norm=True)
+    normed.norm.reset_parameters()
+    normed.load_state_dict(tokens.state_dict(), strict=False)
+    expected = torch.nn.functional.layer_norm(plain, plain.shape[-1:])
+    torch.testing.assert_close(normed([prompt]).tokens, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_frozen_encoder_runs_once_per_phrase(fresh):
     encoder, calls = fresh(frozen=True, pooled=True), None
     encoder.body.requires_grad_(False)
