@@ -1,13 +1,16 @@
 """Checkpoints are loaded whole, or refused with an error that names the file."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
-from dynamic_dino.checkpoint import FROZEN_TOWERS, export_weights, load_checkpoint
+from dynamic_dino.checkpoint import FROZEN_TOWERS, export_weights, load_checkpoint, main
 from dynamic_dino.moe.layer import MoEFeedForward
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+RECIPE = Path(__file__).parents[2] / "configs/pretrain/nano_drawn.py"
 
 
 class Tower(nn.Module):
@@ -76,6 +79,16 @@ def test_nano_ships_without_its_towers(nano, tmp_path):
     load_checkpoint(other, path)
     for name, parameter in nano.named_parameters():
         torch.testing.assert_close(other.get_parameter(name), parameter, rtol=1e-3, atol=1e-6)
+
+
+def test_export_command(nano, tmp_path, capsys):
+    torch.save({"model": nano.state_dict(), "iteration": 5}, tmp_path / "model_final.pth")
+    out = tmp_path / "shipped.safetensors"
+    main(["export", "--config-file", str(RECIPE), str(tmp_path / "model_final.pth"), str(out)])
+    assert f"{out.stat().st_size / 2**20:.1f} MiB" in capsys.readouterr().out
+    stored, state = load_file(out), nano.state_dict()
+    assert stored.keys() == {n for n in state if not n.startswith(FROZEN_TOWERS)}
+    assert all(torch.equal(v, state[n].to(v.dtype)) for n, v in stored.items())
 
 
 def test_models_that_are_not_frozen_are_stored_whole(tmp_path):
