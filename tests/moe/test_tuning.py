@@ -20,6 +20,7 @@ SIZES = [(experts, k) for experts in (4, 8, 16) for k in (1, 2, 4)]
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """max |a - b| / max |a|, over what is finite, which must be the same places"""
+    a, b = a.detach(), b.detach()
     finite = a.isfinite()
     assert torch.equal(finite, b.isfinite()) and torch.equal(a[~finite], b[~finite])
     return float((a[finite] - b[finite]).abs().max() / a[finite].abs().max())
