@@ -74,13 +74,14 @@ def read_run(folder: Path) -> dict:
     try:
         scores = json.loads((folder / "results.json").read_text())
         log = (folder / "log.txt").read_text()
-        last = json.loads((folder / "metrics.json").read_text().splitlines()[-1])
+        rows = map(json.loads, (folder / "metrics.json").read_text().splitlines())
+        last = max(row["iteration"] for row in rows if "total_loss" in row)
     except FileNotFoundError as error:
         raise SystemExit(f"{folder} is not a finished run of train_net.py: {error}") from None
     command = re.findall(r"Command: (.*)", log)
     return {
         "command": command[-1] if command else "",
-        "iterations": last["iteration"] + 1,
+        "iterations": last + 1,
         "scores": scores,
     }
 
