@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--config-file", metavar="FILE", help="the recipe of a model of your own")
     p.add_argument("--weights", metavar="FILE", help="checkpoint (default: the shipped model's)")
     p.add_argument(
-        "--threshold", type=float, default=0.3, help="lowest score that is shown (default: 0.3)"
+        "--threshold", type=float, default=0.2, help="lowest score that is shown (default: 0.2)"
     )
     p.add_argument(
         "--max-detections", type=int, default=100, metavar="N", help="per image (default: 100)"

@@ -74,7 +74,7 @@ def test_the_sample_is_the_test_mappers(tmp_path):
 
 def test_threshold_and_max_detections(detector):
     phrases = [f"thing {i}" for i in range(9)]
-    assert len(detector(noise(), phrases)) == 7  # 0.95 ... 0.35, above the default of 0.3
+    assert len(detector(noise(), phrases)) == 8  # 0.95 ... 0.25, above the default of 0.2
     assert detector(noise(), phrases, threshold=0.8).phrases == phrases[:2]
     assert detector(noise(), phrases, threshold=0, max_detections=4).phrases == phrases[:4]
     assert len(detector(noise(), phrases, threshold=1.0)) == 0

@@ -16,7 +16,8 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from .data.datasets import load_datasets, register_builtin
+from .data.datasets import get_metadata, load_datasets, register_builtin
+from .data.images import load_image
 from .data.stamps.cli import main as make_stamps
 from .engine.config import load_config
 from .engine.evaluate import do_test, load_for_evaluation
@@ -112,17 +113,27 @@ def compare(
 
 
 def draw_photos(detector: Detector, records: list[dict], count: int, path: Path) -> None:
-    """A sheet of photos, each asked for what it shows and some names that it doesn't show."""
-    names = sorted({p for r in records for p in _shown(r)})
+    """A sheet of photos, each asked for what it shows and some names that it doesn't show.
+
+    Only photos of names that training has seen: what the detector is good for.
+    """
+    metadata = get_metadata("stamps_val_real")
+    names = [
+        n for n, novel in zip(metadata.thing_classes, metadata.novel, strict=True) if not novel
+    ]
+    shown = [
+        list(dict.fromkeys(metadata.thing_classes[a["category_id"]] for a in r["annotations"]))
+        for r in records
+    ]
+    chosen = [(r, s) for r, s in zip(records, shown, strict=True) if set(s) <= set(names)]
     rng = np.random.default_rng(0)
     pictures, captions = [], []
-    for record in records[:: max(len(records) // count, 1)][:count]:
-        shown = _shown(record)
-        others = [n for n in names if n not in shown]
-        prompt = [*shown, *rng.choice(others, 8, replace=False).tolist()]
-        pixels = np.array(Image.open(record["file_name"]).convert("RGB"))
+    for record, present in chosen[:: max(len(chosen) // count, 1)][:count]:
+        others = [n for n in names if n not in present]
+        prompt = [*present, *rng.choice(others, 8, replace=False).tolist()]
+        pixels = load_image(record["file_name"])
         pictures.append(draw_detections(pixels, detector(pixels, prompt)))
-        captions.append(", ".join(shown))
+        captions.append(", ".join(present))
     Image.fromarray(contact_sheet(pictures, columns=4, captions=captions)).save(path, quality=88)
 
 
@@ -158,13 +169,6 @@ def results_table(scores: dict[str, dict[str, float | None]]) -> str:
             f"{model:10}" + "".join(f"{'-' if v is None else f'{v:.1f}':>13}" for v in cells)
         )
     return "\n".join(lines)
-
-
-def _shown(record: dict) -> list[str]:
-    from detectron2.data import MetadataCatalog
-
-    classes = MetadataCatalog.get("stamps_val_real").thing_classes
-    return list(dict.fromkeys(classes[a["category_id"]] for a in record["annotations"]))
 
 
 def _title(number: int, text: str) -> None:

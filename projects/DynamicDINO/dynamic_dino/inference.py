@@ -76,7 +76,7 @@ class Detector:
         model: nn.Module,
         size: Size,
         device: str | torch.device = "cpu",
-        threshold: float = 0.3,
+        threshold: float = 0.2,
         batch_size: int | None = None,
     ) -> None:
         self.device = torch.device(device)
@@ -144,7 +144,7 @@ def load_detector(
     model: str | Path = "nano-x16",
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
-    threshold: float = 0.3,
+    threshold: float = 0.2,
 ) -> Detector:
     """A detector by the name of a shipped model, or by its recipe and weights.
 
