@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from dynamic_dino.data.datasets import register_builtin
 from dynamic_dino.data.drawn import write_drawn_dataset
-from dynamic_dino.engine.config import load_config
+from dynamic_dino.engine.config import ConfigError, load_config
 from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
 from dynamic_dino.engine.trainer import Trainer
@@ -78,3 +78,15 @@ def test_moe_tuning_resumes_to_the_same_bits(dense, tmp_path, monkeypatch):
             train(recipe[0], tmp_path / "killed", *recipe[1:])
     resumed = train(recipe[0], tmp_path / "killed", *recipe[1:], resume=True)
     assert losses(resumed) == losses(whole)
+
+
+def test_mistakes_end_with_their_message_alone(dense, tmp_path):
+    recipe, output = "moe_tuning/nano_x16_drawn.py", tmp_path / "run"
+    for override, message in (
+        ("model.decoder.layer.ffn.top_k=3", "top_k=3 doesn't divide the FFN's hidden size 512"),
+        ("model.decoder.num_layers=2", "is of another architecture than this config"),
+        ("train.init_checkpoint=nowhere.pth", "checkpoint nowhere.pth doesn't exist"),
+        ("dataloader.train.dataset.names=nowhere.json", "nowhere.json"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(recipe, output, f"train.init_checkpoint={dense}", override)

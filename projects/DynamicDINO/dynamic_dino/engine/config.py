@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,16 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 
 class ConfigError(ValueError):
     """The recipe or its overrides are wrong; the message says where and what to write instead."""
+
+
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """What a recipe's values or files break while things are built is the user's to mend: it ends
+    the run with its message alone. What fails later keeps its traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:

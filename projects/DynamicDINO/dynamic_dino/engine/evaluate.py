@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..evaluation import inference_on_dataset
-from .config import ConfigError, accepts, nearest
+from .config import ConfigError, accepts, input_errors, nearest
 from .trainer import amp_dtype, autocast
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ def load_for_evaluation(cfg: DictConfig, resume: bool) -> nn.Module:
             else "--eval-only needs weights: train.init_checkpoint=FILE, or --resume for the last "
             "checkpoint of train.output_dir"
         )
-    model = instantiate(cfg.model).to(torch.device(cfg.train.device))
-    load_checkpoint(model, str(path))
+    with input_errors():
+        model = instantiate(cfg.model).to(torch.device(cfg.train.device))
+        load_checkpoint(model, str(path))
     return model.eval()

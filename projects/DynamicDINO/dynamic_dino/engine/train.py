@@ -19,7 +19,7 @@ from .checkpointing import (
     last_checkpoint,
     trim_metrics,
 )
-from .config import ConfigError, accepts, require
+from .config import ConfigError, accepts, input_errors, require
 from .ema import ModelEma
 from .evaluate import do_test
 from .optim import build_optimizer
@@ -61,15 +61,16 @@ def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
 
     output_dir.mkdir(parents=True, exist_ok=True)
     seed_everything(train.seed)
-    model = instantiate(cfg.model).to(train.device)
-    if train.init_checkpoint and not resumable:
-        from ..checkpoint import load_checkpoint
+    with input_errors():
+        model = instantiate(cfg.model).to(train.device)
+        if train.init_checkpoint and not resumable:
+            from ..checkpoint import load_checkpoint
 
-        load_checkpoint(model, train.init_checkpoint)
-    set_trainable(model, train.trainable)
+            load_checkpoint(model, train.init_checkpoint)
+        set_trainable(model, train.trainable)
+        optimizer = build_optimizer(cfg.optimizer, model)
     logger.info(parameter_table(count_parameters(model)))
 
-    optimizer = build_optimizer(cfg.optimizer, model)
     wrapped = _distribute(model, train)
     ema = ModelEma(model, train.ema.decay) if train.ema.enabled else None
     trainer = Trainer(
@@ -88,7 +89,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
     if start_iter >= train.max_iter:
         logger.info("This run is complete; evaluate it again with --eval-only --resume")
         return model
-    trainer.data_loader = _train_loader(cfg, start_iter)
+    with input_errors():
+        trainer.data_loader = _train_loader(cfg, start_iter)
     trainer.register_hooks(_hooks(cfg, trainer, checkpointer, start_iter))
     trainer.train(start_iter, train.max_iter)
     return model
