@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..files import write_text
 from .datasets import dataset_root
 from .images import read_image, resize_transform, to_tensor
 
@@ -282,8 +283,7 @@ def _create(root: Path, manifest: dict, rows: int) -> None:
                 root / f"{level}.npy", mode="w+", dtype=np.float16, shape=(rows, *shape)
             )
         np.save(root / "done.npy", np.zeros(rows, dtype=bool))
-        (root / "manifest.json.tmp").write_text(json.dumps(manifest), encoding="utf-8")
-        os.replace(root / "manifest.json.tmp", root / "manifest.json")
+        write_text(root / "manifest.json", json.dumps(manifest))
     except OSError as error:
         raise OSError(
             f"can't write the feature cache {str(root)!r} ({error}): give a folder with write "

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -15,6 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
+from ..files import probe_folder
 from .config import ConfigError
 from .memory import keep_freed_memory
 
@@ -69,9 +68,7 @@ def resolve_device(name: str) -> str:
 def check_writable(folder: str | Path) -> None:
     """Creates the folder; raises `ConfigError` where no file can be written into it."""
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        probe_folder(Path(folder))
     except OSError as error:
         raise ConfigError(
             f"can't write to train.output_dir={folder} ({error.strerror}); choose another with "
