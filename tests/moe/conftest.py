@@ -120,7 +120,7 @@ def dense(request):
 @pytest.fixture
 def ffn():
     """A dense FFN of 12 channels and 24 hidden units."""
-    from dynamic_dino.enhancer import FeedForward
+    from dynamic_dino.feed_forward import FeedForward
 
     result = FeedForward(dim=12, hidden=24)
     for parameter in result.parameters():

@@ -15,10 +15,10 @@ from dynamic_dino.enhancer import (
     CSPRepLayer,
     EdgeEnhancer,
     EnhancerLayer,
-    FeedForward,
     ImageLayer,
     TextLayer,
 )
+from dynamic_dino.feed_forward import FeedForward
 from dynamic_dino.heads import ContrastiveHead
 from dynamic_dino.losses.criterion import Criterion
 from dynamic_dino.losses.matcher import HungarianMatcher

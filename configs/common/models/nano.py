@@ -9,10 +9,10 @@ from dynamic_dino.backbone import Backbone
 from dynamic_dino.enhancer import (
     CrossScaleFusion,
     EnhancerLayer,
-    FeedForward,
     ImageLayer,
     SeparableFusion,
 )
+from dynamic_dino.feed_forward import FeedForward
 from dynamic_dino.losses.denoising import Denoising
 from dynamic_dino.text import TextEncoder
 

@@ -130,7 +130,7 @@ class DetectionEvaluator(DatasetEvaluator):
             "objects": sum(c["objects"] for c in result.per_class),
             "max_dets": self.max_dets,
             "metrics": result.metrics,
-            "routing": _add_up(routing).summary(),
+            "routing": RoutingStatistics.merged(routing).summary(),
             "per_class": self._label(result.per_class, frequency, novel),
         }
         logger.info(format_results(results, max_classes=60))
@@ -210,12 +210,3 @@ def _merge(parts: list[dict]) -> dict:
             )
         merged |= part
     return merged
-
-
-def _add_up(parts: list[RoutingStatistics]) -> RoutingStatistics:
-    """The statistics of several processes together; one that saw no image adds nothing."""
-    total, *others = [part for part in parts if part.counts] or [RoutingStatistics()]
-    for other in others:
-        for mine, its in zip(total.counts + total.sums, other.counts + other.sums, strict=True):
-            mine += its
-    return total

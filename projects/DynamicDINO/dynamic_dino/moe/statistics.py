@@ -21,7 +21,6 @@ class RoutingStatistics:
     def __init__(self) -> None:
         self.counts: list[Tensor] = []  # per layer [E]
         self.sums: list[Tensor] = []  # per layer: tokens, sibling tokens, same-part tokens
-        self.top_k = 0
 
     def update(self, routings: list[Routing]) -> None:
         if not self.counts:
@@ -29,12 +28,25 @@ class RoutingStatistics:
             self.sums = [torch.zeros(3, dtype=torch.long) for _ in routings]
         for i, routing in enumerate(routings):
             ids = routing.expert_ids.long().cpu()
-            self.top_k = ids.shape[1]
             self.counts[i] += torch.bincount(ids.flatten() + 1, minlength=routing.num_experts + 1)[
                 1:
             ]
             siblings, same_part = sibling_tokens(ids)
             self.sums[i] += torch.stack([torch.tensor(len(ids)), siblings.sum(), same_part.sum()])
+
+    @classmethod
+    def merged(cls, parts: list[RoutingStatistics]) -> RoutingStatistics:
+        """The statistics of several processes together; one that saw no image adds nothing."""
+        total = cls()
+        for part in parts:
+            if not part.counts:
+                continue
+            if not total.counts:
+                total.counts = [torch.zeros_like(c) for c in part.counts]
+                total.sums = [torch.zeros_like(s) for s in part.sums]
+            for mine, its in zip(total.counts + total.sums, part.counts + part.sums, strict=True):
+                mine += its
+        return total
 
     def summary(self) -> list[dict[str, float | list[float]]]:
         """Per layer: load [E], load_entropy in [0, 1], siblings and same_part shares of tokens,

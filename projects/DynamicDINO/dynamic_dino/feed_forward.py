@@ -1,0 +1,27 @@
+"""The dense feed-forward network, which MoE-Tuning turns into experts."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .moe.routing import Routing
+
+
+class FeedForward(nn.Module):
+    """The dense FFN: linear, activation, linear. `MoEFeedForward` has the same interface."""
+
+    def __init__(self, dim: int, hidden: int, activation: str = "relu") -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(dim, hidden)
+        self.linear2 = nn.Linear(hidden, dim)
+        self.activation = activation
+
+    def reset_parameters(self) -> None:
+        for layer in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, scene: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+        """x [B, N, D] -> ([B, N, D], None)"""
+        return self.linear2(getattr(F, self.activation)(self.linear1(x))), None
