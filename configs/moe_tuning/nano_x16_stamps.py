@@ -12,5 +12,5 @@ train.max_iter = 625
 train.trainable = MOE_TUNING
 train.init_checkpoint = "package:dynamic_dino/weights/nano_dense.safetensors"
 lr_multiplier = cosine_schedule(warmup=0.04)
-optimizer.lr = 2e-4
+optimizer.lr = 1e-4
 train.output_dir = "output/nano_x16_stamps"

@@ -5,8 +5,8 @@ from ..common.models.nano import inference, model  # noqa: F401
 from ..common.optim import cosine_schedule, optimizer
 from ..common.train import train
 
-# 10,000 images * 2 epochs / 8 images = 2,500 iterations
-train.max_iter = 2500
+# 10,000 images * 7 epochs / 8 images = 8,750 iterations
+train.max_iter = 8750
 lr_multiplier = cosine_schedule(warmup=0.02)
 optimizer.lr = 1e-3
 train.clip_grad.max_norm = 1.0
