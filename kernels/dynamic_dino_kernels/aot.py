@@ -102,7 +102,7 @@ def jobs(target: str, dtype: torch.dtype, tokens: int) -> Iterator[Job]:
         _, *plan, z = moe.forward(x, *weights, ids, gates, "relu", True)
         moe.backward(x, x, *weights, ids, gates, *plan, z, "relu", True)
         moe.backward(x, x, *weights, ids, gates, *plan, z[:0], "relu", True)
-        with pinned_tiles(Tiles("two_gemms", rows=64, warps=4, stages=2)):
+        with pinned_tiles(Tiles("two_gemms", rows=64 if dtype.itemsize <= 2 else 32)):
             moe.forward(x, *weights, ids, gates, "relu", False)
         deform_attn.forward(*sampling)
         deform_attn.backward(tensor(1, tokens, DIM), *sampling)

@@ -142,6 +142,7 @@ def test_gradcheck(activation):
                 backend=backend,  # noqa: B023
             ),
             tuple(args[name] for name in NAMES),
+            fast_mode=backend == "triton",  # its interpreter is slow
         )
 
 

@@ -88,12 +88,12 @@ def backward(
 
     grads = [p.new_empty(p.shape if weights else 0) for p in (w1, b1, w2, b2)]
     if weights:
-        block = min(64, max(_power(call.dim), _power(call.hidden)))
+        block = min(_side(x), max(_power(call.dim), _power(call.hidden)))
         launch(
             kernels.ffn_backward_weights,
             (call.experts, triton.cdiv(call.hidden, block), triton.cdiv(call.dim, block)),
             *(x, dy, gates, *plan, z, dz, *grads, call.top_k),
-            **call.sizes, **call.numerics, BLOCK_D=block, BLOCK_H=block, ROWS=32,
+            **call.sizes, **call.numerics, BLOCK_D=block, BLOCK_H=block, ROWS=block // 2,
             num_warps=4, num_stages=2,
         )  # fmt: skip
     return dx, *grads, dgate
@@ -182,8 +182,8 @@ def _two_gemms(call: _Call, tiles: Tiles, plan: Plan, x, w1, b1, w2, b2, z: Tens
         EXPERTS=_power(call.experts, 2), ROWS=tiles.rows, **numerics,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    block_out = [min(128, _power(size)) for size in (call.hidden, call.dim)]
-    block_in = [min(64, _power(size)) for size in (call.dim, call.hidden)]
+    block_out = [min(2 * _side(x), _power(size)) for size in (call.hidden, call.dim)]
+    block_in = [min(_side(x), _power(size)) for size in (call.dim, call.hidden)]
     count = max_tiles(call.n, call.experts, tiles.rows)
     launch(
         kernels.grouped_linear,
@@ -221,6 +221,11 @@ def _split(hidden: int, tiles: Tiles) -> tuple[int, int]:
     """Hidden units of each split, a multiple of the block, and how many splits that makes."""
     part = triton.cdiv(triton.cdiv(hidden, tiles.splits), tiles.hidden) * tiles.hidden
     return part, triton.cdiv(hidden, part)
+
+
+def _side(x: Tensor) -> int:
+    """Of a block of a weight: 128 bytes, so that what is summed stays in registers."""
+    return max(SMALLEST, 128 // x.element_size())
 
 
 def _precision(x: Tensor) -> str:

@@ -12,7 +12,8 @@ from ..launch import launch
 
 def triton_route(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `dynamic_dino_kernels.moe.route`, which has checked the arguments."""
-    return route_op(tokens.contiguous(), weight.contiguous(), top_k)
+    probs, gates, ids = route_op(tokens.contiguous(), weight.contiguous(), top_k)
+    return ids, gates, probs
 
 
 def forward(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,7 +26,7 @@ def forward(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor,
         D=dim, TOP_K=top_k, EXPERTS=max(16, triton.next_power_of_2(experts)), BLOCK_D=64,
         SLOTS=triton.next_power_of_2(top_k), TOKENS=32, num_warps=4,
     )  # fmt: skip
-    return ids, gates, probs
+    return probs, gates, ids
 
 
 route_op = torch.library.custom_op("dynamic_dino::route", forward, mutates_args=())
@@ -35,21 +36,21 @@ route_op = torch.library.custom_op("dynamic_dino::route", forward, mutates_args=
 def _(tokens, weight, top_k):
     count = len(tokens)
     return (
-        tokens.new_empty(count, top_k, dtype=torch.int32),
-        tokens.new_empty(count, top_k, dtype=torch.float32),
         tokens.new_empty(count, len(weight), dtype=torch.float32),
+        tokens.new_empty(count, top_k, dtype=torch.float32),
+        tokens.new_empty(count, top_k, dtype=torch.int32),
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
     tokens, weight, _ = inputs
-    ctx.mark_non_differentiable(output[0])
+    ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(tokens, weight, *output)
 
 
-def _differentiate(ctx, _, dgates, dprobs):
+def _differentiate(ctx, dprobs, dgates, _):
     """Both softmaxes back to the logits, and through the linear layer."""
-    tokens, weight, ids, gates, probs = ctx.saved_tensors
+    tokens, weight, probs, gates, ids = ctx.saved_tensors
     soft = gates / gates.shape[1]
     dsoft = dgates * gates.shape[1]
     chosen = soft * (dsoft - (dsoft * soft).sum(1, keepdim=True))
@@ -108,15 +109,18 @@ def route_tokens(
     k = tl.arange(0, SLOTS)
     chosen = tl.zeros([TOKENS, SLOTS], tl.int32)
     weights = tl.zeros([TOKENS, SLOTS], tl.float32)
-    rest = logits
+    free = real[None, :] & live[:, None]
     for slot in tl.static_range(TOP_K):
-        top = tl.max(rest, 1)
-        index = tl.min(tl.where(rest == top[:, None], e[None, :], EXPERTS), 1)  # the lowest
-        index = tl.where(index == EXPERTS, slot, index)  # NaN equals nothing
+        top = tl.max(tl.where(free, logits, float("-inf")), 1)
+        # Of equals the lowest; NaN equals nothing and takes the lowest that are free.
+        equal = free & (logits == top[:, None])
+        index = tl.min(tl.where(equal, e[None, :], EXPERTS), 1)
+        lowest = tl.min(tl.where(free, e[None, :], EXPERTS), 1)
+        index = tl.where(index == EXPERTS, lowest, index)
+        free = free & (e[None, :] != index[:, None])
         here = (k == slot)[None, :]
         chosen = tl.where(here, index[:, None], chosen)
         weights = tl.where(here, tl.exp(top - best)[:, None], weights)
-        rest = tl.where(e[None, :] == index[:, None], float("-inf"), rest)
     weights = weights * (TOP_K / tl.sum(weights, 1))[:, None]
     at = t[:, None] * TOP_K + k[None, :]
     mask = live[:, None] & (k < TOP_K)[None, :]

@@ -98,9 +98,11 @@ def _estimate(problem: Problem, gpu: GPU) -> Tiles:
     """Rows follow the mean load of an expert; hidden units what fits; splits fill the GPU."""
     load = problem.slots / max(1, problem.experts)
     rows = 16 if load <= 16 else 32 if load <= 64 else 64
-    if problem.dtype.itemsize > 2 or problem.backward:
-        rows = min(rows, 32)
     hidden = min(64, max(SMALLEST, triton.next_power_of_2(problem.hidden)))
+    if problem.backward:
+        rows, hidden = min(rows, 32), min(hidden, 32)
+    if problem.dtype.itemsize > 2:  # no matrix units: operands live in registers as well
+        rows, hidden = 16, 16
     stages = 2
     while shared_memory(problem, rows, hidden, stages) > gpu.shared_memory:
         if stages > 1:
@@ -115,7 +117,8 @@ def _estimate(problem: Problem, gpu: GPU) -> Tiles:
     splits = 1
     while tiles * splits < gpu.processors and splits < 4 and hidden * splits * 2 <= problem.hidden:
         splits *= 2
-    warps = 8 if rows * problem.dim >= 64 * 256 else 4
+    values = rows * problem.dim * problem.dtype.itemsize * (2 if problem.backward else 1)
+    warps = 8 if values >= 16384 else 4  # so that they don't spill
     return Tiles("fused", rows, hidden, splits, warps, stages)
 
 
