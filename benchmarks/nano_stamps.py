@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
-import subprocess
-from importlib.metadata import version
 from pathlib import Path
 
 from detectron2.data import MetadataCatalog
 from dynamic_dino import load_detector
 from dynamic_dino.data.datasets import load_datasets
 from dynamic_dino.demo import draw_photos
+from report import provenance, write_json
 
 COLUMNS = {
     "val seen": "val/AP50_seen",
@@ -50,20 +48,9 @@ def main() -> None:
         if not folder:
             parser.error(f"{run!r} is not of the form NAME=FOLDER")
         rows[name] = read_run(Path(folder))
-    report = {
-        "machine": f"{cpu_name()}, {platform.system()}",
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
-        "runs": rows,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "nano_stamps.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    report = provenance(PACKAGES) | {"runs": rows}
+    write_json(args.out / "nano_stamps.json", report)
     print(table(rows))
-    print(f"\n{path}")
     if args.picture:
         name = args.picture.replace("-", "_")
         draw_public_domain(args.picture, args.out / f"{name}_photos.jpg")
@@ -109,13 +96,6 @@ def draw_public_domain(model: str, path: Path, count: int = 12) -> None:
     records = [r for r in registered if r["image_id"] in free]
     draw_photos(load_detector(model), records, count, path)
     print(path)
-
-
-def cpu_name() -> str:
-    """The processor's model, as /proc/cpuinfo has it where there is one."""
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
-    return found.group(1) if found else platform.processor()
 
 
 if __name__ == "__main__":

@@ -20,4 +20,6 @@ os.environ["DETECTRON2_DATASETS"] = _datasets.name
 
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is defined
 torch.set_num_threads(1)

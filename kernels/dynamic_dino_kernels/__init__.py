@@ -1,14 +1,14 @@
-"""Operators of Dynamic-DINO: the expert FFN of a mixture of experts, and deformable attention.
+"""Operators of Dynamic-DINO: router and expert FFN of a mixture of experts; deformable attention.
 
 Each operator is one function with argument checks and a choice of back-ends behind it:
 
-    from dynamic_dino_kernels.moe import expert_ffn
+    from dynamic_dino_kernels.moe import expert_ffn, route
     from dynamic_dino_kernels.deform_attn import ms_deform_attn
 """
 
 from .backend import BACKENDS, resolve_backend
 from .deform_attn import ms_deform_attn
-from .moe import expert_ffn
+from .moe import expert_ffn, route
 
 __version__ = "0.1.0"
-__all__ = ["BACKENDS", "expert_ffn", "ms_deform_attn", "resolve_backend"]
+__all__ = ["BACKENDS", "expert_ffn", "ms_deform_attn", "resolve_backend", "route"]

@@ -1,6 +1,15 @@
 import pytest
 import torch
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, Triton's interpreter runs
+
+
+@pytest.fixture(autouse=True)
+def tensors_on_the_gpu_if_there_is_one():
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
 
 @pytest.fixture(autouse=True)
 def fresh_seed():
@@ -8,3 +17,8 @@ def fresh_seed():
     seed = torch.seed() % 2**31
     torch.manual_seed(seed)
     print(f"torch.manual_seed({seed})")
+
+
+@pytest.fixture
+def device():
+    return DEVICE

@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 from dynamic_dino_kernels import ms_deform_attn
+from dynamic_dino_kernels.deform_attn.ops import ms_deform_attn_op
 
 SHAPES = [(6, 9), (3, 5), (1, 2)]
+both = pytest.mark.parametrize("backend", ["grouped", "triton"])  # grid_sample, Triton
 
 
 def draw(shapes=SHAPES, batch=2, queries=7, heads=3, head_dim=4, points=2, dtype=torch.float64):
@@ -37,15 +39,19 @@ def sample_by_hand(value, shapes, locations, weights):
     return out.flatten(2)
 
 
-def test_matches_bilinear_sampling_by_hand():
-    value, locations, weights = draw()
+@both
+@pytest.mark.parametrize("sizes", [{}, {"queries": 1, "heads": 1, "points": 1}, {"queries": 17}])
+def test_matches_bilinear_sampling_by_hand(sizes, backend):
+    value, locations, weights = draw(**sizes)
     with torch.no_grad():
         expected = sample_by_hand(value, SHAPES, locations, weights)
-        torch.testing.assert_close(ms_deform_attn(value, SHAPES, locations, weights), expected)
+        result = ms_deform_attn(value, SHAPES, locations, weights, backend=backend)
+    torch.testing.assert_close(result, expected)
 
 
+@both
 @pytest.mark.parametrize("model", ["grounding_dino", "deformable_detr"])
-def test_matches_transformers_forward_and_gradients(model):
+def test_matches_transformers_forward_and_gradients(model, backend):
     module = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
     theirs = module.MultiScaleDeformableAttention()
     args = draw(dtype=torch.float32)
@@ -53,7 +59,7 @@ def test_matches_transformers_forward_and_gradients(model):
     shapes = torch.tensor(SHAPES)
     starts = torch.tensor([0, 54, 69])
     expected = theirs(value, shapes, SHAPES, starts, locations, weights, 64)
-    result = ms_deform_attn(value, SHAPES, locations, weights)
+    result = ms_deform_attn(value, SHAPES, locations, weights, backend=backend)
     torch.testing.assert_close(result, expected)
 
     dy = torch.randn_like(result)
@@ -63,10 +69,43 @@ def test_matches_transformers_forward_and_gradients(model):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
 
 
-def test_gradcheck():
+@both
+def test_gradcheck(backend):
     shapes = [(4, 3), (2, 2)]
     args = draw(shapes, batch=1, queries=2, heads=2, head_dim=2)
-    torch.autograd.gradcheck(lambda *values: ms_deform_attn(values[0], shapes, *values[1:]), args)
+    torch.autograd.gradcheck(
+        lambda *values: ms_deform_attn(values[0], shapes, *values[1:], backend=backend),
+        args,
+        # Atomic additions don't repeat themselves bit for bit on a GPU.
+        nondet_tol=1e-12,
+    )
+
+
+def test_far_and_undefined_locations_see_nothing():
+    value, locations, weights = draw()
+    with torch.no_grad():
+        locations[:, 0], locations[:, 1], locations[:, 2] = 1e30, -1e30, torch.nan
+    y = ms_deform_attn(value, SHAPES, locations, weights, backend="triton")
+    assert (y[:, :3] == 0).all() and (y[:, 3:] != 0).any()
+    for grad in torch.autograd.grad(y.sum(), (value, locations, weights)):
+        assert grad.isfinite().all()
+
+
+def test_backward_on_triton_says_that_it_is_not_deterministic():
+    args = draw()
+    y = ms_deform_attn(args[0], SHAPES, *args[1:], backend="triton")
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="adds atomically"):
+            y.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_operator_checks():
+    args = draw(batch=1, queries=3, dtype=torch.float32)
+    flat = [size for shape in SHAPES for size in shape]
+    torch.library.opcheck(ms_deform_attn_op, (args[0], flat, *args[1:]))
 
 
 def test_shapes_may_be_a_tensor():
@@ -79,15 +118,16 @@ def test_shapes_may_be_a_tensor():
     )
 
 
-def test_no_queries():
+@both
+def test_no_queries(backend):
     value, locations, weights = draw(queries=0)
-    y = ms_deform_attn(value, SHAPES, locations, weights)
+    y = ms_deform_attn(value, SHAPES, locations, weights, backend=backend)
     assert y.shape == (2, 0, 12)
     y.sum().backward()
     assert (value.grad == 0).all()
 
 
-def test_low_precision_values_are_sampled_at_float32_locations():
+def test_low_precision_values_are_sampled_at_float32_locations(device):
     """On a ramp, the sample is the location: in bfloat16 it would be off by a tenth."""
     width = 64
     ramp = (torch.arange(width).float()).view(1, width, 1, 1)
@@ -95,7 +135,7 @@ def test_low_precision_values_are_sampled_at_float32_locations():
     locations[..., 1] = 0.5
     weights = torch.ones(1, 50, 1, 1, 1)
     exact = locations[0, :, 0, 0, 0, :1] * width - 0.5
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         assert ms_deform_attn(ramp, [(1, width)], locations, weights).dtype == torch.float32
         y = ms_deform_attn(ramp.bfloat16(), [(1, width)], locations, weights)
     assert y.dtype == torch.bfloat16

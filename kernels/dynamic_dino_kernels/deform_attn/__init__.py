@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backend import resolve_backend
 from . import reference
 
 __all__ = ["ms_deform_attn"]
@@ -17,6 +18,8 @@ def ms_deform_attn(
     spatial_shapes: Sequence[tuple[int, int]] | Tensor,
     sampling_locations: Tensor,
     attention_weights: Tensor,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """Weighted sum of bilinear samples from L feature maps, per query and head.
 
@@ -30,6 +33,7 @@ def ms_deform_attn(
         sampling_locations: float [B, Q, heads, L, P, 2], (x, y) in units of the map: 0 and 1 are
             its outer edges. Outside there are zeros.
         attention_weights: float [B, Q, heads, L, P].
+        backend: see `dynamic_dino_kernels.resolve_backend`; all but "triton" mean `grid_sample`.
 
     Returns:
         [B, Q, heads * head_dim] in the dtype of value.
@@ -41,8 +45,11 @@ def ms_deform_attn(
         spatial_shapes = spatial_shapes.tolist()
     shapes = [(int(height), int(width)) for height, width in spatial_shapes]
     _check_arguments(value, shapes, sampling_locations, attention_weights)
+    implementation = reference.ms_deform_attn
+    if resolve_backend(backend, value.device) == "triton":
+        from .ops import triton_ms_deform_attn as implementation  # imports Triton
     with torch.autocast(value.device.type, enabled=False):
-        return reference.ms_deform_attn(value, shapes, sampling_locations, attention_weights)
+        return implementation(value, shapes, sampling_locations, attention_weights)
 
 
 def _check_arguments(value, shapes, sampling_locations, attention_weights) -> None:

@@ -1,4 +1,4 @@
-"""The expert FFN: every token passes through the few experts that a router chose for it."""
+"""Router and expert FFN: every token passes through the few experts chosen for it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,42 @@ from ..backend import resolve_backend
 from . import reference
 from .reference import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "expert_ffn"]
+__all__ = ["ACTIVATIONS", "expert_ffn", "route"]
 
-_IMPLEMENTATIONS = {"sequential": reference.sequential, "grouped": reference.grouped}
+
+def route(
+    tokens: Tensor, weight: Tensor, top_k: int, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p = softmax(W x), its k largest entries, and the softmax over those k, times k.
+
+    Computed in float32 at least, outside autocast. Ties go to the lowest index, and experts with
+    equal rows get equal logits, bit for bit: the siblings that MoE-Tuning makes win together.
+
+    Args:
+        tokens: float [T, D].
+        weight: float [E, D], one row per expert.
+        top_k: k, from 1 to E.
+        backend: see `dynamic_dino_kernels.resolve_backend`; all but "triton" are plain torch.
+
+    Returns:
+        expert_ids int32 [T, k], best first; gates float32 [T, k], which add up to k; and probs
+        float32 [T, E]. Gates and probs are differentiable in tokens and weight.
+
+    Raises:
+        ValueError: shapes that don't fit, or k out of range; the message names them.
+    """
+    if tokens.dim() != 2 or weight.dim() != 2 or tokens.shape[1] != weight.shape[1]:
+        raise ValueError(
+            "tokens must be [T, D] and weight [E, D], but their shapes are "
+            f"{tuple(tokens.shape)} and {tuple(weight.shape)}"
+        )
+    if not 1 <= top_k <= len(weight):
+        raise ValueError(f"top_k is {top_k}, but must lie between 1 and E={len(weight)}")
+    implementation = reference.route
+    if resolve_backend(backend, tokens.device) == "triton":
+        from .router import triton_route as implementation  # imports Triton
+    with torch.autocast(tokens.device.type, enabled=False):
+        return implementation(tokens, weight, top_k)
 
 
 def expert_ffn(
@@ -48,7 +81,11 @@ def expert_ffn(
         TypeError, ValueError: an argument doesn't fit; the message names it. Ids are checked
             against E on the CPU only: on CUDA that would stop the stream at every call.
     """
-    implementation = _IMPLEMENTATIONS[resolve_backend(backend)]
+    name = resolve_backend(backend, x.device)
+    if name == "triton":
+        from .ops import triton_ffn as implementation  # imports Triton
+    else:
+        implementation = getattr(reference, name)
     _check_arguments(x, w1, b1, w2, b2, expert_ids, gates, activation)
 
     device_type = x.device.type
@@ -62,7 +99,6 @@ def expert_ffn(
         if tensor.dtype != floats["x"].dtype:
             raise TypeError(f"{name} is {tensor.dtype}, but x is {floats['x'].dtype}")
 
-    gates = gates.masked_fill(expert_ids < 0, 0)
     with torch.autocast(device_type, enabled=False):
         return implementation(*floats.values(), expert_ids, gates, activation)
 

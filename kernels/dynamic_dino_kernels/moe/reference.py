@@ -1,7 +1,6 @@
-"""The expert FFN in plain torch: the loop that papers write, and the grouped form that is fast.
+"""Router and expert FFN in plain torch: the loop of the papers, and a grouped form that is fast.
 
-Both take what `expert_ffn` has checked: one dtype for x and the weights, gates that are zero in
-empty slots, no autocast.
+They take what `route` and `expert_ffn` have checked: one dtype for x and the weights, no autocast.
 """
 
 from __future__ import annotations
@@ -20,6 +19,16 @@ ACTIVATIONS = {
     "gelu": (F.gelu, _aten.gelu_backward),
     "silu": (F.silu, _aten.silu_backward),
 }
+
+
+def route(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed in float64: equal rows of the weight then give equal float32 logits, whatever the
+    order of summation that the matrix library chooses for a column."""
+    logits = (tokens.double() @ weight.double().T).float()
+    # A stable sort breaks ties by the lowest index, which topk doesn't promise.
+    order = torch.sort(logits.detach(), dim=-1, descending=True, stable=True).indices
+    ids = order[:, :top_k]
+    return ids.int(), logits.gather(1, ids).softmax(-1) * top_k, logits.softmax(-1)
 
 
 def sequential(x, w1, b1, w2, b2, expert_ids, gates, activation: str) -> Tensor:
@@ -42,6 +51,7 @@ def grouped(x, w1, b1, w2, b2, expert_ids, gates, activation: str) -> Tensor:
 
     Deterministic: results return to their tokens by a gather and a sum over K, never by atomics.
     """
+    gates = gates.masked_fill(expert_ids < 0, 0)
     return _GroupedFFN.apply(x, w1, b1, w2, b2, expert_ids, gates, activation)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from dynamic_dino_kernels.moe import route
 from torch import Tensor, nn
 
 from .routing import Routing
@@ -57,20 +58,11 @@ class SoftmaxRouter(nn.Module):
 
     def forward(self, tokens: Tensor, scene: Tensor | None = None) -> Routing:
         """tokens [B, N, D] -> Routing of T = B * N tokens; `scene` is for scene-aware routers."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            # Summed in float64: equal rows then give equal fp32 logits whatever the order of
-            # summation, TF32 or split-K, and ties between siblings stay ties.
-            x = tokens.flatten(0, 1).double()
-            logits = (x @ self.weight.double().T).float()
-            probs = logits.softmax(-1)
-            # A stable sort breaks ties by the lowest index, which topk doesn't promise.
-            order = torch.sort(logits.detach(), dim=-1, descending=True, stable=True).indices
-            ids = order[:, : self.top_k]
-            soft = logits.gather(1, ids).softmax(-1) * self.top_k
-            if self.gate == "renormalized":
-                gates = soft
-            elif self.gate == "straight_through":
-                gates = torch.ones_like(soft) + (soft - soft.detach())
-            else:
-                gates = torch.ones_like(soft)
-        return Routing(ids.int(), gates, probs)
+        ids, soft, probs = route(tokens.flatten(0, 1), self.weight, self.top_k)
+        if self.gate == "renormalized":
+            gates = soft
+        elif self.gate == "straight_through" and soft.requires_grad:
+            gates = torch.ones_like(soft) + (soft - soft.detach())
+        else:
+            gates = torch.ones_like(soft)
+        return Routing(ids, gates, probs)

@@ -1,0 +1,57 @@
+"""What every result file says about how it came to be: machine, versions, commit, command."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+def provenance(packages: Sequence[str] = ("torch", "triton", "numpy"), device: str = "cpu") -> dict:
+    """Machine, Python, versions of packages (those installed), commit, and this command."""
+    return {
+        "machine": machine_name(device),
+        "python": platform.python_version(),
+        "versions": {name: v for name in packages if (v := _version(name))},
+        "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else ""),
+        "command": " ".join(["python", *map(_relative, sys.argv)]),
+    }
+
+
+def machine_name(device: str = "cpu") -> str:
+    """The GPU's name, or the processor's model as /proc/cpuinfo has it where there is one."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
+    return f"{found[1] if found else platform.processor()}, {platform.system()}"
+
+
+def write_json(path: Path, report: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(path)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+def _relative(argument: str) -> str:
+    """Paths of this machine are nobody's business."""
+    return argument.replace(f"{Path.cwd()}/", "")

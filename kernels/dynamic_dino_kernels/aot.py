@@ -1,0 +1,216 @@
+"""Compiles every kernel ahead of time for GPUs that need not be there, and checks that they fit.
+
+    python -m dynamic_dino_kernels.aot                    # all targets
+    python -m dynamic_dino_kernels.aot --targets sm_90 --dtypes bfloat16
+
+What is compiled are the launches of the real operators, recorded for the shapes below: the detector
+at one image and at sixteen, forward and backward. A row of the table is one kernel: its shared
+memory, registers, and the stack that spilled registers would live on. Exits with 1 if a kernel
+spills or wants more shared memory than the GPU has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .launch import GPU, recorded_launches
+
+# Shared memory per program by compute capability: CUDA C++ programming guide, table of technical
+# specifications. Multiprocessors of one product each: A100, RTX A6000, Jetson Orin, H200.
+TARGETS = {
+    gpu.name: gpu
+    for gpu in (
+        GPU("sm_80", processors=108, shared_memory=166912),
+        GPU("sm_86", processors=84, shared_memory=101376),
+        GPU("sm_87", processors=16, shared_memory=166912),
+        GPU("sm_90", processors=132, shared_memory=232448),
+    )
+}
+DTYPES = ("float16", "bfloat16", "float32")
+TOKENS = (900, 14400)
+EXPERTS, DIM, HIDDEN, TOP_K = 16, 256, 1024, 2
+HEADS, LEVELS = 8, [(80, 80), (40, 40), (20, 20)]
+
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel as one operator would launch it on one GPU; `variant` says for which input."""
+
+    target: str
+    variant: str
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    options: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of one program: bytes of shared memory, registers per thread, bytes of stack per thread."""
+
+    shared: int
+    registers: int
+    stack: int
+
+
+def jobs(target: str, dtype: torch.dtype, tokens: int) -> Iterator[Job]:
+    """The launches of all operators, with tensors that have shapes but no data."""
+    from .deform_attn import ops as deform_attn
+    from .moe import ops as moe
+    from .moe import router
+    from .moe.tiles import Tiles, pinned_tiles
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weights = [
+        tensor(EXPERTS, HIDDEN, DIM),
+        tensor(EXPERTS, HIDDEN),
+        tensor(EXPERTS, DIM, HIDDEN),
+        tensor(EXPERTS, DIM),
+    ]
+    x, gates = tensor(tokens, DIM), tensor(tokens, TOP_K, dtype=torch.float32)
+    ids = tensor(tokens, TOP_K, dtype=torch.int32)
+    value = tensor(1, sum(h * w for h, w in LEVELS), HEADS, DIM // HEADS)
+    points = tensor(1, tokens, HEADS, len(LEVELS), 4, dtype=torch.float32)
+    locations = tensor(*points.shape, 2, dtype=torch.float32)
+    sampling = (value, [size for level in LEVELS for size in level], locations, points)
+    with recorded_launches(TARGETS[target]) as launches:
+        router.forward(x, tensor(EXPERTS, DIM, dtype=torch.float32), TOP_K)
+        moe.forward(x, *weights, ids, gates, "relu", False)
+        _, *plan, z = moe.forward(x, *weights, ids, gates, "relu", True)
+        moe.backward(x, x, *weights, ids, gates, *plan, z, "relu", True)
+        moe.backward(x, x, *weights, ids, gates, *plan, z[:0], "relu", True)
+        with pinned_tiles(Tiles("two_gemms", rows=64 if dtype.itemsize <= 2 else 32)):
+            moe.forward(x, *weights, ids, gates, "relu", False)
+        deform_attn.forward(*sampling)
+        deform_attn.backward(tensor(1, tokens, DIM), *sampling)
+    for kernel, args, meta in launches:
+        yield _job(target, f"{str(dtype).removeprefix('torch.')} T={tokens}", kernel, args, meta)
+
+
+def _job(target: str, variant: str, kernel, args: tuple, meta: dict) -> Job:
+    options = {k: meta[k] for k in ("num_warps", "num_stages") if k in meta}
+    constants = {k: v for k, v in meta.items() if k not in options}
+    signature = {}
+    for name, value in zip(kernel.arg_names, args, strict=False):
+        signature[name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+    signature |= dict.fromkeys(constants, "constexpr")
+    # In the order of the parameters, as the compiler wants it.
+    ordered = tuple((name, signature[name]) for name in kernel.arg_names)
+    return Job(
+        target,
+        variant,
+        kernel.fn.__module__,
+        kernel.fn.__name__,
+        ordered,
+        tuple(constants.items()),
+        tuple(options.items()),
+    )
+
+
+def compile_job(job: Job) -> Usage:
+    """Compiles one kernel. Raises what Triton raises if it can't."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(job.module), job.kernel)
+    pointers = [i for i, (_, kind) in enumerate(job.signature) if kind.startswith("*")]
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(job.signature),
+        constexprs=dict(job.constants),
+        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},  # as torch allocates
+    )
+    target = GPUTarget("cuda", int(job.target.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options=dict(job.options))
+    return Usage(compiled.metadata.shared, *_resources(compiled.asm["cubin"]))
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack, as the cuobjdump that Triton brings along reads them."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        text = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dynamic_dino_kernels.aot",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the kernels by interpreted ones: unset it")
+
+    todo = {
+        job: None  # a dict keeps the order, and kernels that several inputs share come once
+        for target in options.targets
+        for dtype in options.dtypes
+        for tokens in options.tokens
+        for job in jobs(target, getattr(torch, dtype), tokens)
+    }
+    head = f"{'target':7}{'input':17}{'kernel':22}{'shared':>8}{'regs':>6}{'stack':>7}  launch"
+    print(head, "-" * len(head), sep="\n")
+    failures = 0
+    with ProcessPoolExecutor(options.workers) as pool:
+        for job, usage in zip(todo, pool.map(compile_job, todo), strict=True):
+            limit = TARGETS[job.target].shared_memory
+            problems = ["spills registers"] * (usage.stack > 0)
+            problems += [f"needs more than {limit} bytes"] * (usage.shared > limit)
+            failures += bool(problems)
+            launch = " ".join(f"{k}={v}" for k, v in job.options)
+            sizes = " ".join(
+                f"{k}={v}" for k, v in job.constants if k.startswith(("BLOCK", "ROWS", "PART"))
+            )
+            print(
+                f"{job.target:7}{job.variant:17}{job.kernel:22}{usage.shared:8}"
+                f"{usage.registers:6}{usage.stack:7}  {sizes} {launch}"
+                + "".join(f"  <- {problem}" for problem in problems)
+            )
+    print(f"{len(todo)} kernels compiled, {failures} don't fit")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

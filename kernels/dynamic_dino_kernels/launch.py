@@ -1,0 +1,70 @@
+"""One way into Triton for all operators, so that every launch can also be recorded.
+
+``python -m dynamic_dino_kernels.aot`` records the launches of an operator for shapes and a GPU that
+need not be there, and compiles exactly those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class GPU:
+    """What the choice of tiles depends on: compute capability ("sm_90"), streaming
+    multiprocessors, and bytes of shared memory that one program may use."""
+
+    name: str
+    processors: int
+    shared_memory: int
+
+
+INTERPRETER = GPU(name="interpreter", processors=1, shared_memory=232448)
+
+_assumed: ContextVar[GPU | None] = ContextVar("assumed_gpu", default=None)
+_recorder: ContextVar[Callable | None] = ContextVar("launch_recorder", default=None)
+
+
+def gpu_of(device: torch.device) -> GPU:
+    return _assumed.get() or _query(device)
+
+
+@cache
+def _query(device: torch.device) -> GPU:
+    if device.type != "cuda":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    return GPU(
+        f"sm_{properties.major}{properties.minor}",
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
+    """kernel[grid](*args, **meta), or its record."""
+    if 0 in grid:
+        return
+    recorder = _recorder.get()
+    if recorder is None:
+        kernel[grid](*args, **meta)
+    else:
+        recorder(kernel, args, meta)
+
+
+@contextmanager
+def recorded_launches(gpu: GPU) -> Iterator[list[tuple]]:
+    """Collects (kernel, args, meta) of all launches in the context instead of running them."""
+    launches: list[tuple] = []
+    tokens = _assumed.set(gpu), _recorder.set(lambda *launch: launches.append(launch))
+    try:
+        yield launches
+    finally:
+        _assumed.reset(tokens[0])
+        _recorder.reset(tokens[1])

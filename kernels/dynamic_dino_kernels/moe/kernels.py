@@ -1,0 +1,367 @@
+"""Triton kernels of the expert FFN. `ops.py` launches them, `plan.py` orders their rows.
+
+N = T * K slots; a row is a slot's place in the plan, so an expert's rows are neighbours. D is the
+width, H the hidden size of one expert. All tensors are contiguous. Sums are kept in `SUM`: float32,
+or float64 for float64.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .plan import find_tile
+
+
+@triton.jit
+def _activate(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        return tl.where(z < 0, 0.0, z)  # NaN stays NaN, which tl.maximum would not promise
+    elif ACTIVATION == "gelu":
+        return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    else:
+        return z / (1 + tl.exp(-z))
+
+
+@triton.jit
+def _activation_gradient(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        return tl.where(z <= 0, 0.0, 1.0)
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        return 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * density
+    else:
+        sigmoid = 1 / (1 + tl.exp(-z))
+        return sigmoid * (1 + z * (1 - sigmoid))
+
+
+@triton.jit
+def fused_ffn(
+    x,
+    w1,
+    b1,
+    w2,
+    b2,
+    slots,
+    offsets,
+    out,  # [SPLITS, N, D], by slot
+    hidden,  # [N, H] before the activation, by row; written if SAVE
+    n,
+    top_k,
+    num_experts,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    PART: tl.constexpr,  # hidden units per split, a multiple of BLOCK_H
+    ACTIVATION: tl.constexpr,
+    SAVE: tl.constexpr,
+    SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """out[slot] = act(x[token] W1^T + b1) W2^T + b2 for a tile of rows of one expert.
+
+    The hidden layer passes through registers, BLOCK_H units at a time. When tiles are too few to
+    fill the GPU, the hidden units are split among programs that each write a part of the sum.
+    """
+    expert, first, end = find_tile(offsets, tl.program_id(0), num_experts, EXPERTS, ROWS)
+    if first >= end:
+        return
+    split = tl.program_id(1)
+    row = first + tl.arange(0, ROWS)
+    live = row < end
+    slot = tl.load(slots + row, mask=live, other=0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    in_d = d < D
+    x_tile = tl.load(
+        x + (slot // top_k * D)[:, None] + d[None, :],
+        mask=live[:, None] & in_d[None, :],
+        other=0.0,
+    )
+    expert = expert.to(tl.int64)
+    w1 += expert * H * D
+    w2 += expert * D * H
+    acc = tl.zeros([ROWS, BLOCK_D], SUM)
+    for start in range(0, PART, BLOCK_H):
+        h = split * PART + start + tl.arange(0, BLOCK_H)
+        in_h = h < H
+        w1_t = tl.load(
+            w1 + h[None, :] * D + d[:, None], mask=in_h[None, :] & in_d[:, None], other=0.0
+        )
+        z = tl.dot(x_tile, w1_t, input_precision=PRECISION, out_dtype=SUM)
+        z += tl.load(b1 + expert * H + h, mask=in_h, other=0.0).to(SUM)[None, :]
+        if SAVE:
+            tl.store(
+                hidden + row.to(tl.int64)[:, None] * H + h[None, :],
+                z,
+                mask=live[:, None] & in_h[None, :],
+            )
+        w2_t = tl.load(
+            w2 + d[None, :] * H + h[:, None], mask=in_h[:, None] & in_d[None, :], other=0.0
+        )
+        a = _activate(z, ACTIVATION).to(w2_t.dtype)
+        acc = tl.dot(a, w2_t, acc, input_precision=PRECISION, out_dtype=SUM)
+    if split == 0:
+        acc += tl.load(b2 + expert * D + d, mask=in_d, other=0.0).to(SUM)[None, :]
+    tl.store(
+        out + (split * n + slot)[:, None] * D + d[None, :],
+        acc,
+        mask=live[:, None] & in_d[None, :],
+    )
+
+
+@triton.jit
+def grouped_linear(
+    x,
+    w,  # [E, OUT, IN]
+    bias,  # [E, OUT]
+    slots,
+    offsets,
+    out,
+    top_k,
+    num_experts,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    GATHER: tl.constexpr,  # True: rows come from tokens and stay rows; False: from rows to slots
+    ACTIVATION: tl.constexpr,  # of the input, applied on load; "none" for none
+    SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """One linear layer of all experts: the FFN in two launches, for widths that don't fit one."""
+    expert, first, end = find_tile(offsets, tl.program_id(1), num_experts, EXPERTS, ROWS)
+    if first >= end:
+        return
+    row = first + tl.arange(0, ROWS)
+    live = row < end
+    slot = tl.load(slots + row, mask=live, other=0).to(tl.int64)
+    if GATHER:
+        source, target = slot // top_k, row.to(tl.int64)
+    else:
+        source, target = row.to(tl.int64), slot
+    o = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    in_o = o < OUT
+    w += expert.to(tl.int64) * OUT * IN
+    acc = tl.zeros([ROWS, BLOCK_OUT], SUM)
+    for start in range(0, IN, BLOCK_IN):
+        i = start + tl.arange(0, BLOCK_IN)
+        in_i = i < IN
+        x_tile = tl.load(
+            x + (source * IN)[:, None] + i[None, :],
+            mask=live[:, None] & in_i[None, :],
+            other=0.0,
+        )
+        w_t = tl.load(
+            w + o[None, :] * IN + i[:, None], mask=in_o[None, :] & in_i[:, None], other=0.0
+        )
+        if ACTIVATION != "none":
+            x_tile = _activate(x_tile.to(SUM), ACTIVATION).to(w_t.dtype)
+        acc = tl.dot(x_tile, w_t, acc, input_precision=PRECISION, out_dtype=SUM)
+    acc += tl.load(bias + expert.to(tl.int64) * OUT + o, mask=in_o, other=0.0).to(SUM)[None, :]
+    tl.store(out + target[:, None] * OUT + o[None, :], acc, mask=live[:, None] & in_o[None, :])
+
+
+@triton.jit
+def combine_slots(
+    rows,  # [SPLITS, N, D], by slot
+    expert_ids,
+    gates,
+    y,  # [T, D]
+    tokens,
+    n,
+    TOP_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    D: tl.constexpr,
+    GATED: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """y[t] = sum over the filled slots k of gates[t, k] * rows[t, k]; a gather, no atomics."""
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    live = token < tokens
+    in_d = d < D
+    acc = tl.zeros([TOKENS, BLOCK_D], SUM)
+    for k in range(TOP_K):
+        slot = token * TOP_K + k
+        filled = live & (tl.load(expert_ids + slot, mask=live, other=-1) >= 0)
+        mask = filled[:, None] & in_d[None, :]
+        part = tl.zeros([TOKENS, BLOCK_D], SUM)
+        for split in range(SPLITS):
+            part += tl.load(
+                rows + (split * n + slot)[:, None] * D + d[None, :], mask=mask, other=0.0
+            ).to(SUM)
+        if GATED:
+            part *= tl.load(gates + slot, mask=filled, other=0.0).to(SUM)[:, None]
+        acc += part
+    tl.store(y + token[:, None] * D + d[None, :], acc, mask=live[:, None] & in_d[None, :])
+
+
+@triton.jit
+def ffn_backward_rows(
+    x,
+    w1,
+    b1,
+    w2,
+    b2,
+    dy,
+    gates,
+    slots,
+    offsets,
+    hidden,  # [N, H] before the activation, by row; read if SAVED, else written
+    dz,  # [N, H] its gradient, by row
+    dx_rows,  # [SPLITS, N, D], by slot
+    dgates,  # [SPLITS, N], by slot
+    n,
+    top_k,
+    num_experts,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    PART: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVED: tl.constexpr,
+    SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Gradients at the rows of one tile: hidden layer, tokens, gates.
+
+    With r = dy W2, the gradient of the gate is r . act(z) + dy . b2, and that of z is
+    gate * r * act'(z): the forward output is never needed (SonicMoE, arXiv 2512.14080).
+    """
+    expert, first, end = find_tile(offsets, tl.program_id(0), num_experts, EXPERTS, ROWS)
+    if first >= end:
+        return
+    split = tl.program_id(1)
+    row = first + tl.arange(0, ROWS)
+    live = row < end
+    slot = tl.load(slots + row, mask=live, other=0).to(tl.int64)
+    row = row.to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    in_d = d < D
+    mask_d = live[:, None] & in_d[None, :]
+    dy_tile = tl.load(dy + (slot // top_k * D)[:, None] + d[None, :], mask=mask_d, other=0.0)
+    gate = tl.load(gates + slot, mask=live, other=0.0).to(SUM)
+    if not SAVED:
+        x_tile = tl.load(x + (slot // top_k * D)[:, None] + d[None, :], mask=mask_d, other=0.0)
+    expert = expert.to(tl.int64)
+    w1 += expert * H * D
+    w2 += expert * D * H
+    dx = tl.zeros([ROWS, BLOCK_D], SUM)
+    dgate = tl.zeros([ROWS], SUM)
+    for start in range(0, PART, BLOCK_H):
+        h = split * PART + start + tl.arange(0, BLOCK_H)
+        in_h = h < H
+        mask_h = live[:, None] & in_h[None, :]
+        at_h = row[:, None] * H + h[None, :]
+        if SAVED:
+            z = tl.load(hidden + at_h, mask=mask_h, other=0.0).to(SUM)
+        else:
+            w1_t = tl.load(
+                w1 + h[None, :] * D + d[:, None], mask=in_h[None, :] & in_d[:, None], other=0.0
+            )
+            z = tl.dot(x_tile, w1_t, input_precision=PRECISION, out_dtype=SUM)
+            z += tl.load(b1 + expert * H + h, mask=in_h, other=0.0).to(SUM)[None, :]
+            tl.store(hidden + at_h, z, mask=mask_h)
+        w2_h = tl.load(
+            w2 + d[:, None] * H + h[None, :], mask=in_d[:, None] & in_h[None, :], other=0.0
+        )
+        r = tl.dot(dy_tile, w2_h, input_precision=PRECISION, out_dtype=SUM)
+        dgate += tl.sum(r * _activate(z, ACTIVATION), 1)
+        dz_tile = gate[:, None] * r * _activation_gradient(z, ACTIVATION)
+        tl.store(dz + at_h, dz_tile, mask=mask_h)
+        w1_h = tl.load(
+            w1 + h[:, None] * D + d[None, :], mask=in_h[:, None] & in_d[None, :], other=0.0
+        )
+        dx = tl.dot(dz_tile.to(w1_h.dtype), w1_h, dx, input_precision=PRECISION, out_dtype=SUM)
+    if split == 0:
+        bias = tl.load(b2 + expert * D + d, mask=in_d, other=0.0).to(SUM)
+        dgate += tl.sum(dy_tile.to(SUM) * bias[None, :], 1)
+    tl.store(dgates + split * n + slot, dgate, mask=live)
+    tl.store(dx_rows + (split * n + slot)[:, None] * D + d[None, :], dx, mask=mask_d)
+
+
+@triton.jit
+def ffn_backward_weights(
+    x,
+    dy,
+    gates,
+    slots,
+    offsets,
+    hidden,
+    dz,
+    dw1,
+    db1,
+    dw2,
+    db2,
+    top_k,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """dW1 = dz^T x, dW2 = (gate dy)^T act(z) and the biases' gradients: a block of one expert.
+
+    A program owns its block of all four, so nothing is added atomically, and an expert without
+    rows gets its zeros.
+    """
+    expert = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_h, in_d = h < H, d < D
+    first = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
+    dw1_acc = tl.zeros([BLOCK_H, BLOCK_D], SUM)
+    dw2_acc = tl.zeros([BLOCK_D, BLOCK_H], SUM)
+    db1_acc = tl.zeros([BLOCK_H], SUM)
+    db2_acc = tl.zeros([BLOCK_D], SUM)
+    for start in range(first, end, ROWS):
+        row = start + tl.arange(0, ROWS)
+        live = row < end
+        slot = tl.load(slots + row, mask=live, other=0).to(tl.int64)
+        token = slot // top_k
+        gate = tl.load(gates + slot, mask=live, other=0.0).to(SUM)
+        row = row.to(tl.int64)
+        dz_t = tl.load(
+            dz + row[None, :] * H + h[:, None], mask=live[None, :] & in_h[:, None], other=0.0
+        )
+        mask_d = live[:, None] & in_d[None, :]
+        x_tile = tl.load(x + (token * D)[:, None] + d[None, :], mask=mask_d, other=0.0)
+        dw1_acc = tl.dot(dz_t, x_tile, dw1_acc, input_precision=PRECISION, out_dtype=SUM)
+        db1_acc += tl.sum(dz_t.to(SUM), 1)
+
+        z = tl.load(
+            hidden + row[:, None] * H + h[None, :], mask=live[:, None] & in_h[None, :], other=0.0
+        )
+        a = _activate(z.to(SUM), ACTIVATION).to(x_tile.dtype)
+        dy_t = tl.load(
+            dy + (token * D)[None, :] + d[:, None],
+            mask=live[None, :] & in_d[:, None],
+            other=0.0,
+        )
+        dy_t = dy_t.to(SUM) * gate[None, :]
+        dw2_acc = tl.dot(
+            dy_t.to(x_tile.dtype), a, dw2_acc, input_precision=PRECISION, out_dtype=SUM
+        )
+        db2_acc += tl.sum(dy_t, 1)
+    block = in_h[:, None] & in_d[None, :]
+    tl.store(dw1 + expert * H * D + h[:, None] * D + d[None, :], dw1_acc, mask=block)
+    block = in_d[:, None] & in_h[None, :]
+    tl.store(dw2 + expert * D * H + d[:, None] * H + h[None, :], dw2_acc, mask=block)
+    if tl.program_id(2) == 0:
+        tl.store(db1 + expert * H + h, db1_acc, mask=in_h)
+    if tl.program_id(1) == 0:
+        tl.store(db2 + expert * D + d, db2_acc, mask=in_d)

@@ -1,0 +1,177 @@
+"""What only the Triton back-end has: ways to cut the work, recomputation, being an operator."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dynamic_dino_kernels import expert_ffn
+from dynamic_dino_kernels.launch import GPU, recorded_launches
+from dynamic_dino_kernels.moe.ops import expert_ffn_backward_op, expert_ffn_op, triton_ffn
+from dynamic_dino_kernels.moe.tiles import Problem, Tiles, choose_tiles, pinned_tiles, shared_memory
+
+NAMES = ("x", "w1", "b1", "w2", "b2", "gates")
+
+
+def draw(tokens, slots=2, experts=3, dim=40, hidden=50, dtype=torch.float64):
+    shapes = [(tokens, dim), (experts, hidden, dim), (experts, hidden), (experts, dim, hidden)]
+    args = [torch.randn(shape, dtype=dtype) for shape in (*shapes, (experts, dim))]
+    args[1] /= dim**0.5
+    args[3] /= hidden**0.5
+    gates = torch.rand(tokens, slots, dtype=dtype)
+    ids = torch.randint(-1, experts, (tokens, slots), dtype=torch.int32)
+    return [t.requires_grad_() for t in (*args, gates)], ids
+
+
+def run(args, ids, **options):
+    *args, gates = args
+    return triton_ffn(*args, ids, gates, "relu", **options)
+
+
+def check(args, ids, **options):
+    y = run(args, ids, **options)
+    *rest, gates = args
+    expected = expert_ffn(*rest, ids, gates, backend="sequential")
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    grads = torch.autograd.grad(y, args, dy)
+    for name, grad, want in zip(NAMES, grads, torch.autograd.grad(expected, args, dy), strict=True):
+        torch.testing.assert_close(grad, want, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33])
+def test_tiles_more_and_less_than_full(tokens):
+    args, ids = draw(tokens, slots=1)
+    with pinned_tiles(Tiles(rows=16, hidden=16)):
+        check(args, ids.clamp(min=0) * 0 + 1)
+
+
+@pytest.mark.parametrize("splits", [2, 4])
+def test_hidden_units_shared_by_several_programs(splits):
+    with pinned_tiles(Tiles(rows=16, hidden=16, splits=splits)):
+        check(*draw(21))
+        check(*draw(5, hidden=17))
+
+
+def test_two_gemms():
+    with pinned_tiles(Tiles("two_gemms", rows=16)):
+        check(*draw(21))
+        args, ids = draw(9)
+        with torch.no_grad():
+            *rest, gates = args
+            expected = expert_ffn(*rest, ids, gates, backend="sequential")
+            torch.testing.assert_close(run(args, ids), expected)
+
+
+def test_recomputing_the_hidden_layer_changes_nothing():
+    args, ids = draw(21)
+    check(args, ids, recompute=True)
+
+    def values_kept(**options):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.append(t.numel()) or t, lambda t: t
+        ):
+            run(args, ids, **options)
+        return sum(sizes)
+
+    assert values_kept() - values_kept(recompute=True) == ids.numel() * 50
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_one_expert_is_the_dense_ffn(activation):
+    args, _ = draw(19, slots=1, experts=1, dtype=torch.float32)
+    x, w1, b1, w2, b2, _ = args
+    ids, gates = torch.zeros(19, 1, dtype=torch.int32), torch.ones(19, 1)
+    y = expert_ffn(x, w1, b1, w2, b2, ids, gates, activation=activation, backend="triton")
+    dense = F.linear(getattr(F, activation)(F.linear(x, w1[0], b1[0])), w2[0], b2[0])
+    torch.testing.assert_close(y, dense, rtol=1e-4, atol=1e-5)
+
+
+def test_operator_checks():
+    args, ids = draw(7, dtype=torch.float32)
+    *rest, gates = args
+    for save in (False, True):
+        torch.library.opcheck(expert_ffn_op, (*rest, ids, gates, "relu", save))
+    with torch.no_grad():
+        _, *plan, z = expert_ffn_op(*rest, ids, gates, "relu", True)
+        dy = torch.randn_like(rest[0])
+        inputs = (dy, *(t.detach() for t in rest), ids, gates.detach(), *plan, z, "relu", True)
+        torch.library.opcheck(expert_ffn_backward_op, inputs)
+
+
+def test_compiles_without_a_graph_break():
+    args, ids = draw(7, dtype=torch.float32)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    y, expected = compiled(args, ids), run(args, ids)
+    torch.testing.assert_close(y, expected)
+    for grad, want in zip(
+        torch.autograd.grad(y.sum(), args), torch.autograd.grad(expected.sum(), args), strict=True
+    ):
+        torch.testing.assert_close(grad, want)
+
+
+def test_choice_of_tiles_fits_the_gpu_and_depends_on_nothing_else():
+    gpu = GPU("sm_00", processors=100, shared_memory=100_000)
+    for dtype in (torch.float16, torch.float32):
+        for tokens in (0, 1, 900, 14400):
+            for backward in (False, True):
+                problem = Problem(2 * tokens, 16, 256, 1024, dtype, backward)
+                with recorded_launches(gpu):
+                    tiles = choose_tiles(problem, torch.device("cpu"))
+                needed = shared_memory(problem, tiles.rows, tiles.hidden, tiles.stages)
+                assert needed <= gpu.shared_memory
+                assert min(tiles.rows, tiles.hidden) >= 16 and tiles.splits >= 1
+
+
+def test_measured_tiles_beat_the_estimate(monkeypatch):
+    gpu = GPU("sm_00", processors=100, shared_memory=100_000)
+    problem = Problem(1800, 16, 256, 1024, torch.float16)
+    measured = Tiles("two_gemms", rows=128)
+    table = {problem.key(gpu): vars(measured)}
+    monkeypatch.setattr("dynamic_dino_kernels.moe.tiles._table", lambda: table)
+    with recorded_launches(gpu):
+        for slots, tiles in ((1800, measured), (2000, measured), (28800, None)):
+            chosen = choose_tiles(replace(problem, slots=slots), torch.device("cpu"))
+            assert (chosen == measured) == (tiles is not None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 900, 3601])
+@pytest.mark.parametrize("form", ["fused", "two_gemms"])
+def test_detector_sizes_on_the_gpu(tokens, dtype, form):
+    """Forward and gradients against float64, and what CUDA graphs need: no synchronisation."""
+    args, ids = draw(tokens, 2, 16, 256, 1024, dtype=torch.float64)
+    low = [a.detach().to(dtype).requires_grad_() for a in args]
+    *exact, gates = [a.detach().double().requires_grad_() for a in low]
+    expected = expert_ffn(*exact, ids, gates, backend="grouped")
+    tiles = choose_tiles(Problem(2 * tokens, 16, 256, 1024, dtype), ids.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pinned_tiles(replace(tiles, form=form)):
+            y = run(low, ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    tolerance = 30 * torch.finfo(dtype).eps
+    assert (y.double() - expected).norm() <= tolerance * expected.norm()
+    dy = torch.randn_like(y)
+    grads = torch.autograd.grad(y, low, dy)
+    wants = torch.autograd.grad(expected, (*exact, gates), dy.double())
+    for name, grad, want in zip(NAMES, grads, wants, strict=True):
+        assert (grad.double() - want).norm() <= tolerance * want.norm(), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_graph_follows_new_routings():
+    args, ids = draw(900, 2, 16, 256, 1024, dtype=torch.float16)
+    with torch.no_grad():
+        run(args, ids)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = run(args, ids)
+        for _ in range(3):
+            ids.copy_(torch.randint(-1, 16, ids.shape))
+            y.zero_()
+            graph.replay()
+            torch.testing.assert_close(y, run(args, ids))
