@@ -90,6 +90,7 @@ def test_one_expert_is_the_dense_ffn(activation):
 
 def test_operator_checks():
     args, ids = draw(7, dtype=torch.float32)
+    ids = ids.clamp(min=0)  # the hidden layer of an empty slot is never written, nor read
     *rest, gates = args
     for save in (False, True):
         torch.library.opcheck(expert_ffn_op, (*rest, ids, gates, "relu", save))

@@ -109,7 +109,7 @@ def route_tokens(
     k = tl.arange(0, SLOTS)
     chosen = tl.zeros([TOKENS, SLOTS], tl.int32)
     weights = tl.zeros([TOKENS, SLOTS], tl.float32)
-    free = real[None, :] & live[:, None]
+    free = real[None, :] & (t >= 0)[:, None]
     for slot in tl.static_range(TOP_K):
         top = tl.max(tl.where(free, logits, float("-inf")), 1)
         # Of equals the lowest; NaN equals nothing and takes the lowest that are free.
