@@ -13,11 +13,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _aten = torch.ops.aten
-# name -> (function, gradient of the loss at its input given that at its output and the input)
+# name -> (function with `out`, gradient of the loss at its input given that at its output and the
+# input)
 ACTIVATIONS = {
-    "relu": (F.relu, lambda grad, pre: _aten.threshold_backward(grad, pre, 0)),
-    "gelu": (F.gelu, _aten.gelu_backward),
-    "silu": (F.silu, _aten.silu_backward),
+    "relu": (
+        lambda pre, out=None: torch.clamp_min(pre, 0, out=out),
+        lambda grad, pre: _aten.threshold_backward(grad, pre, 0),
+    ),
+    "gelu": (
+        lambda pre, out=None: F.gelu(pre) if out is None else _aten.gelu.out(pre, out=out),
+        _aten.gelu_backward,
+    ),
+    "silu": (
+        lambda pre, out=None: F.silu(pre) if out is None else _aten.silu.out(pre, out=out),
+        _aten.silu_backward,
+    ),
 }
 
 
@@ -52,7 +62,8 @@ def grouped(x, w1, b1, w2, b2, expert_ids, gates, activation: str) -> Tensor:
     Deterministic: results return to their tokens by a gather and a sum over K, never by atomics.
     """
     gates = gates.masked_fill(expert_ids < 0, 0)
-    return _GroupedFFN.apply(x, w1, b1, w2, b2, expert_ids, gates, activation)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2, b2, gates))
+    return _GroupedFFN.apply(x, w1, b1, w2, b2, expert_ids, gates, activation, save)
 
 
 def _accumulator(x: Tensor, gates: Tensor) -> torch.dtype:
@@ -110,17 +121,23 @@ class _GroupedFFN(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, expert_ids, gates, activation):
+    def forward(ctx, x, w1, b1, w2, b2, expert_ids, gates, activation, save):
         act, _ = ACTIVATIONS[activation]
         plan = _plan(expert_ids, w1.shape[0])
         gates_x = gates.to(x.dtype)
 
-        pre = x.new_empty(plan.token.numel(), w1.shape[1])
+        # Fresh memory costs page faults: all experts share their buffers, but for what is kept.
+        largest = max((end - start for _, start, end in plan.blocks), default=0)
+        x_rows = x.new_empty(largest, x.shape[1])
+        hidden = x.new_empty(largest, w1.shape[1])
+        pre = x.new_empty(plan.token.numel(), w1.shape[1]) if save else None
         out = x.new_empty(plan.token.numel() + 1, x.shape[1])
         for e, start, end in plan.blocks:
-            x_e = x.index_select(0, plan.token[start:end])
-            pre_e = torch.mm(x_e, w1[e].t(), out=pre[start:end]).add_(b1[e])
-            torch.mm(act(pre_e), w2[e].t(), out=out[start:end]).add_(b2[e])
+            n = end - start
+            x_e = torch.index_select(x, 0, plan.token[start:end], out=x_rows[:n])
+            pre_e = pre[start:end] if save else hidden[:n]
+            torch.addmm(b1[e], x_e, w1[e].t(), out=pre_e)
+            torch.addmm(b2[e], act(pre_e, out=hidden[:n]), w2[e].t(), out=out[start:end])
 
         ctx.save_for_backward(x, pre, out, w1, w2, gates, plan.token, plan.slot, plan.position)
         ctx.blocks, ctx.idle, ctx.activation = plan.blocks, plan.idle, activation
@@ -131,7 +148,7 @@ class _GroupedFFN(torch.autograd.Function):
     def backward(ctx, dy):
         x, pre, out, w1, w2, gates, token, slot, position = ctx.saved_tensors
         act, act_backward = ACTIVATIONS[ctx.activation]
-        need_x, need_w1, need_b1, need_w2, need_b2, _, need_gates, _ = ctx.needs_input_grad
+        need_x, need_w1, need_b1, need_w2, need_b2, _, need_gates, _, _ = ctx.needs_input_grad
 
         gate = gates.to(x.dtype).reshape(-1, 1).index_select(0, slot)
         dgates = gates.new_zeros(gates.shape) if need_gates else None
@@ -166,4 +183,4 @@ class _GroupedFFN(torch.autograd.Function):
             if grad is not None:
                 grad[ctx.idle] = 0
         dx = _sum_slots(dx_rows, position) if need_x else None
-        return dx, dw1, db1, dw2, db2, None, dgates, None
+        return dx, dw1, db1, dw2, db2, None, dgates, None, None
