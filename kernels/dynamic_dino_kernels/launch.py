@@ -48,14 +48,18 @@ def _query(device: torch.device) -> GPU:
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
-    """kernel[grid](*args, **meta), or its record."""
+    """kernel[grid](*args, **meta) on the GPU of the first argument, a tensor; or its record."""
     if 0 in grid:
         return
-    recorder = _recorder.get()
-    if recorder is None:
-        kernel[grid](*args, **meta)
-    else:
+    if recorder := _recorder.get():
         recorder(kernel, args, meta)
+        return
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current one
+            kernel[grid](*args, **meta)
+    else:
+        kernel[grid](*args, **meta)
 
 
 @contextmanager

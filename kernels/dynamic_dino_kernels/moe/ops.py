@@ -93,8 +93,8 @@ def backward(
             kernels.ffn_backward_weights,
             (call.experts, triton.cdiv(call.hidden, block), triton.cdiv(call.dim, block)),
             *(x, dy, gates, *plan, z, dz, *grads, call.top_k),
-            **call.sizes, **call.numerics, BLOCK_D=block, BLOCK_H=block, ROWS=block // 2,
-            num_warps=4, num_stages=2,
+            **call.sizes, **call.numerics, BLOCK_D=block, BLOCK_H=block,
+            ROWS=max(SMALLEST, block // 2), num_warps=4, num_stages=2,
         )  # fmt: skip
     return dx, *grads, dgate
 
