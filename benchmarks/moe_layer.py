@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from dynamic_dino_kernels import expert_ffn, route
-from dynamic_dino_kernels.backend import _obstacle
+from dynamic_dino_kernels.backend import obstacle_of
 from report import machine_name, provenance, write_json
 from torch import Tensor, nn
 
@@ -99,7 +99,7 @@ def contenders(options: argparse.Namespace) -> dict[str, Callable[[], nn.Module]
         "sequential": lambda: Experts(options, "sequential"),
         "grouped": lambda: Experts(options, "grouped"),
     }
-    if not _obstacle(torch.device(options.device)):
+    if not obstacle_of(torch.device(options.device)):
         result["triton"] = lambda: Experts(options, "triton")
     if options.device == "cuda" and options.dtype == torch.bfloat16:
         result["torch grouped_mm"] = lambda: GroupedMM(options, "auto")

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from .backend import interpreted
 from .launch import GPU, recorded_launches
 
 # Shared memory per program by compute capability: CUDA C++ programming guide, table of technical
@@ -180,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if interpreted():
         parser.error("TRITON_INTERPRET=1 replaces the kernels by interpreted ones: unset it")
 
     todo = {

@@ -34,7 +34,7 @@ def resolve_backend(backend: str = "auto", device: torch.device | str = "cpu") -
         raise ValueError(f"{source} is {name!r}: choose one of {', '.join(BACKENDS)}")
     if name == "auto":
         return _automatic(device)
-    if name == "triton" and (obstacle := _obstacle(device)):
+    if name == "triton" and (obstacle := obstacle_of(device)):
         raise RuntimeError(
             f"{source} is 'triton', but {obstacle}: choose 'grouped', or 'auto' to get the fastest "
             "that runs"
@@ -44,13 +44,13 @@ def resolve_backend(backend: str = "auto", device: torch.device | str = "cpu") -
 
 @cache
 def _automatic(device: torch.device) -> str:
-    obstacle = "the tensors are on the CPU" if device.type == "cpu" else _obstacle(device)
+    obstacle = "the tensors are on the CPU" if device.type == "cpu" else obstacle_of(device)
     name = "grouped" if obstacle else "triton"
     logger.info("Kernels on %s: %s%s", device, name, f", since {obstacle}" if obstacle else "")
     return name
 
 
-def _obstacle(device: torch.device) -> str:
+def obstacle_of(device: torch.device) -> str:
     """Why Triton can't run there; "" if it can."""
     if find_spec("triton") is None:
         return "the package triton is not installed"

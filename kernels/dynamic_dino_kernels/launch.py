@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import triton.language as tl
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,17 @@ def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
             kernel[grid](*args, **meta)
     else:
         kernel[grid](*args, **meta)
+
+
+def sum_dtype(*tensors: Tensor) -> torch.dtype:
+    """In which kernels add up: float32, or float64 where a tensor is that wide."""
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def sum_type(*tensors: Tensor) -> tl.dtype:
+    """`sum_dtype` in Triton's words."""
+    return tl.float64 if sum_dtype(*tensors) == torch.float64 else tl.float32
 
 
 @contextmanager

@@ -12,10 +12,20 @@ import triton.language as tl
 
 
 @triton.jit
-def _corner(y, x, height, width, first):
-    """Cell of the flattened maps, and whether it lies on its map."""
+def _map(maps, level):
+    """Height, width and first cell of a level."""
+    return tl.load(maps + level * 3), tl.load(maps + level * 3 + 1), tl.load(maps + level * 3 + 2)
+
+
+@triton.jit
+def _corner(left, top, fx, fy, height, width, first, CORNER: tl.constexpr):
+    """Cell of the flattened maps, whether it lies on its map, and its share along x and y."""
+    x, y = left + CORNER % 2, top + CORNER // 2
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    return first + tl.where(inside, y * width + x, 0), inside
+    cell = first + tl.where(inside, y * width + x, 0)
+    share_x = fx if CORNER % 2 == 1 else 1 - fx
+    share_y = fy if CORNER >= 2 else 1 - fy
+    return cell.to(tl.int64), inside, share_x, share_y
 
 
 @triton.jit
@@ -57,19 +67,17 @@ def sample_forward(
     value += image * cells * HEADS * C + head * C
     acc = tl.zeros([QUERIES, BLOCK_C], SUM)
     for level in tl.static_range(LEVELS):
-        height = tl.load(maps + level * 3)
-        width = tl.load(maps + level * 3 + 1)
-        first = tl.load(maps + level * 3 + 2)
+        height, width, first = _map(maps, level)
         for point in range(POINTS):
             at = (row * LEVELS + level) * POINTS + point
             left, top, fx, fy = _sample(locations, at, live, height, width, SUM)
             weight = tl.load(weights + at, mask=live, other=0.0).to(SUM)
             for corner in tl.static_range(4):
-                share_y = fy if corner >= 2 else 1 - fy
-                share_x = fx if corner % 2 == 1 else 1 - fx
-                cell, inside = _corner(top + corner // 2, left + corner % 2, height, width, first)
+                cell, inside, share_x, share_y = _corner(
+                    left, top, fx, fy, height, width, first, corner
+                )
                 seen = tl.load(
-                    value + cell.to(tl.int64)[:, None] * (HEADS * C) + c[None, :],
+                    value + cell[:, None] * (HEADS * C) + c[None, :],
                     mask=(live & inside)[:, None] & in_c[None, :],
                     other=0.0,
                 ).to(SUM)
@@ -110,9 +118,7 @@ def sample_backward(
         dout + row[:, None] * C + c[None, :], mask=live[:, None] & in_c[None, :], other=0.0
     ).to(SUM)
     for level in tl.static_range(LEVELS):
-        height = tl.load(maps + level * 3)
-        width = tl.load(maps + level * 3 + 1)
-        first = tl.load(maps + level * 3 + 2)
+        height, width, first = _map(maps, level)
         for point in range(POINTS):
             at = (row * LEVELS + level) * POINTS + point
             left, top, fx, fy = _sample(locations, at, live, height, width, SUM)
@@ -121,11 +127,11 @@ def sample_backward(
             dx = tl.zeros([QUERIES], SUM)
             dy = tl.zeros([QUERIES], SUM)
             for corner in tl.static_range(4):
-                share_y = fy if corner >= 2 else 1 - fy
-                share_x = fx if corner % 2 == 1 else 1 - fx
-                cell, inside = _corner(top + corner // 2, left + corner % 2, height, width, first)
+                cell, inside, share_x, share_y = _corner(
+                    left, top, fx, fy, height, width, first, corner
+                )
                 mask = (live & inside)[:, None] & in_c[None, :]
-                offset = cell.to(tl.int64)[:, None] * (HEADS * C) + c[None, :]
+                offset = cell[:, None] * (HEADS * C) + c[None, :]
                 seen = tl.load(value + offset, mask=mask, other=0.0).to(SUM)
                 match = tl.sum(grad * seen, 1)
                 dweight += share_y * share_x * match

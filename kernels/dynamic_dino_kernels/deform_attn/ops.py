@@ -7,10 +7,9 @@ from functools import cache
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import launch, sum_dtype, sum_type
 from . import kernels
 
 
@@ -47,7 +46,7 @@ def backward(
     if torch.are_deterministic_algorithms_enabled():
         _alert_not_deterministic()
     cells, queries = value.shape[1], locations.shape[1]
-    dvalue = torch.zeros_like(value, dtype=_sum_dtype(value, locations, weights))
+    dvalue = torch.zeros_like(value, dtype=sum_dtype(value, locations, weights))
     dlocations, dweights = torch.empty_like(locations), torch.empty_like(weights)
     launch(
         kernels.sample_backward, _grid(value, queries),
@@ -121,17 +120,11 @@ def _grid(value: Tensor, queries: int) -> tuple[int, int]:
 
 def _meta(value: Tensor, locations: Tensor, weights: Tensor) -> dict:
     (_, _, heads, channels), (levels, points) = value.shape, weights.shape[3:]
-    wide = _sum_dtype(value, locations, weights) == torch.float64
     return dict(
         HEADS=heads, C=channels, LEVELS=levels, POINTS=points, QUERIES=16, num_warps=4,
-        BLOCK_C=triton.next_power_of_2(channels), SUM=tl.float64 if wide else tl.float32,
+        BLOCK_C=triton.next_power_of_2(channels), SUM=sum_type(value, locations, weights),
     )  # fmt: skip
 
 
-def _sum_dtype(*tensors: Tensor) -> torch.dtype:
-    wide = any(t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
-
-
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(sum_dtype(x))

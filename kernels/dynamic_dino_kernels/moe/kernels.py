@@ -36,6 +36,36 @@ def _activation_gradient(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _load_rows(slots, first, end, ROWS: tl.constexpr):
+    """ROWS rows from `first` on, which of them exist, and their slots."""
+    row = first + tl.arange(0, ROWS)
+    live = row < end
+    slot = tl.load(slots + row, mask=live, other=0).to(tl.int64)
+    return row.to(tl.int64), live, slot
+
+
+@triton.jit
+def _hidden_layer(
+    x_tile,
+    w1,
+    b1,
+    h,
+    d,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x W1^T + b1 at the hidden units h, for the expert whose weights w1 and b1 point to."""
+    in_h = h < H
+    w1_t = tl.load(
+        w1 + h[None, :] * D + d[:, None], mask=in_h[None, :] & (d < D)[:, None], other=0.0
+    )
+    z = tl.dot(x_tile, w1_t, input_precision=PRECISION, out_dtype=SUM)
+    return z + tl.load(b1 + h, mask=in_h, other=0.0).to(SUM)[None, :]
+
+
+@triton.jit
 def fused_ffn(
     x,
     w1,
@@ -70,9 +100,7 @@ def fused_ffn(
     if first >= end:
         return
     split = tl.program_id(1)
-    row = first + tl.arange(0, ROWS)
-    live = row < end
-    slot = tl.load(slots + row, mask=live, other=0).to(tl.int64)
+    row, live, slot = _load_rows(slots, first, end, ROWS)
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
     x_tile = tl.load(
@@ -82,19 +110,16 @@ def fused_ffn(
     )
     expert = expert.to(tl.int64)
     w1 += expert * H * D
+    b1 += expert * H
     w2 += expert * D * H
     acc = tl.zeros([ROWS, BLOCK_D], SUM)
     for start in range(0, PART, BLOCK_H):
         h = split * PART + start + tl.arange(0, BLOCK_H)
         in_h = h < H
-        w1_t = tl.load(
-            w1 + h[None, :] * D + d[:, None], mask=in_h[None, :] & in_d[:, None], other=0.0
-        )
-        z = tl.dot(x_tile, w1_t, input_precision=PRECISION, out_dtype=SUM)
-        z += tl.load(b1 + expert * H + h, mask=in_h, other=0.0).to(SUM)[None, :]
+        z = _hidden_layer(x_tile, w1, b1, h, d, H, D, SUM, PRECISION)
         if SAVE:
             tl.store(
-                hidden + row.to(tl.int64)[:, None] * H + h[None, :],
+                hidden + row[:, None] * H + h[None, :],
                 z,
                 mask=live[:, None] & in_h[None, :],
             )
@@ -137,13 +162,11 @@ def grouped_linear(
     expert, first, end = find_tile(offsets, tl.program_id(1), num_experts, EXPERTS, ROWS)
     if first >= end:
         return
-    row = first + tl.arange(0, ROWS)
-    live = row < end
-    slot = tl.load(slots + row, mask=live, other=0).to(tl.int64)
+    row, live, slot = _load_rows(slots, first, end, ROWS)
     if GATHER:
-        source, target = slot // top_k, row.to(tl.int64)
+        source, target = slot // top_k, row
     else:
-        source, target = row.to(tl.int64), slot
+        source, target = row, slot
     o = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     in_o = o < OUT
     w += expert.to(tl.int64) * OUT * IN
@@ -242,10 +265,7 @@ def ffn_backward_rows(
     if first >= end:
         return
     split = tl.program_id(1)
-    row = first + tl.arange(0, ROWS)
-    live = row < end
-    slot = tl.load(slots + row, mask=live, other=0).to(tl.int64)
-    row = row.to(tl.int64)
+    row, live, slot = _load_rows(slots, first, end, ROWS)
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
     mask_d = live[:, None] & in_d[None, :]
@@ -255,6 +275,7 @@ def ffn_backward_rows(
         x_tile = tl.load(x + (slot // top_k * D)[:, None] + d[None, :], mask=mask_d, other=0.0)
     expert = expert.to(tl.int64)
     w1 += expert * H * D
+    b1 += expert * H
     w2 += expert * D * H
     dx = tl.zeros([ROWS, BLOCK_D], SUM)
     dgate = tl.zeros([ROWS], SUM)
@@ -266,11 +287,7 @@ def ffn_backward_rows(
         if SAVED:
             z = tl.load(hidden + at_h, mask=mask_h, other=0.0).to(SUM)
         else:
-            w1_t = tl.load(
-                w1 + h[None, :] * D + d[:, None], mask=in_h[None, :] & in_d[:, None], other=0.0
-            )
-            z = tl.dot(x_tile, w1_t, input_precision=PRECISION, out_dtype=SUM)
-            z += tl.load(b1 + expert * H + h, mask=in_h, other=0.0).to(SUM)[None, :]
+            z = _hidden_layer(x_tile, w1, b1, h, d, H, D, SUM, PRECISION)
             tl.store(hidden + at_h, z, mask=mask_h)
         w2_h = tl.load(
             w2 + d[:, None] * H + h[None, :], mask=in_d[:, None] & in_h[None, :], other=0.0
@@ -329,12 +346,9 @@ def ffn_backward_weights(
     db1_acc = tl.zeros([BLOCK_H], SUM)
     db2_acc = tl.zeros([BLOCK_D], SUM)
     for start in range(first, end, ROWS):
-        row = start + tl.arange(0, ROWS)
-        live = row < end
-        slot = tl.load(slots + row, mask=live, other=0).to(tl.int64)
+        row, live, slot = _load_rows(slots, start, end, ROWS)
         token = slot // top_k
         gate = tl.load(gates + slot, mask=live, other=0.0).to(SUM)
-        row = row.to(tl.int64)
         dz_t = tl.load(
             dz + row[None, :] * H + h[:, None], mask=live[None, :] & in_h[:, None], other=0.0
         )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import launch, sum_dtype, sum_type
 from . import kernels
 from .plan import Plan, make_plan, max_tiles
-from .tiles import SMALLEST, Problem, Tiles, choose_tiles
+from .reference import needs_grad
+from .tiles import SMALLEST, Problem, Tiles, block_size, choose_tiles
 
 
 def triton_ffn(
@@ -20,10 +20,9 @@ def triton_ffn(
 
     recompute: the backward pass computes the hidden layer again instead of keeping it.
     """
-    parts = (w1, b1, w2, b2)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parts, gates))
-    x, *rest = (t.contiguous() for t in (x, *parts, expert_ids, gates))
-    return expert_ffn_op(x, *rest, activation, needs_grad and not recompute)[0]
+    save = needs_grad(x, w1, b1, w2, b2, gates) and not recompute
+    tensors = (t.contiguous() for t in (x, w1, b1, w2, b2, expert_ids, gates))
+    return expert_ffn_op(*tensors, activation, save)[0]
 
 
 # ---- operators ----------------------------------------------------------------------------------
@@ -74,7 +73,7 @@ def backward(
     tiles = choose_tiles(call.problem(backward=True), x.device)
     part, splits = _split(call.hidden, tiles)
     dx_rows = x.new_empty(splits, call.n, call.dim, dtype=_row_dtype(x, splits))
-    dgates = x.new_empty(splits, call.n, dtype=_sum_dtype(x))
+    dgates = x.new_empty(splits, call.n, dtype=sum_dtype(x))
     launch(
         kernels.ffn_backward_rows,
         (max_tiles(call.n, call.experts, tiles.rows), splits),
@@ -88,7 +87,7 @@ def backward(
 
     grads = [p.new_empty(p.shape if weights else 0) for p in (w1, b1, w2, b2)]
     if weights:
-        block = min(_side(x), max(_power(call.dim), _power(call.hidden)))
+        block = min(_side(x), max(block_size(call.dim), block_size(call.hidden)))
         launch(
             kernels.ffn_backward_weights,
             (call.experts, triton.cdiv(call.hidden, block), triton.cdiv(call.dim, block)),
@@ -148,14 +147,14 @@ class _Call:
         self.top_k, self.n = expert_ids.shape[1], expert_ids.numel()
         self.dtype = x.dtype
         self.sizes = dict(D=self.dim, H=self.hidden)
-        self.numerics = dict(ACTIVATION=activation, SUM=_sum_type(x), PRECISION=_precision(x))
+        self.numerics = dict(ACTIVATION=activation, SUM=sum_type(x), PRECISION=_precision(x))
 
     def problem(self, backward: bool) -> Problem:
         return Problem(self.n, self.experts, self.dim, self.hidden, self.dtype, backward)
 
     def tile(self, tiles: Tiles) -> dict:
         return dict(
-            EXPERTS=_power(self.experts, 2), BLOCK_D=_power(self.dim), ROWS=tiles.rows,
+            EXPERTS=block_size(self.experts, 2), BLOCK_D=block_size(self.dim), ROWS=tiles.rows,
             BLOCK_H=tiles.hidden, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
@@ -179,11 +178,11 @@ def _two_gemms(call: _Call, tiles: Tiles, plan: Plan, x, w1, b1, w2, b2, z: Tens
     rows = x.new_empty(1, call.n, call.dim)
     numerics = dict(SUM=call.numerics["SUM"], PRECISION=call.numerics["PRECISION"])
     meta = dict(
-        EXPERTS=_power(call.experts, 2), ROWS=tiles.rows, **numerics,
+        EXPERTS=block_size(call.experts, 2), ROWS=tiles.rows, **numerics,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    block_out = [min(2 * _side(x), _power(size)) for size in (call.hidden, call.dim)]
-    block_in = [min(_side(x), _power(size)) for size in (call.dim, call.hidden)]
+    block_out = [min(2 * _side(x), block_size(size)) for size in (call.hidden, call.dim)]
+    block_in = [min(_side(x), block_size(size)) for size in (call.dim, call.hidden)]
     count = max_tiles(call.n, call.experts, tiles.rows)
     launch(
         kernels.grouped_linear,
@@ -206,12 +205,12 @@ def _combine(rows: Tensor, expert_ids: Tensor, gates: Tensor | None, x: Tensor) 
     """[splits, N, D] by slot -> [T, D] like x, weighted by the gates if given."""
     (splits, n, dim), (tokens, top_k) = rows.shape, expert_ids.shape
     y = torch.empty_like(x)
-    block = min(256, _power(dim))
+    block = min(256, block_size(dim))
     launch(
         kernels.combine_slots,
         (triton.cdiv(tokens, 4), triton.cdiv(dim, block)),
         *(rows, expert_ids, expert_ids if gates is None else gates, y, tokens, n),
-        TOP_K=top_k, SPLITS=splits, D=dim, GATED=gates is not None, SUM=_sum_type(x),
+        TOP_K=top_k, SPLITS=splits, D=dim, GATED=gates is not None, SUM=sum_type(x),
         BLOCK_D=block, TOKENS=4, num_warps=4,
     )  # fmt: skip
     return y
@@ -234,18 +233,6 @@ def _precision(x: Tensor) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _sum_type(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
 def _row_dtype(x: Tensor, splits: int) -> torch.dtype:
     """Parts of a sum are kept wide; a whole result is rounded as a linear layer's is."""
-    return _sum_dtype(x) if splits > 1 else x.dtype
-
-
-def _power(size: int, least: int = SMALLEST) -> int:
-    return max(least, triton.next_power_of_2(size))
+    return sum_dtype(x) if splits > 1 else x.dtype

@@ -62,8 +62,13 @@ def grouped(x, w1, b1, w2, b2, expert_ids, gates, activation: str) -> Tensor:
     Deterministic: results return to their tokens by a gather and a sum over K, never by atomics.
     """
     gates = gates.masked_fill(expert_ids < 0, 0)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2, b2, gates))
+    save = needs_grad(x, w1, b1, w2, b2, gates)
     return _GroupedFFN.apply(x, w1, b1, w2, b2, expert_ids, gates, activation, save)
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether a backward pass may follow, for which things must be kept."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _accumulator(x: Tensor, gates: Tensor) -> torch.dtype:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
+from .tiles import block_size
 
 
 def triton_route(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,7 +24,7 @@ def forward(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor,
     probs = tokens.new_empty(count, experts, dtype=torch.float32)
     launch(
         route_tokens, (triton.cdiv(count, 32),), tokens, weight, ids, gates, probs, count, experts,
-        D=dim, TOP_K=top_k, EXPERTS=max(16, triton.next_power_of_2(experts)), BLOCK_D=64,
+        D=dim, TOP_K=top_k, EXPERTS=block_size(experts), BLOCK_D=64,
         SLOTS=triton.next_power_of_2(top_k), TOKENS=32, num_warps=4,
     )  # fmt: skip
     return probs, gates, ids

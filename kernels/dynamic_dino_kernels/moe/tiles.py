@@ -24,6 +24,11 @@ SMALLEST = 16  # rows, columns and depth that the matrix units take at least
 TUNED = Path(__file__).with_name("tuned.json")
 
 
+def block_size(size: int, least: int = SMALLEST) -> int:
+    """The power of two, not below `least`, that a block needs to hold `size` values."""
+    return max(least, triton.next_power_of_2(size))
+
+
 @dataclass(frozen=True)
 class Tiles:
     """One way to run the expert FFN.
@@ -98,7 +103,7 @@ def _estimate(problem: Problem, gpu: GPU) -> Tiles:
     """Rows follow the mean load of an expert; hidden units what fits; splits fill the GPU."""
     load = problem.slots / max(1, problem.experts)
     rows = 16 if load <= 16 else 32 if load <= 64 else 64
-    hidden = min(64, max(SMALLEST, triton.next_power_of_2(problem.hidden)))
+    hidden = min(64, block_size(problem.hidden))
     if problem.backward:
         rows, hidden = min(rows, 32), min(hidden, 32)
     if problem.dtype.itemsize > 2:  # no matrix units: operands live in registers as well
@@ -124,6 +129,6 @@ def _estimate(problem: Problem, gpu: GPU) -> Tiles:
 
 def shared_memory(problem: Problem, rows: int, hidden: int, stages: int) -> int:
     """Bytes that a fused program needs, about: its tokens, and a block of both weights a stage."""
-    width = max(SMALLEST, triton.next_power_of_2(problem.dim))
+    width = block_size(problem.dim)
     tokens = (2 if problem.backward else 1) * rows * width
     return (tokens + 2 * stages * width * hidden + rows * hidden) * problem.dtype.itemsize
