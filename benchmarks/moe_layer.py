@@ -89,7 +89,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         if not isinstance(self.ffn, Dense):
             backend = getattr(self.ffn, "backend", "auto")
-            ids, gates, _ = route(x, self.router, self.top_k, backend=backend)
+            ids, gates, _, _ = route(x, self.router, self.top_k, backend=backend)
         return self.norm(x + self.ffn(x, ids, gates))
 
 

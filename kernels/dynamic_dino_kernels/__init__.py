@@ -2,13 +2,21 @@
 
 Each operator is one function with argument checks and a choice of back-ends behind it:
 
-    from dynamic_dino_kernels.moe import expert_ffn, route
+    from dynamic_dino_kernels.moe import expert_ffn, route, route_any
     from dynamic_dino_kernels.deform_attn import ms_deform_attn
 """
 
 from .backend import BACKENDS, resolve_backend
 from .deform_attn import ms_deform_attn
-from .moe import expert_ffn, route
+from .moe import expert_ffn, route, route_any, warmup
 
 __version__ = "0.1.0"
-__all__ = ["BACKENDS", "expert_ffn", "ms_deform_attn", "resolve_backend", "route"]
+__all__ = [
+    "BACKENDS",
+    "expert_ffn",
+    "ms_deform_attn",
+    "resolve_backend",
+    "route",
+    "route_any",
+    "warmup",
+]

@@ -98,13 +98,18 @@ def jobs(target: str, dtype: torch.dtype, tokens: int) -> Iterator[Job]:
     locations = tensor(*points.shape, 2, dtype=torch.float32)
     sampling = (value, [size for level in LEVELS for size in level], locations, points)
     with recorded_launches(TARGETS[target]) as launches:
-        router.forward(x, tensor(EXPERTS, DIM, dtype=torch.float32), TOP_K)
-        moe.forward(x, *weights, ids, gates, "relu", False)
-        _, *plan, z = moe.forward(x, *weights, ids, gates, "relu", True)
+        rows = tensor(EXPERTS, DIM, dtype=torch.float32)
+        *_, counts = router.forward(x, rows, TOP_K)
+        router.forward_any(x, rows, rows[:, 0], EXPERTS, True)
+        plain = (x, *weights, ids, gates, None, None, None, None, 0.0, "relu")
+        normed = (x, *weights, ids, gates, counts, x, rows[0], rows[0], 1e-5, "relu")
+        moe.forward(*plain, False, False)
+        moe.forward(*normed, False, False)
+        _, *plan, z, _, _ = moe.forward(*normed, True, True)
         moe.backward(x, x, *weights, ids, gates, *plan, z, "relu", True)
         moe.backward(x, x, *weights, ids, gates, *plan, z[:0], "relu", True)
         with pinned_tiles(Tiles("two_gemms", rows=64 if dtype.itemsize <= 2 else 32)):
-            moe.forward(x, *weights, ids, gates, "relu", False)
+            moe.forward(*plain, False, False)
         deform_attn.forward(*sampling)
         deform_attn.backward(tensor(1, tokens, DIM), *sampling)
     for kernel, args, meta in launches:

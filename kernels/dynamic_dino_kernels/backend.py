@@ -15,6 +15,7 @@ BACKENDS = ("auto", "sequential", "grouped", "triton")
 ENVIRONMENT_VARIABLE = "DYNAMIC_DINO_KERNELS"
 
 
+@torch.compiler.assume_constant_result  # of a trace: it reads the environment, and logs
 def resolve_backend(backend: str = "auto", device: torch.device | str = "cpu") -> str:
     """Returns "sequential", "grouped" or "triton", the back-end to run on tensors of a device.
 

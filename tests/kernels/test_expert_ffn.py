@@ -1,7 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from dynamic_dino_kernels import expert_ffn, resolve_backend
+from dynamic_dino_kernels import expert_ffn, resolve_backend, route, warmup
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BACKENDS = ("sequential", "grouped", "triton")
 ON_GPU = torch.cuda.is_available()
@@ -243,6 +244,120 @@ def test_nan_stays_nan_in_its_token_only():
         assert bad.tolist() == [t == 4 for t in range(9)]
 
 
+# Norm, recomputation, counts, casts
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dim", [7, 40, 300])
+def test_residual_and_layer_norm(dim, dtype):
+    """Forward and all gradients against PyTorch's LayerNorm in float64."""
+    args, ids = draw(tokens=13, slots=2, experts=4, dim=dim, dtype=dtype)
+    ids[3] = -1
+    norm = [torch.randn(dim, dtype=dtype, requires_grad=True) for _ in range(2)]
+    inputs = (*args.values(), *norm)
+    summed = args["x"].double() + per_token(args, ids)
+    expected = F.layer_norm(summed, [dim], *(t.double() for t in norm), eps=1e-3)
+    dy = torch.randn_like(expected)
+    wants = torch.autograd.grad(expected, inputs, dy)
+    tolerance = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else {}
+    for backend in BACKENDS:
+        y = run(args, ids, norm=(*norm, 1e-3), backend=backend)
+        torch.testing.assert_close(y, expected.to(dtype), **tolerance)
+        for grad, want in zip(torch.autograd.grad(y, inputs, dy.to(dtype)), wants, strict=True):
+            torch.testing.assert_close(grad, want, **tolerance)
+
+
+def test_norm_under_autocast_keeps_the_residual_wide(device):
+    """As LayerNorm does there: x isn't rounded to half precision on its way past the experts."""
+    args, ids = draw(tokens=9, slots=2, experts=4, dtype=torch.float32)
+    norm = [torch.randn(7, requires_grad=True) for _ in range(2)]
+    for backend in BACKENDS:
+        with torch.autocast(device, torch.float16):
+            y = run(args, ids, norm=(*norm, 1e-5), backend=backend)
+            ffn = run(args, ids, backend=backend)
+            expected = F.layer_norm(args["x"] + ffn, [7], *norm)
+        assert y.dtype == expected.dtype == torch.float32
+        torch.testing.assert_close(y, expected, rtol=5e-3, atol=5e-3)
+        for grad in torch.autograd.grad(y.sum(), (*args.values(), *norm)):
+            assert grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_recomputing_the_hidden_layer_changes_nothing_but_memory(backend):
+    args, ids = draw(tokens=21, slots=2, experts=3, dim=40, hidden=50)
+    ids[2, 1] = -1
+    dy = torch.randn(21, 40, dtype=torch.float64)
+    kept, results = [], []
+    for recompute in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.append(t.numel()) or t,  # noqa: B023
+            lambda t: t,
+        ):
+            y = run(args, ids, recompute=recompute, backend=backend)
+        kept.append(sum(sizes))
+        results.append([y, *gradients(y, args, dy).values()])
+    assert kept[0] - kept[1] >= ids.numel() * 50 * 0.9
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counts_of_the_router_change_nothing(backend):
+    args, _ = draw(tokens=70, slots=2, experts=4, dtype=torch.float32)
+    ids, gates, _, counts = route(args["x"], torch.randn(4, 7), 2, backend=backend)
+    args["gates"] = gates
+    assert (counts is None) == (backend != "triton")
+    assert torch.equal(
+        run(args, ids, counts=counts, backend=backend), run(args, ids, backend=backend)
+    )
+
+
+def test_parameters_are_cast_once_while_nobody_trains_them(device):
+    args, ids = draw(tokens=9, slots=2, experts=4, dtype=torch.float32)
+    weights = {name: torch.nn.Parameter(args[name].detach()) for name in ("w1", "b1", "w2", "b2")}
+    args |= weights
+    counted = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, inputs=(), kwargs=None):
+            if "_to_copy" in str(function) and inputs[0].dim() == 3:
+                counted.append(inputs[0].shape)
+            return function(*inputs, **(kwargs or {}))
+
+    def infer():
+        counted.clear()
+        with torch.no_grad(), torch.autocast(device, torch.float16), Casts():
+            y = run(args, ids, backend="grouped")
+        return y, len(counted)
+
+    first, casts = infer()
+    again, casts_again = infer()
+    assert casts == 2 and casts_again == 0 and torch.equal(first, again)
+    with torch.no_grad():
+        weights["w2"].mul_(2)
+    changed, casts = infer()
+    assert casts == 1 and not torch.equal(first, changed)
+    weights["w1"].data = weights["w1"].data * 3
+    assert infer()[1] == 1
+    with torch.autocast(device, torch.bfloat16), torch.no_grad():
+        assert run(args, ids, backend="grouped").dtype == torch.bfloat16
+    with torch.autocast(device, torch.float16):
+        run(args, ids, backend="grouped").sum().backward()
+    assert all(w.grad is not None for w in weights.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("train", [False, True])
+def test_warmup_leaves_no_trace(backend, train):
+    args, _ = draw(tokens=1, slots=1, experts=4, dtype=torch.float32)
+    weights = [args[name] for name in ("w1", "b1", "w2", "b2")]
+    before = [w.detach().clone() for w in weights]
+    warmup(*weights, top_k=2, tokens=[3, 20], train=train, backend=backend)
+    for weight, value in zip(weights, before, strict=True):
+        assert weight.grad is None and torch.equal(weight, value)
+
+
 # Errors
 
 
@@ -267,8 +382,8 @@ def test_wrong_number_of_dimensions_is_named():
         run(args, ids[:4])
 
 
-@pytest.mark.skipif(ON_GPU, reason="ids are checked on the CPU only")
-def test_ids_out_of_range_are_named():
+def test_ids_out_of_range_are_named(monkeypatch):
+    monkeypatch.setenv("DYNAMIC_DINO_KERNELS_DEBUG", "1")  # on a GPU they are checked only then
     args, ids = draw(tokens=6, slots=2, experts=4)
     for bad in (4, -2):
         ids[3, 1] = bad
@@ -299,6 +414,12 @@ def test_non_contiguous_last_dimension_is_named():
         turned = args[name].detach().transpose(-1, -2).contiguous().transpose(-1, -2)
         with pytest.raises(ValueError, match=f"last dimension of {name} must be contiguous"):
             run(args | {name: turned}, ids)
+
+
+def test_norm_of_another_width_is_named():
+    args, ids = draw(tokens=6, slots=2, experts=4)
+    with pytest.raises(ValueError, match=r"^norm must be .* the shape of its bias is \(8,\)"):
+        run(args, ids, norm=(torch.ones(7), torch.ones(8), 1e-5))
 
 
 def test_unknown_activation():

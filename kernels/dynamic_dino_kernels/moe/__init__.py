@@ -1,20 +1,41 @@
-"""Router and expert FFN: every token passes through the few experts chosen for it."""
+"""Routers and expert FFN: every token passes through the few experts chosen for it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..backend import resolve_backend
-from . import reference
+from . import checks, reference
+from .casting import cast_weight
+from .grouped import grouped
 from .reference import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "expert_ffn", "route"]
+__all__ = ["ACTIVATIONS", "Routed", "expert_ffn", "route", "route_any", "warmup"]
 
 
-def route(
-    tokens: Tensor, weight: Tensor, top_k: int, *, backend: str = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
+class Routed(NamedTuple):
+    """What a router says of T tokens, K slots and E experts.
+
+    expert_ids  int32 [T, K], best first; -1 is an empty slot
+    gates       float32 [T, K], 0 where the slot is empty
+    probs       float32 [T, E], what the router thinks of every expert
+    counts      for `expert_ffn`, which then needn't count the same ids again: slots per block of
+                tokens and expert. None from plain torch.
+    """
+
+    expert_ids: Tensor
+    gates: Tensor
+    probs: Tensor
+    counts: Tensor | None
+
+
+def route(tokens: Tensor, weight: Tensor, top_k: int, *, backend: str = "auto") -> Routed:
     """p = softmax(W x), its k largest entries, and the softmax over those k, times k.
 
     Computed in float32 at least, outside autocast. Ties go to the lowest index, and experts with
@@ -27,24 +48,61 @@ def route(
         backend: see `dynamic_dino_kernels.resolve_backend`; all but "triton" are plain torch.
 
     Returns:
-        expert_ids int32 [T, k], best first; gates float32 [T, k], which add up to k; and probs
-        float32 [T, E]. Gates and probs are differentiable in tokens and weight.
+        `Routed`: the k ids, gates that add up to k, and p. Gates and p are differentiable in tokens
+        and weight.
 
     Raises:
         ValueError: shapes that don't fit, or k out of range; the message names them.
     """
-    if tokens.dim() != 2 or weight.dim() != 2 or tokens.shape[1] != weight.shape[1]:
-        raise ValueError(
-            "tokens must be [T, D] and weight [E, D], but their shapes are "
-            f"{tuple(tokens.shape)} and {tuple(weight.shape)}"
-        )
-    if not 1 <= top_k <= len(weight):
-        raise ValueError(f"top_k is {top_k}, but must lie between 1 and E={len(weight)}")
+    checks.check_router(tokens, weight, top_k, "top_k")
     implementation = reference.route
     if resolve_backend(backend, tokens.device) == "triton":
         from .router import triton_route as implementation  # imports Triton
     with torch.autocast(tokens.device.type, enabled=False):
-        return implementation(tokens, weight, top_k)
+        return Routed(*implementation(tokens, weight, top_k))
+
+
+def route_any(
+    tokens: Tensor,
+    weight: Tensor,
+    thresholds: Tensor,
+    *,
+    max_k: int | None = None,
+    fallback: bool = False,
+    backend: str = "auto",
+) -> Routed:
+    """Every expert whose score s = sigmoid(cos(x, w_e)) exceeds sigmoid(G_e): as many as may be.
+
+    Top-any gating of DynMoE (arXiv 2405.14297, equations 3 to 6): the outputs of the chosen experts
+    are averaged, so each of k gates is 1 / k. Their gradient goes straight through to s_e and to
+    sigmoid(G_e), with a minus there; experts that weren't chosen get none from the gates.
+
+    Args:
+        tokens: float [T, D].
+        weight: float [E, D], one row per expert.
+        thresholds: float [E], G; infinity switches an expert off.
+        max_k: slots of a token, K; of more experts the best are taken. None: E.
+        fallback: a token that reaches no threshold gets its best expert, as in evaluation; else
+            none, and all of its slots are empty.
+        backend: see `dynamic_dino_kernels.resolve_backend`; all but "triton" are plain torch.
+
+    Returns:
+        `Routed`, with s as `probs`; differentiable in tokens, weight and thresholds.
+
+    Raises:
+        ValueError: shapes that don't fit, or `max_k` out of range; the message names them.
+    """
+    max_k = len(weight) if max_k is None else max_k
+    checks.check_router(tokens, weight, max_k, "max_k")
+    if thresholds.shape != weight.shape[:1]:
+        raise ValueError(
+            f"thresholds must be [E={len(weight)}], but its shape is {tuple(thresholds.shape)}"
+        )
+    implementation = reference.route_any
+    if resolve_backend(backend, tokens.device) == "triton":
+        from .router import triton_route_any as implementation  # imports Triton
+    with torch.autocast(tokens.device.type, enabled=False):
+        return Routed(*implementation(tokens, weight, thresholds, max_k, fallback))
 
 
 def expert_ffn(
@@ -57,13 +115,17 @@ def expert_ffn(
     gates: Tensor,
     *,
     activation: str = "relu",
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    counts: Tensor | None = None,
+    recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """y[t] = sum_k gates[t, k] * (act(x[t] W1[e]^T + b1[e]) W2[e]^T + b2[e]), e = expert_ids[t, k].
 
-    Equation 4 of Dynamic-DINO (arXiv 2507.17436). Differentiable in x, the weights and the gates;
-    experts without tokens get explicit zero gradients. Under autocast the matmuls run in the
-    autocast dtype, as those of nn.Linear do.
+    Equation 4 of Dynamic-DINO (arXiv 2507.17436). Differentiable in x, the weights, the gates and
+    the norm; experts without tokens get explicit zero gradients. Under autocast the matmuls run in
+    the autocast dtype, as those of nn.Linear do, and where no gradient is asked for, a parameter is
+    cast once for all calls until it changes.
 
     Args:
         x: float [T, D], T tokens.
@@ -72,81 +134,73 @@ def expert_ffn(
         expert_ids: int32 or int64 [T, K]; -1 is an empty slot, which contributes nothing.
         gates: float [T, K]; ignored where the slot is empty.
         activation: "relu", "gelu" (exact) or "silu".
+        norm: weight [D], bias [D] and epsilon of a LayerNorm: the result is LayerNorm(x + y), the
+            end of a post-norm transformer block. Triton does it in the pass that sums over k.
+        counts: what `route` or `route_any` returned beside exactly these ids.
+        recompute: the backward pass computes the hidden layer, T * K * H values, once more instead
+            of keeping it.
         backend: see `dynamic_dino_kernels.resolve_backend`.
 
     Returns:
-        float [T, D] in the dtype of x, or the autocast dtype.
+        float [T, D] in the dtype of x, or the autocast dtype; with `norm`, in that of its weight.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it. Ids are checked
-            against E on the CPU only: on CUDA that would stop the stream at every call.
+            against E on the CPU only: on CUDA that would stop the stream at every call. Set the
+            environment variable DYNAMIC_DINO_KERNELS_DEBUG=1 to check them there as well.
     """
     name = resolve_backend(backend, x.device)
-    if name == "triton":
-        from .ops import triton_ffn as implementation  # imports Triton
-    else:
-        implementation = getattr(reference, name)
-    _check_arguments(x, w1, b1, w2, b2, expert_ids, gates, activation)
+    checks.check_expert_ffn(x, w1, b1, w2, b2, expert_ids, gates, activation, norm)
 
-    device_type = x.device.type
+    device_type, residual = x.device.type, x
     floats = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        floats = {
-            name: t if t.dtype == torch.float64 else t.to(dtype) for name, t in floats.items()
-        }
-    for name, tensor in floats.items():
+        floats = {name: cast_weight(t, dtype) for name, t in floats.items()}
+    for argument, tensor in floats.items():
         if tensor.dtype != floats["x"].dtype:
-            raise TypeError(f"{name} is {tensor.dtype}, but x is {floats['x'].dtype}")
+            raise TypeError(f"{argument} is {tensor.dtype}, but x is {floats['x'].dtype}")
 
+    arguments = (*floats.values(), expert_ids, gates, activation)
     with torch.autocast(device_type, enabled=False):
-        return implementation(*floats.values(), expert_ids, gates, activation)
+        if name == "triton":
+            from .ops import Norm, triton_ffn  # imports Triton
+
+            return triton_ffn(*arguments, recompute, counts, norm and Norm(residual, *norm))
+        if name == "grouped":
+            y = grouped(*arguments, recompute)
+        elif recompute:
+            y = checkpoint(reference.sequential, *arguments, use_reentrant=False)
+        else:
+            y = reference.sequential(*arguments)
+        if norm is None:
+            return y
+        weight, bias, eps = norm
+        return F.layer_norm((residual + y).to(weight.dtype), weight.shape, weight, bias, eps)
 
 
-def _check_arguments(x, w1, b1, w2, b2, expert_ids, gates, activation) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+def warmup(
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    top_k: int,
+    tokens: Iterable[int],
+    train: bool = False,
+    **options,
+) -> None:
+    """Compiles what `expert_ffn` will launch for these weights and numbers of tokens.
 
-    if x.dim() != 2:
-        raise ValueError(f"x must be [T, D], but its shape is {tuple(x.shape)}")
-    if w1.dim() != 3:
-        raise ValueError(f"w1 must be [E, H, D], but its shape is {tuple(w1.shape)}")
-    if expert_ids.dim() != 2:
-        raise ValueError(f"expert_ids must be [T, K], but its shape is {tuple(expert_ids.shape)}")
-    (tokens, dim), (experts, hidden, _), slots = x.shape, w1.shape, expert_ids.shape[1]
-    sizes = f"T={tokens}, D={dim} (x), E={experts}, H={hidden} (w1), K={slots} (expert_ids)"
-    expected = {
-        "w1": (w1, (experts, hidden, dim)),
-        "b1": (b1, (experts, hidden)),
-        "w2": (w2, (experts, dim, hidden)),
-        "b2": (b2, (experts, dim)),
-        "expert_ids": (expert_ids, (tokens, slots)),
-        "gates": (gates, (tokens, slots)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must be {list(shape)} for {sizes}, but its shape is {tuple(tensor.shape)}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
-    if slots > experts:
-        raise ValueError(f"expert_ids has K={slots} slots, more than the E={experts} experts of w1")
-
-    for name, tensor in {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "gates": gates}.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, but it is {tensor.dtype}")
-    for name, tensor in {"x": x, "w1": w1, "w2": w2}.items():
-        if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(
-                f"the last dimension of {name} must be contiguous, but its strides are "
-                f"{tensor.stride()}: pass {name}.contiguous()"
-            )
-    if expert_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"expert_ids must be int32 or int64, but it is {expert_ids.dtype}")
-    if expert_ids.device.type == "cpu" and expert_ids.numel():
-        low, high = (int(bound) for bound in expert_ids.aminmax())
-        if low < -1 or high >= experts:
-            raise ValueError(
-                f"expert_ids must lie in [-1, {experts - 1}], but they span [{low}, {high}]"
-            )
+    Triton compiles a kernel when it first meets a new kind of argument, which takes seconds, and
+    can't be done while a CUDA graph is captured. `options` are those of `expert_ffn`; with `train`
+    the backward pass is run as well. Results and gradients are thrown away.
+    """
+    weights = [w.detach().requires_grad_(train) for w in (w1, b1, w2, b2)]
+    for count in tokens:
+        x = w1.new_zeros(count, w1.shape[2]).requires_grad_(train)
+        ids = torch.arange(top_k, device=w1.device, dtype=torch.int32).expand(count, top_k)
+        with torch.set_grad_enabled(train):
+            y = expert_ffn(x, *weights, ids, w1.new_ones(count, top_k), **options)
+        if train:
+            torch.autograd.grad(y.sum(), (x, *weights))

@@ -194,22 +194,35 @@ def combine_slots(
     rows,  # [SPLITS, N, D], by slot
     expert_ids,
     gates,
+    residual,  # [T, D], and weight and bias [D] of the norm; read if NORM
+    norm_weight,
+    norm_bias,
     y,  # [T, D]
+    summed,  # [T, D] the norm's input, and mean and 1 / deviation, [2, T]; written if SAVE
+    stats,
     tokens,
     n,
     TOP_K: tl.constexpr,
     SPLITS: tl.constexpr,
     D: tl.constexpr,
     GATED: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
+    SAVE: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """y[t] = sum over the filled slots k of gates[t, k] * rows[t, k]; a gather, no atomics."""
+    """y[t] = sum over the filled slots k of gates[t, k] * rows[t, k]; a gather, no atomics.
+
+    With NORM, y[t] = LayerNorm(residual[t] + that), in the same pass.
+    """
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     live = token < tokens
     in_d = d < D
+    block = live[:, None] & in_d[None, :]
+    at = token[:, None] * D + d[None, :]
     acc = tl.zeros([TOKENS, BLOCK_D], SUM)
     for k in range(TOP_K):
         slot = token * TOP_K + k
@@ -223,7 +236,19 @@ def combine_slots(
         if GATED:
             part *= tl.load(gates + slot, mask=filled, other=0.0).to(SUM)[:, None]
         acc += part
-    tl.store(y + token[:, None] * D + d[None, :], acc, mask=live[:, None] & in_d[None, :])
+    if NORM:
+        acc += tl.load(residual + at, mask=block, other=0.0).to(SUM)
+        mean = tl.sum(acc, 1) / D
+        centred = tl.where(in_d[None, :], acc - mean[:, None], 0.0)
+        rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + EPS)
+        if SAVE:
+            tl.store(summed + at, acc, mask=block)
+            tl.store(stats + token, mean, mask=live)
+            tl.store(stats + tokens + token, rstd, mask=live)
+        weight = tl.load(norm_weight + d, mask=in_d, other=0.0).to(SUM)
+        bias = tl.load(norm_bias + d, mask=in_d, other=0.0).to(SUM)
+        acc = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(y + at, acc, mask=block)
 
 
 @triton.jit

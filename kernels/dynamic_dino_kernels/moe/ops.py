@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
 from ..launch import launch, sum_dtype, sum_type
 from . import kernels
+from .grouped import needs_grad
 from .plan import Plan, make_plan, max_tiles
-from .reference import needs_grad
 from .tiles import SMALLEST, Problem, Tiles, block_size, choose_tiles
 
 
+class Norm(NamedTuple):
+    """The end of a transformer's FFN block, LayerNorm(residual + y): residual [T, D], and weight
+    [D], bias [D] and eps of the norm, in whose dtype the result is."""
+
+    residual: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
 def triton_ffn(
-    x, w1, b1, w2, b2, expert_ids, gates, activation: str, recompute: bool = False
+    x,
+    w1,
+    b1,
+    w2,
+    b2,
+    expert_ids,
+    gates,
+    activation: str,
+    recompute: bool = False,
+    counts: Tensor | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
     """See `dynamic_dino_kernels.moe.expert_ffn`, which has checked the arguments.
 
     recompute: the backward pass computes the hidden layer again instead of keeping it.
+    counts: the router's, see `make_plan`.
     """
-    save = needs_grad(x, w1, b1, w2, b2, gates) and not recompute
-    tensors = (t.contiguous() for t in (x, w1, b1, w2, b2, expert_ids, gates))
-    return expert_ffn_op(*tensors, activation, save)[0]
+    tensors = [t.contiguous() for t in (x, w1, b1, w2, b2, expert_ids, gates)]
+    *tail, eps = norm or (None, None, None, 0.0)
+    tail = [t if t is None else t.contiguous() for t in (counts, *tail)]
+    save = needs_grad(*(t for t in (*tensors, *tail) if t is not None))
+    return expert_ffn_op(*tensors, *tail, eps, activation, save, save and not recompute)[0]
 
 
 # ---- operators ----------------------------------------------------------------------------------
@@ -36,18 +61,27 @@ def forward(
     b2: Tensor,
     expert_ids: Tensor,
     gates: Tensor,
+    counts: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
     activation: str,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns y [T, D], the plan's slots [N] and offsets [E + 1], and the hidden layer before the
-    activation, [N, H] by row; without `save` it is empty. All arguments are contiguous."""
+    save_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns y [T, D], and what the backward pass needs: the plan's slots [N] and offsets [E + 1];
+    the hidden layer before the activation, [N, H] by row; of the norm the input [T, D], and mean
+    and 1 / deviation, [2, T]. What isn't saved is empty. All arguments are contiguous."""
     call = _Call(x, w1, expert_ids, activation)
-    plan = make_plan(expert_ids, call.experts)
-    z = x.new_empty(call.n if save else 0, call.hidden)
+    plan = make_plan(expert_ids, call.experts, counts)
+    z = x.new_empty(call.n if save_hidden else 0, call.hidden)
     tiles = choose_tiles(call.problem(backward=False), x.device)
     run = _fused if tiles.form == "fused" else _two_gemms
     rows = run(call, tiles, plan, x, w1, b1, w2, b2, z)
-    return _combine(rows, expert_ids, gates, x), *plan, z
+    norm = None if residual is None else Norm(residual, norm_weight, norm_bias, eps)
+    y, *of_norm = _combine(rows, expert_ids, gates, x, norm, save)
+    return y, *plan, z, *of_norm
 
 
 def backward(
@@ -81,7 +115,7 @@ def backward(
         *(call.n, call.top_k, call.experts),
         **call.sizes, **call.numerics, **call.tile(tiles), PART=part, SAVED=saved,
     )  # fmt: skip
-    dx = _combine(dx_rows, expert_ids, None, x)
+    dx = _combine(dx_rows, expert_ids, None, x)[0]
     # Empty slots have no row: what is at their place was never written.
     dgate = dgates.sum(0).view_as(gates).masked_fill(expert_ids < 0, 0).to(gates.dtype)
 
@@ -105,10 +139,17 @@ expert_ffn_backward_op = torch.library.custom_op(
 
 
 @expert_ffn_op.register_fake
-def _(x, w1, b1, w2, b2, expert_ids, gates, activation, save):
+def _(
+    x, w1, b1, w2, b2, expert_ids, gates, counts, residual, norm_weight, norm_bias, eps, activation,
+    save, save_hidden,
+):  # fmt: skip
     n = expert_ids.shape[0] * expert_ids.shape[1]
     slots, offsets = (expert_ids.new_empty(k, dtype=torch.int32) for k in (n, w1.shape[0] + 1))
-    return x.new_empty(x.shape), slots, offsets, x.new_empty(n if save else 0, w1.shape[1])
+    z = x.new_empty(n if save_hidden else 0, w1.shape[1])
+    y = x.new_empty(x.shape, dtype=x.dtype if residual is None else norm_weight.dtype)
+    kept = x.shape[0] if save and residual is not None else 0
+    stats = x.new_empty(2, kept, dtype=sum_dtype(x))
+    return y, slots, offsets, z, y.new_empty(kept, y.shape[1]), stats
 
 
 @expert_ffn_backward_op.register_fake
@@ -118,19 +159,31 @@ def _(dy, x, w1, b1, w2, b2, expert_ids, gates, slots, offsets, z, activation, w
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.activation, _ = inputs
-    _, *plan_and_z = output
-    ctx.mark_non_differentiable(*plan_and_z)
-    ctx.save_for_backward(*tensors, *plan_and_z)
+    *ffn, _, residual, norm_weight, norm_bias, _, ctx.activation, _, _ = inputs
+    _, slots, offsets, z, *of_norm = output
+    ctx.mark_non_differentiable(slots, offsets, z, *of_norm)
+    ctx.normed = residual is not None
+    ctx.residual_dtype = residual.dtype if ctx.normed else None
+    norm = (norm_weight, norm_bias, *of_norm) if ctx.normed else ()
+    ctx.save_for_backward(*ffn, slots, offsets, z, *norm)
 
 
 def _differentiate(ctx, dy, *_):
-    grads = expert_ffn_backward_op(
-        dy.contiguous(), *ctx.saved_tensors, ctx.activation, any(ctx.needs_input_grad[1:5])
+    *ffn, slots, offsets, z = ctx.saved_tensors[:10]
+    needs, (x, *_) = ctx.needs_input_grad, ffn
+    dresidual = dnorm_weight = dnorm_bias = None
+    if ctx.normed:
+        weight, bias, summed, (mean, rstd) = ctx.saved_tensors[10:]
+        dy, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
+            dy, summed, [dy.shape[1]], mean[:, None], rstd[:, None], weight, bias, [True] * 3
+        )
+        dresidual = dy.to(ctx.residual_dtype)
+    dx, dw1, db1, dw2, db2, dgates = expert_ffn_backward_op(
+        dy.to(x.dtype).contiguous(), *ffn, slots, offsets, z, ctx.activation, any(needs[1:5])
     )
-    dx, dw1, db1, dw2, db2, dgates = grads
-    grads = (dx, dw1, db1, dw2, db2, None, dgates, None, None)
-    return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=True))
+    norm_grads = (dresidual, dnorm_weight, dnorm_bias)
+    grads = (dx, dw1, db1, dw2, db2, None, dgates, None, *norm_grads, *[None] * 4)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
 expert_ffn_op.register_autograd(_differentiate, setup_context=_setup_context)
@@ -201,19 +254,33 @@ def _two_gemms(call: _Call, tiles: Tiles, plan: Plan, x, w1, b1, w2, b2, z: Tens
     return rows
 
 
-def _combine(rows: Tensor, expert_ids: Tensor, gates: Tensor | None, x: Tensor) -> Tensor:
-    """[splits, N, D] by slot -> [T, D] like x, weighted by the gates if given."""
+def _combine(
+    rows: Tensor,
+    expert_ids: Tensor,
+    gates: Tensor | None,
+    x: Tensor,
+    norm: Norm | None = None,
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[splits, N, D] by slot -> [T, D] like x, weighted by the gates if given, residual added and
+    normed if asked for; with `save`, the norm's input and statistics for its backward pass."""
     (splits, n, dim), (tokens, top_k) = rows.shape, expert_ids.shape
-    y = torch.empty_like(x)
-    block = min(256, block_size(dim))
+    y = x.new_empty(x.shape, dtype=norm.weight.dtype if norm else x.dtype)
+    kept = tokens if norm and save else 0
+    summed = y.new_empty(kept, dim)
+    stats = x.new_empty(2, kept, dtype=sum_dtype(x))
+    block = block_size(dim) if norm else min(256, block_size(dim))  # a norm needs the whole row
+    unused = expert_ids
+    residual, weight, bias, eps = norm or (unused, unused, unused, 0.0)
     launch(
         kernels.combine_slots,
         (triton.cdiv(tokens, 4), triton.cdiv(dim, block)),
-        *(rows, expert_ids, expert_ids if gates is None else gates, y, tokens, n),
-        TOP_K=top_k, SPLITS=splits, D=dim, GATED=gates is not None, SUM=sum_type(x),
-        BLOCK_D=block, TOKENS=4, num_warps=4,
+        *(rows, expert_ids, unused if gates is None else gates),
+        *(residual, weight, bias, y, summed, stats, tokens, n),
+        TOP_K=top_k, SPLITS=splits, D=dim, GATED=gates is not None, NORM=norm is not None,
+        EPS=eps, SAVE=kept > 0, SUM=sum_type(x), BLOCK_D=block, TOKENS=4, num_warps=4,
     )  # fmt: skip
-    return y
+    return y, summed, stats
 
 
 def _split(hidden: int, tiles: Tiles) -> tuple[int, int]:

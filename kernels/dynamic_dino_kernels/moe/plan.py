@@ -1,11 +1,12 @@
 """The plan of a grouped matrix multiplication: which slots each expert works on.
 
-A counting sort in two passes that never leaves the device: blocks of slots count their experts,
-then every block adds up the counts before it and writes its slots to their places. Stable (an
-expert's slots stay in token order), without atomics, without a sort, and with grids that depend on
-shapes only, so that CUDA graphs can capture it. TransformerEngine's row-id map and vLLM's alignment
-step are built alike; the tile table they make is left out, since each program of our kernels finds
-its tile from the expert's offsets (`find_tile`) faster than it could load it.
+A counting sort in two passes that never leaves the device: blocks of tokens count their experts,
+which the router's kernel does on the way; then every block adds up the counts before it and writes
+its slots to their places. Stable (an expert's slots stay in token order), without atomics, without
+a sort, and with grids that depend on shapes only, so that CUDA graphs can capture it.
+TransformerEngine's row-id map and vLLM's alignment step are built alike; the tile table they make
+is left out, since each program of our kernels finds its tile from the expert's offsets
+(`find_tile`) faster than it could load it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..launch import launch
 
-BLOCK = 128  # slots per program
+TOKENS = 32  # whose slots one program counts and places; the router counts the same blocks
 
 
 class Plan(NamedTuple):
@@ -33,39 +34,58 @@ class Plan(NamedTuple):
     offsets: Tensor
 
 
-def make_plan(expert_ids: Tensor, num_experts: int) -> Plan:
-    """expert_ids: int32 or int64 [T, K], contiguous, -1 for an empty slot."""
-    n, device = expert_ids.numel(), expert_ids.device
-    slots = torch.empty(n, dtype=torch.int32, device=device)
+def make_plan(expert_ids: Tensor, num_experts: int, counts: Tensor | None = None) -> Plan:
+    """expert_ids: int32 or int64 [T, K], contiguous, -1 for an empty slot. counts: what the router
+    counted already, int32 [ceil(T / TOKENS), E + 1]: slots of each expert, and the empty ones."""
+    (tokens, top_k), n = expert_ids.shape, expert_ids.numel()
+    slots = expert_ids.new_empty(n, dtype=torch.int32)
     if n == 0:
-        return Plan(slots, torch.zeros(num_experts + 1, dtype=torch.int32, device=device))
-    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    blocks = triton.cdiv(n, BLOCK)
-    bins = triton.next_power_of_2(num_experts + 1)  # the last one for empty slots
-    counts = torch.empty(blocks, bins, dtype=torch.int32, device=device)
-    launch(count_experts, (blocks,), expert_ids, counts, n, num_experts, BINS=bins, BLOCK=BLOCK)
+        return Plan(slots, expert_ids.new_zeros(num_experts + 1, dtype=torch.int32))
+    offsets = expert_ids.new_empty(num_experts + 1, dtype=torch.int32)
+    blocks = triton.cdiv(tokens, TOKENS)
+    sizes = dict(
+        SPAN=TOKENS * top_k, BLOCK=triton.next_power_of_2(TOKENS * top_k),
+        BINS=triton.next_power_of_2(num_experts + 1),
+    )  # fmt: skip
+    if counts is None:
+        counts = expert_ids.new_empty(blocks, num_experts + 1, dtype=torch.int32)
+        launch(count_experts, (blocks,), expert_ids, counts, n, num_experts, **sizes)
     launch(
         place_slots, (blocks,), expert_ids, counts, slots, offsets, n, num_experts, blocks,
-        BINS=bins, BLOCK=BLOCK, STEP=32,
+        **sizes, STEP=64,
     )  # fmt: skip
     return Plan(slots, offsets)
 
 
 @triton.jit
-def _one_hot(expert_ids, n, num_experts, BINS: tl.constexpr, BLOCK: tl.constexpr):
+def _one_hot(
+    expert_ids, n, num_experts, SPAN: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr
+):
     """[BLOCK, BINS], int32: the experts of this program's slots; empty slots count as one more."""
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(expert_ids + slot, mask=slot < n, other=-1).to(tl.int32)
+    index = tl.arange(0, BLOCK)
+    slot = tl.program_id(0) * SPAN + index
+    live = (index < SPAN) & (slot < n)
+    expert = tl.load(expert_ids + slot, mask=live, other=-1).to(tl.int32)
     bin = tl.where(expert < 0, num_experts, expert)
-    hits = (bin[:, None] == tl.arange(0, BINS)[None, :]) & (slot < n)[:, None]
-    return slot, hits.to(tl.int32)
+    hits = (bin[:, None] == tl.arange(0, BINS)[None, :]) & live[:, None]
+    return slot, live, hits.to(tl.int32)
 
 
 @triton.jit
-def count_experts(expert_ids, counts, n, num_experts, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    """counts[block, e]: how many slots of the block chose expert e."""
-    _, hits = _one_hot(expert_ids, n, num_experts, BINS, BLOCK)
-    tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), tl.sum(hits, 0))
+def count_experts(
+    expert_ids,
+    counts,
+    n,
+    num_experts,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """counts[block, e]: how many slots of the block chose expert e; the empty ones are last."""
+    _, _, hits = _one_hot(expert_ids, n, num_experts, SPAN, BLOCK, BINS)
+    bins = tl.arange(0, BINS)
+    at = tl.program_id(0) * (num_experts + 1) + bins
+    tl.store(counts + at, tl.sum(hits, 0), mask=bins <= num_experts)
 
 
 @triton.jit
@@ -77,8 +97,9 @@ def place_slots(
     n,
     num_experts,
     blocks,
-    BINS: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """Writes each slot of the block to its row; the first block writes the offsets as well."""
@@ -89,7 +110,9 @@ def place_slots(
     for start in range(0, blocks, STEP):
         row = start + tl.arange(0, STEP)
         part = tl.load(
-            counts + row[:, None] * BINS + bins[None, :], mask=(row < blocks)[:, None], other=0
+            counts + row[:, None] * (num_experts + 1) + bins[None, :],
+            mask=(row < blocks)[:, None] & (bins <= num_experts)[None, :],
+            other=0,
         )
         total += tl.sum(part, 0)
         before += tl.sum(tl.where((row < block)[:, None], part, 0), 0)
@@ -97,9 +120,9 @@ def place_slots(
     if block == 0:
         tl.store(offsets + bins, first, mask=bins <= num_experts)
 
-    slot, hits = _one_hot(expert_ids, n, num_experts, BINS, BLOCK)
+    slot, live, hits = _one_hot(expert_ids, n, num_experts, SPAN, BLOCK, BINS)
     rank = tl.cumsum(hits, 0) - 1 + (first + before)[None, :]
-    tl.store(slots + tl.sum(rank * hits, 1), slot, mask=slot < n)
+    tl.store(slots + tl.sum(rank * hits, 1), slot, mask=live)
 
 
 @triton.jit

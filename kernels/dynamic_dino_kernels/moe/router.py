@@ -1,4 +1,4 @@
-"""The router on Triton as a PyTorch operator: logits, softmax, the k best experts, their gates."""
+"""The routers on Triton as PyTorch operators: one kernel from tokens to gates and counts."""
 
 from __future__ import annotations
 
@@ -8,71 +8,195 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
+from .plan import TOKENS
 from .tiles import block_size
 
 
-def triton_route(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def triton_route(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, ...]:
     """See `dynamic_dino_kernels.moe.route`, which has checked the arguments."""
-    probs, gates, ids = route_op(tokens.contiguous(), weight.contiguous(), top_k)
-    return ids, gates, probs
+    gates, probs, ids, counts = route_op(tokens.contiguous(), weight.contiguous(), top_k)
+    return ids, gates, probs, counts
 
 
-def forward(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    (count, dim), experts = tokens.shape, len(weight)
-    ids = tokens.new_empty(count, top_k, dtype=torch.int32)
-    gates = tokens.new_empty(count, top_k, dtype=torch.float32)
-    probs = tokens.new_empty(count, experts, dtype=torch.float32)
-    launch(
-        route_tokens, (triton.cdiv(count, 32),), tokens, weight, ids, gates, probs, count, experts,
-        D=dim, TOP_K=top_k, EXPERTS=block_size(experts), BLOCK_D=64,
-        SLOTS=triton.next_power_of_2(top_k), TOKENS=32, num_warps=4,
-    )  # fmt: skip
-    return probs, gates, ids
+def triton_route_any(
+    tokens: Tensor, weight: Tensor, thresholds: Tensor, max_k: int, fallback: bool
+) -> tuple[Tensor, ...]:
+    """See `dynamic_dino_kernels.moe.route_any`, which has checked the arguments."""
+    tensors = (t.contiguous() for t in (tokens, weight, thresholds))
+    gates, scores, ids, counts = route_any_op(*tensors, max_k, fallback)
+    return ids, gates, scores, counts
 
 
-route_op = torch.library.custom_op("dynamic_dino::route", forward, mutates_args=())
+# ---- operators ----------------------------------------------------------------------------------
 
 
-@route_op.register_fake
-def _(tokens, weight, top_k):
-    count = len(tokens)
+def forward(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """gates [T, K], probs [T, E], expert_ids [T, K], counts as `make_plan` wants them."""
+    outputs = _empty_outputs(tokens, weight, top_k)
+    meta = _meta(tokens, weight, top_k)
+    launch(route_top_k, _grid(tokens), tokens, weight, *outputs, len(tokens), len(weight), **meta)
+    return outputs
+
+
+def forward_any(
+    tokens: Tensor, weight: Tensor, thresholds: Tensor, max_k: int, fallback: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """gates [T, K], scores [T, E], expert_ids [T, K], counts as `make_plan` wants them."""
+    outputs = _empty_outputs(tokens, weight, max_k)
+    meta = _meta(tokens, weight, max_k) | dict(FALLBACK=fallback)
+    sizes = len(tokens), len(weight)
+    launch(route_top_any, _grid(tokens), tokens, weight, thresholds, *outputs, *sizes, **meta)
+    return outputs
+
+
+def _empty_outputs(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    count, experts = tokens.shape[0], len(weight)  # len() of a traced tensor would fix T
     return (
-        tokens.new_empty(count, len(weight), dtype=torch.float32),
         tokens.new_empty(count, top_k, dtype=torch.float32),
+        tokens.new_empty(count, experts, dtype=torch.float32),
         tokens.new_empty(count, top_k, dtype=torch.int32),
+        tokens.new_empty((count + TOKENS - 1) // TOKENS, experts + 1, dtype=torch.int32),
     )
 
 
+def _grid(tokens: Tensor) -> tuple[int]:
+    return (triton.cdiv(len(tokens), TOKENS),)
+
+
+def _meta(tokens: Tensor, weight: Tensor, top_k: int) -> dict:
+    return dict(
+        D=tokens.shape[1], TOP_K=top_k, EXPERTS=block_size(len(weight)), BLOCK_D=64,
+        SLOTS=triton.next_power_of_2(top_k), BLOCK=TOKENS, num_warps=4,
+    )  # fmt: skip
+
+
+route_op = torch.library.custom_op("dynamic_dino::route", forward, mutates_args=())
+route_any_op = torch.library.custom_op("dynamic_dino::route_any", forward_any, mutates_args=())
+route_op.register_fake(_empty_outputs)
+route_any_op.register_fake(
+    lambda tokens, weight, thresholds, max_k, fallback: _empty_outputs(tokens, weight, max_k)
+)
+
+
 def _setup_context(ctx, inputs, output) -> None:
-    tokens, weight, _ = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(tokens, weight, *output)
+    gates, probs, ids, counts = output
+    ctx.mark_non_differentiable(ids, counts)
+    ctx.save_for_backward(*(i for i in inputs if isinstance(i, Tensor)), gates, probs, ids)
 
 
-def _differentiate(ctx, dprobs, dgates, _):
+def _differentiate(ctx, dgates, dprobs, *_):
     """Both softmaxes back to the logits, and through the linear layer."""
-    tokens, weight, probs, gates, ids = ctx.saved_tensors
+    tokens, weight, gates, probs, ids = ctx.saved_tensors
     soft = gates / gates.shape[1]
     dsoft = dgates * gates.shape[1]
     chosen = soft * (dsoft - (dsoft * soft).sum(1, keepdim=True))
     dlogits = probs * (dprobs - (dprobs * probs).sum(1, keepdim=True))
-    ids = ids.long()  # distinct in a row, so this needs no atomics
-    dlogits = dlogits.scatter(1, ids, dlogits.gather(1, ids) + chosen)
+    dlogits = dlogits + _spread(chosen, ids, weight)
     dtokens = (dlogits @ weight.float()).to(tokens.dtype) if ctx.needs_input_grad[0] else None
     dweight = (dlogits.T @ tokens.float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
     return dtokens, dweight, None
 
 
+def _differentiate_any(ctx, dgates, dscores, *_):
+    """Straight through the gates of the chosen experts to score and threshold, then the cosine."""
+    tokens, weight, thresholds, gates, scores, ids = ctx.saved_tensors
+    dmargin = _spread(dgates * gates, ids, weight)  # a gate is 1 / k where there is one
+    limit = thresholds.float().sigmoid()
+    dthresholds = (-dmargin.sum(0) * limit * (1 - limit)).to(thresholds.dtype)
+    dcosine = (dscores + dmargin) * scores * (1 - scores)
+
+    x, x_norm = _unit(tokens)
+    w, w_norm = _unit(weight)
+    dx, dw = dcosine @ w, dcosine.T @ x
+    dtokens = (dx - x * (x * dx).sum(1, keepdim=True)) / x_norm
+    dweight = (dw - w * (w * dw).sum(1, keepdim=True)) / w_norm
+    return dtokens.to(tokens.dtype), dweight.to(weight.dtype), dthresholds, None, None
+
+
+def _spread(values: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    """[T, K] -> [T, E]: each slot's value at its expert. Experts are distinct in a row, and empty
+    slots go to a column that is cut off, so this needs no atomics."""
+    column = torch.where(ids < 0, len(weight), ids).long()
+    spread = values.new_zeros(values.shape[0], len(weight) + 1).scatter(1, column, values)
+    return spread[:, :-1]
+
+
+def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
+    norm = rows.float().norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return rows.float() / norm, norm
+
+
 route_op.register_autograd(_differentiate, setup_context=_setup_context)
+route_any_op.register_autograd(_differentiate_any, setup_context=_setup_context)
+
+
+# ---- kernels ------------------------------------------------------------------------------------
 
 
 @triton.jit
-def route_tokens(
+def _products(
     tokens,
     weight,
-    ids,
+    t,
+    e,
+    live,
+    real,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COSINE: tl.constexpr,
+):
+    """x W^T of a block of tokens. Every column sums in the same order, so that ties stay ties."""
+    products = tl.zeros([t.shape[0], e.shape[0]], tl.float32)
+    if COSINE:
+        x_square = tl.zeros([t.shape[0]], tl.float32)
+        w_square = tl.zeros([e.shape[0]], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        in_d = d < D
+        x = tl.load(
+            tokens + t[:, None] * D + d[None, :], mask=live[:, None] & in_d[None, :], other=0.0
+        ).to(tl.float32)
+        w = tl.load(
+            weight + e[None, :] * D + d[:, None], mask=real[None, :] & in_d[:, None], other=0.0
+        ).to(tl.float32)
+        products = tl.dot(x, w, products, input_precision="ieee")
+        if COSINE:
+            x_square += tl.sum(x * x, 1)
+            w_square += tl.sum(w * w, 0)
+    if COSINE:
+        products /= tl.maximum(tl.sqrt(x_square), 1e-12)[:, None]
+        products /= tl.maximum(tl.sqrt(w_square), 1e-12)[None, :]
+    return products
+
+
+@triton.jit
+def _best(values, free, e, EXPERTS: tl.constexpr):
+    """Of each row's free columns the best value's, and the value; EXPERTS where none is free.
+
+    Of equals the lowest; NaN equals nothing and takes the lowest that are free."""
+    top = tl.max(tl.where(free, values, float("-inf")), 1)
+    index = tl.min(tl.where(free & (values == top[:, None]), e[None, :], EXPERTS), 1)
+    lowest = tl.min(tl.where(free, e[None, :], EXPERTS), 1)
+    return tl.where(index == EXPERTS, lowest, index), top
+
+
+@triton.jit
+def _store_counts(counts, hits, e, live, experts, top_k):
+    """How many of the block's slots each expert got, and how many stayed empty."""
+    row = counts + tl.program_id(0) * (experts + 1)
+    per_expert = tl.sum((hits & live[:, None]).to(tl.int32), 0)
+    tl.store(row + e, per_expert, mask=e < experts)
+    tl.store(row + experts, tl.sum(live.to(tl.int32), 0) * top_k - tl.sum(per_expert, 0))
+
+
+@triton.jit
+def route_top_k(
+    tokens,
+    weight,
     gates,
     probs,
+    ids,
+    counts,
     count,
     experts,
     D: tl.constexpr,
@@ -80,24 +204,13 @@ def route_tokens(
     EXPERTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SLOTS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """A block of tokens. Every column of the product sums in the same order: ties stay ties."""
-    t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    """Softmax over all experts, the k best of them, and the softmax over those, times k."""
+    t = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     e = tl.arange(0, EXPERTS)
     live, real = t < count, e < experts
-    logits = tl.zeros([TOKENS, EXPERTS], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        in_d = d < D
-        x = tl.load(
-            tokens + t[:, None] * D + d[None, :], mask=live[:, None] & in_d[None, :], other=0.0
-        )
-        w = tl.load(
-            weight + e[None, :] * D + d[:, None], mask=real[None, :] & in_d[:, None], other=0.0
-        )
-        logits = tl.dot(x.to(tl.float32), w.to(tl.float32), logits, input_precision="ieee")
-
+    logits = _products(tokens, weight, t, e, live, real, D, BLOCK_D, False)
     logits = tl.where(real[None, :], logits, float("-inf"))
     best = tl.max(logits, 1)
     grown = tl.exp(logits - best[:, None])
@@ -108,16 +221,12 @@ def route_tokens(
     )
 
     k = tl.arange(0, SLOTS)
-    chosen = tl.zeros([TOKENS, SLOTS], tl.int32)
-    weights = tl.zeros([TOKENS, SLOTS], tl.float32)
-    free = real[None, :] & (t >= 0)[:, None]
+    chosen = tl.zeros([BLOCK, SLOTS], tl.int32)
+    weights = tl.zeros([BLOCK, SLOTS], tl.float32)
+    offered = real[None, :] & (t >= 0)[:, None]
+    free = offered
     for slot in tl.static_range(TOP_K):
-        top = tl.max(tl.where(free, logits, float("-inf")), 1)
-        # Of equals the lowest; NaN equals nothing and takes the lowest that are free.
-        equal = free & (logits == top[:, None])
-        index = tl.min(tl.where(equal, e[None, :], EXPERTS), 1)
-        lowest = tl.min(tl.where(free, e[None, :], EXPERTS), 1)
-        index = tl.where(index == EXPERTS, lowest, index)
+        index, top = _best(logits, free, e, EXPERTS)
         free = free & (e[None, :] != index[:, None])
         here = (k == slot)[None, :]
         chosen = tl.where(here, index[:, None], chosen)
@@ -127,3 +236,58 @@ def route_tokens(
     mask = live[:, None] & (k < TOP_K)[None, :]
     tl.store(ids + at, chosen, mask=mask)
     tl.store(gates + at, weights, mask=mask)
+    _store_counts(counts, offered & (free == 0), e, live, experts, TOP_K)
+
+
+@triton.jit
+def route_top_any(
+    tokens,
+    weight,
+    thresholds,
+    gates,
+    scores,
+    ids,
+    counts,
+    count,
+    experts,
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FALLBACK: tl.constexpr,
+):
+    """All experts whose cosine exceeds their threshold, best first, TOP_K at most."""
+    t = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    e = tl.arange(0, EXPERTS)
+    live, real = t < count, e < experts
+    cosine = _products(tokens, weight, t, e, live, real, D, BLOCK_D, True)
+    tl.store(
+        scores + t[:, None] * experts + e[None, :],
+        1 / (1 + tl.exp(-cosine)),
+        mask=live[:, None] & real[None, :],
+    )
+
+    threshold = tl.load(thresholds + e, mask=real, other=float("inf")).to(tl.float32)
+    offered = cosine > threshold[None, :]
+    if FALLBACK:
+        on = (threshold < float("inf"))[None, :] & (t >= 0)[:, None]
+        index, _ = _best(cosine, on, e, EXPERTS)
+        none = tl.sum(offered.to(tl.int32), 1) == 0
+        offered = offered | (none[:, None] & (e[None, :] == index[:, None]))
+    k = tl.arange(0, SLOTS)
+    chosen = tl.full([BLOCK, SLOTS], -1, tl.int32)
+    free = offered
+    for slot in tl.static_range(TOP_K):
+        index, _ = _best(cosine, free, e, EXPERTS)
+        free = free & (e[None, :] != index[:, None])
+        taken = (k == slot)[None, :] & (index < EXPERTS)[:, None]
+        chosen = tl.where(taken, index[:, None], chosen)
+    filled = chosen >= 0
+    number = tl.maximum(tl.sum(filled.to(tl.int32), 1), 1)
+    at = t[:, None] * TOP_K + k[None, :]
+    mask = live[:, None] & (k < TOP_K)[None, :]
+    tl.store(ids + at, chosen, mask=mask)
+    tl.store(gates + at, tl.where(filled, 1.0 / number[:, None], 0.0), mask=mask)
+    _store_counts(counts, offered & (free == 0), e, live, experts, TOP_K)

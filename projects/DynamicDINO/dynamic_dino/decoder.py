@@ -19,7 +19,7 @@ class DecoderLayer(nn.Module):
     """Self-attention, text cross-attention, deformable image cross-attention, FFN; post-norm.
 
     Args:
-        ffn: `FeedForward` (dense) or `MoEFeedForward`; called as ffn(x, scene).
+        ffn: `FeedForward` (dense) or `MoEFeedForward`; called as ffn(x, scene, norm).
     """
 
     def __init__(
@@ -61,8 +61,7 @@ class DecoderLayer(nn.Module):
                 x + position, boxes, memory.tokens, memory.mask, memory.shapes, memory.valid_ratios
             )
         )
-        y, routing = self.ffn(x, memory.scene)
-        return self.norm4(x + y), routing
+        return self.ffn(x, memory.scene, self.norm4)
 
 
 class PositionMLP(nn.Module):

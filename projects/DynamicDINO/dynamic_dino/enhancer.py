@@ -55,7 +55,7 @@ class TextLayer(nn.Module):
         position = sine_encoding(block_positions(text.blocks)[..., None], tokens.shape[-1])
         q = tokens + position.to(tokens.dtype)
         tokens = self.norm1(tokens + self.self_attention(q, q, tokens, same_block))
-        return self.norm2(tokens + self.ffn(tokens)[0])
+        return self.ffn(tokens, norm=self.norm2)[0]
 
 
 class ImageLayer(nn.Module):
@@ -73,8 +73,7 @@ class ImageLayer(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         q = x + position
         x = self.norm1(x + self.self_attention(q, q, x, mask[:, None]))
-        y, routing = self.ffn(x, scene)
-        return self.norm2(x + y), routing
+        return self.ffn(x, scene, self.norm2)
 
 
 class EnhancerLayer(nn.Module):

@@ -22,6 +22,9 @@ class FeedForward(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, scene: Tensor | None = None) -> tuple[Tensor, Routing | None]:
-        """x [B, N, D] -> ([B, N, D], None)"""
-        return self.linear2(getattr(F, self.activation)(self.linear1(x))), None
+    def forward(
+        self, x: Tensor, scene: Tensor | None = None, norm: nn.LayerNorm | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """x [B, N, D] -> (y [B, N, D], None), or norm(x + y) if a norm is given"""
+        y = self.linear2(getattr(F, self.activation)(self.linear1(x)))
+        return (y if norm is None else norm(x + y)), None

@@ -32,7 +32,7 @@ def setup(cfg: DictConfig) -> None:
     if comm.is_main_process():
         check_writable(train.output_dir)
     comm.synchronize()
-    for name in ("detectron2", "fvcore", "dynamic_dino"):
+    for name in ("detectron2", "fvcore", "dynamic_dino", "dynamic_dino_kernels"):
         setup_logger(str(train.output_dir), distributed_rank=comm.get_rank(), name=name)
     if train.num_threads:
         torch.set_num_threads(train.num_threads)

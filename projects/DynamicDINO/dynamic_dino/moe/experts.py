@@ -12,8 +12,9 @@ from .routing import Routing
 class Experts(nn.Module):
     """y = sum over the chosen experts e of gate_e * (act(x W1_e^T + b1_e) W2_e^T + b2_e).
 
-    w1 [E, H, D], b1 [E, H], w2 [E, D, H], b2 [E, D]. `backend` is passed to the kernels: "auto",
-    "triton", "grouped" or "sequential".
+    w1 [E, H, D], b1 [E, H], w2 [E, D, H], b2 [E, D]. `backend` ("auto", "triton", "grouped" or
+    "sequential") and `recompute` (the hidden layer in the backward pass, which saves memory) are
+    passed to `dynamic_dino_kernels.moe.expert_ffn`.
     """
 
     def __init__(
@@ -23,13 +24,14 @@ class Experts(nn.Module):
         num_experts: int,
         activation: str = "relu",
         backend: str = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.w1 = nn.Parameter(torch.empty(num_experts, hidden, dim))
         self.b1 = nn.Parameter(torch.empty(num_experts, hidden))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.b2 = nn.Parameter(torch.empty(num_experts, dim))
-        self.activation, self.backend = activation, backend
+        self.activation, self.backend, self.recompute = activation, backend, recompute
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -40,8 +42,8 @@ class Experts(nn.Module):
         nn.init.zeros_(self.b1)
         nn.init.zeros_(self.b2)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """x [T, D] -> [T, D]"""
+    def forward(self, x: Tensor, routing: Routing, norm: nn.LayerNorm | None = None) -> Tensor:
+        """x [T, D] -> y [T, D], or norm(x + y) if a norm is given"""
         return expert_ffn(
             x,
             self.w1,
@@ -51,5 +53,8 @@ class Experts(nn.Module):
             routing.expert_ids,
             routing.gates,
             activation=self.activation,
+            norm=norm and (norm.weight, norm.bias, norm.eps),
+            counts=routing.counts,
+            recompute=self.recompute,
             backend=self.backend,
         )

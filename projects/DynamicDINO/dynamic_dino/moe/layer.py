@@ -23,6 +23,7 @@ class MoEFeedForward(nn.Module):
     Args:
         init_experts: False ignores the dense FFN's weights and keeps random experts, and
         init_router: False draws every router row by itself (both: Table 10).
+        backend, recompute: see `Experts`.
 
     Raises:
         ValueError: k doesn't divide `hidden` or `num_experts`.
@@ -40,6 +41,7 @@ class MoEFeedForward(nn.Module):
         init_router: bool = True,
         router_std: float = 0.02,
         backend: str = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if top_k < 1 or hidden % top_k:
@@ -56,13 +58,16 @@ class MoEFeedForward(nn.Module):
         self.init_experts = init_experts
         groups = num_experts // top_k if init_router else None
         self.router = SoftmaxRouter(dim, num_experts, top_k, gate, groups, router_std)
-        self.experts = Experts(dim, hidden // top_k, num_experts, activation, backend)
+        self.experts = Experts(dim, hidden // top_k, num_experts, activation, backend, recompute)
         self.register_load_state_dict_pre_hook(convert_dense_ffn)
 
-    def forward(self, x: Tensor, scene: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """x [B, N, D], scene [B, D] or None -> ([B, N, D], Routing of B * N tokens)"""
+    def forward(
+        self, x: Tensor, scene: Tensor | None = None, norm: nn.LayerNorm | None = None
+    ) -> tuple[Tensor, Routing]:
+        """x [B, N, D], scene [B, D] or None -> (y [B, N, D], Routing of B * N tokens); with a norm,
+        norm(x + y) instead of y, which the kernels do in one pass."""
         routing = self.router(x, scene)
-        return self.experts(x.flatten(0, 1), routing).view_as(x), routing
+        return self.experts(x.flatten(0, 1), routing, norm).view_as(x), routing
 
 
 def convert_dense_ffn(

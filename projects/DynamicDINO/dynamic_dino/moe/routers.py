@@ -58,11 +58,11 @@ class SoftmaxRouter(nn.Module):
 
     def forward(self, tokens: Tensor, scene: Tensor | None = None) -> Routing:
         """tokens [B, N, D] -> Routing of T = B * N tokens; `scene` is for scene-aware routers."""
-        ids, soft, probs = route(tokens.flatten(0, 1), self.weight, self.top_k)
+        ids, soft, probs, counts = route(tokens.flatten(0, 1), self.weight, self.top_k)
         if self.gate == "renormalized":
             gates = soft
         elif self.gate == "straight_through" and soft.requires_grad:
             gates = torch.ones_like(soft) + (soft - soft.detach())
         else:
             gates = torch.ones_like(soft)
-        return Routing(ids, gates, probs)
+        return Routing(ids, gates, probs, counts)

@@ -16,11 +16,14 @@ class Routing:
     expert_ids  int32 [T, K], -1 marks an empty slot
     gates       float [T, K], weight of each slot, 0 where empty
     probs       float [T, E], the router's softmax distribution
+    counts      what the router's kernel counted for that of the experts, see `expert_ffn`; None
+                where it didn't, or where these are no longer the router's tokens
     """
 
     expert_ids: Tensor
     gates: Tensor
     probs: Tensor
+    counts: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
