@@ -54,26 +54,28 @@ def forward(
     [E + 1] of the experts' rows; the rows [N, D] before the gates, and the hidden layer before the
     activation, [N, H], each empty unless it is to be saved."""
     act, _ = _ACTIVATIONS[activation]
-    n, experts, width, hidden = expert_ids.numel(), len(w1), x.shape[1], w1.shape[1]
+    (tokens, top_k), experts = expert_ids.shape, len(w1)
     owner = torch.where(expert_ids < 0, experts, expert_ids).flatten()
     slots = torch.argsort(owner, stable=True)
-    ends = torch.bincount(owner, minlength=experts + 1).cumsum(0)
-    offsets = F.pad(ends[:-1], (1, 0))
-    blocks, largest = _blocks(offsets)
+    offsets = F.pad(torch.bincount(owner, minlength=experts + 1).cumsum(0)[:-1], (1, 0))
+    filled, sizes = _sizes(offsets)
 
-    # Fresh memory costs page faults: all experts share their buffers, but for what is kept.
-    pre = x.new_empty(n if save_hidden else 0, hidden)
-    rows = x.new_empty(n, width)
-    x_rows, hidden_rows = x.new_empty(largest, width), x.new_empty(largest, hidden)
-    token = _tokens(slots, expert_ids)
-    for e, start, end in blocks:
-        count = end - start
-        x_e = torch.index_select(x, 0, token[start:end], out=x_rows[:count])
-        pre_e = pre[start:end] if save_hidden else hidden_rows[:count]
-        torch.addmm(b1[e], x_e, w1[e].t(), out=pre_e)
-        torch.addmm(b2[e], act(pre_e, hidden_rows[:count]), w2[e].t(), out=rows[start:end])
-    y = _sum_slots(rows, slots, offsets, expert_ids, gates)
-    return y, slots, offsets, rows if save_rows else rows.new_empty(0, width), pre
+    # Fresh memory costs page faults: experts share the buffer of what isn't kept.
+    x_rows = x.index_select(0, _tokens(slots[:filled], top_k))
+    rows = x.new_empty(tokens * top_k, w2.shape[1])
+    pre = x.new_empty(tokens * top_k if save_hidden else 0, w1.shape[1])
+    buffer = x.new_empty(max(sizes), w1.shape[1])
+    hidden = [buffer[:size] for size in sizes]
+    for size, x_e, w1_e, b1_e, pre_e, hidden_e, w2_e, b2_e, out_e in zip(
+        sizes, x_rows.split(sizes), w1.transpose(1, 2).unbind(), b1.unbind(),
+        pre[:filled].split(sizes) if save_hidden else hidden, hidden,
+        w2.transpose(1, 2).unbind(), b2.unbind(), rows[:filled].split(sizes), strict=True,
+    ):  # fmt: skip
+        if size:
+            torch.addmm(b1_e, x_e, w1_e, out=pre_e)
+            torch.addmm(b2_e, act(pre_e, hidden_e), w2_e, out=out_e)
+    y = _sum_slots(rows, slots, filled, expert_ids, gates)
+    return y, slots, offsets, rows if save_rows else rows.new_empty(0, rows.shape[1]), pre
 
 
 def backward(
@@ -94,55 +96,53 @@ def backward(
     """Gradients of x, w1, b1, w2, b2 and gates; without `hidden_grads`, the first three are empty.
 
     Each expert's weight gradient lands in its slice of one buffer; autograd would build as many
-    small ones and stack them. All else happens on some hundred rows that stay in the cache.
+    small ones and stack them.
     """
     act, act_backward = _ACTIVATIONS[activation]
-    blocks, largest = _blocks(offsets)
-    token = _tokens(slots, expert_ids)
-    gate = gates.to(x.dtype).reshape(-1, 1).index_select(0, slots)
-    activated = x.new_empty(largest, w1.shape[1])
-    dx_rows = x.new_empty(len(slots) if hidden_grads else 0, x.shape[1])
+    filled, sizes = _sizes(offsets)
+    used = slots[:filled]
+    token = _tokens(used, expert_ids.shape[1])
+    x_rows, drows = x.index_select(0, token), dy.index_select(0, token)
     dgates = gates.new_zeros(gates.numel())
+    dgates[used] = (drows * rows[:filled]).sum(-1, dtype=gates.dtype)
+    drows *= gates.to(x.dtype).flatten().index_select(0, used)[:, None]
+
+    buffer = x.new_empty(max(sizes), w1.shape[1])
+    dx_rows = x.new_empty(len(slots) if hidden_grads else 0, x.shape[1])
     dw1, db1 = (p.new_empty(p.shape if hidden_grads else 0) for p in (w1, b1))
     dw2, db2 = w2.new_empty(w2.shape), w2.new_empty(w2.shape[:2])
-    for e, start, end in blocks:
-        token_e = token[start:end]
-        dy_e = dy.index_select(0, token_e)
-        dgate_e = (dy_e * rows[start:end]).sum(-1, dtype=gates.dtype)
-        dgates[slots[start:end]] = dgate_e
-        drow_e = dy_e.mul_(gate[start:end])
-        x_e = x.index_select(0, token_e)
+    end = 0
+    for e, size in enumerate(sizes):
+        start, end = end, end + size
+        if not size:
+            for grad in (dw1, db1, dw2, db2) if hidden_grads else (dw2, db2):
+                grad[e] = 0
+            continue
+        x_e, drow_e = x_rows[start:end], drows[start:end]
         pre_e = pre[start:end] if len(pre) else torch.addmm(b1[e], x_e, w1[e].t())
-        torch.mm(drow_e.t(), act(pre_e, activated[: end - start]), out=dw2[e])
+        torch.mm(drow_e.t(), act(pre_e, buffer[:size]), out=dw2[e])
         torch.sum(drow_e, 0, out=db2[e])
         if hidden_grads:
-            dpre_e = act_backward(drow_e @ w2[e], pre_e)
+            dpre_e = act_backward(torch.mm(drow_e, w2[e], out=buffer[:size]), pre_e)
             torch.mm(dpre_e.t(), x_e, out=dw1[e])
             torch.sum(dpre_e, 0, out=db1[e])
             torch.mm(dpre_e, w1[e], out=dx_rows[start:end])
-
-    used = {e for e, _, _ in blocks}
-    idle = [e for e in range(len(w1)) if e not in used]
-    for grad in (dw1, db1, dw2, db2):
-        if len(grad):
-            grad[idle] = 0
-    dx = _sum_slots(dx_rows, slots, offsets, expert_ids) if hidden_grads else dx_rows
+    dx = _sum_slots(dx_rows, slots, filled, expert_ids) if hidden_grads else dx_rows
     return dx, dw1, db1, dw2, db2, dgates.view_as(gates)
 
 
-def _blocks(offsets: Tensor) -> tuple[list[tuple[int, int, int]], int]:
-    """(expert, first row, end) of each expert that has rows, and the largest number of rows."""
+def _sizes(offsets: Tensor) -> tuple[int, list[int]]:
+    """How many slots are filled, and the number of rows of each expert."""
     ends = offsets.tolist()
-    blocks = [(e, a, b) for e, (a, b) in enumerate(zip(ends, ends[1:], strict=False)) if a < b]
-    return blocks, max((b - a for _, a, b in blocks), default=0)
+    return ends[-1], [end - start for start, end in zip(ends, ends[1:], strict=False)]
 
 
-def _tokens(slots: Tensor, expert_ids: Tensor) -> Tensor:
-    return slots.div(max(expert_ids.shape[1], 1), rounding_mode="floor")
+def _tokens(slots: Tensor, top_k: int) -> Tensor:
+    return slots.div(max(top_k, 1), rounding_mode="floor")
 
 
 def _sum_slots(
-    rows: Tensor, slots: Tensor, offsets: Tensor, expert_ids: Tensor, gates: Tensor | None = None
+    rows: Tensor, slots: Tensor, filled: int, expert_ids: Tensor, gates: Tensor | None = None
 ) -> Tensor:
     """[N, D] -> [T, D]: sums each token's rows, with weights if given."""
     if len(slots) == 0:
@@ -150,7 +150,7 @@ def _sum_slots(
     place = torch.empty_like(slots)
     place[slots] = torch.arange(len(slots), device=slots.device)
     # Empty slots come last, and their rows were never written: the first stands for all, skipped.
-    filled, padding = int(offsets[-1]), None
+    padding = None
     if filled < len(slots):
         place, padding = place.clamp(max=filled), filled
     if gates is not None:
