@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint
+.PHONY: help setup demo test bench lint
 
 # The active environment if there is one, else .venv, which `make setup` creates.
 VENV := $(or $(VIRTUAL_ENV),.venv)
@@ -22,6 +22,9 @@ demo: $(READY)  ## from a dense detector to Dynamic-DINO: tune, evaluate, detect
 
 test: $(READY)  ## run the tests, or some of them: make test TESTS="tests/moe -k router"
 	@$(PY) -m pytest -q $(TESTS)
+
+bench: $(READY)  ## measure this machine, into benchmarks/results/<machine> (minutes)
+	@$(PY) benchmarks/moe_layer.py --save
 
 lint: $(READY)  ## check the style of the code
 	@$(PY) -m ruff check

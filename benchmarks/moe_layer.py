@@ -1,289 +1,347 @@
 #!/usr/bin/env python
-"""Time of one FFN of the decoder: dense, and as a mixture of experts with each back-end.
+"""Time of one FFN of the decoder: dense, and as experts with each back-end and other libraries.
 
-    python benchmarks/moe_layer.py                                       # this machine's defaults
-    python benchmarks/moe_layer.py --tokens 900 3600 --dtype bfloat16 --device cuda
+    python benchmarks/moe_layer.py                       # this machine's defaults
+    python benchmarks/moe_layer.py --save                # ... kept in benchmarks/results/<machine>/
+    python benchmarks/moe_layer.py --tokens 900 3600 --dtypes bfloat16 --device cuda
 
 Every contender computes the same: k experts of hidden / k units, the arithmetic of the dense FFN.
-Measured are the FFN alone, given the routing ("ffn"), and the layer: router, FFN, residual, layer
-norm ("layer"); forward, and forward with backward ("train"). Contenders take turns, so that a slow
-moment of the machine hits them all; given are medians, their quartiles, and ratios to dense. On
-CUDA each is captured in a graph that walks through several layers' weights, as a decoder does:
-weights of one layer alone would stay in the cache. The time of a CPU says nothing by itself, look
-at the ratios.
+Measured are the FFN alone, given the routing ("ffn"), and the end of a decoder layer: router, FFN,
+residual, layer norm, where the dense one has no router ("layer"); forward, and forward with
+backward ("train"). First each FFN is compared with float64: "error" is the distance of its result,
+relative to the norm; ours must stay within 30 roundings.
+
+Contenders take turns, so that a slow moment of the machine hits them all; given are medians, their
+quartiles, and ratios to dense. Several layers' weights take turns as well, as in a decoder: those
+of one layer alone would stay in the cache. On CUDA each contender is captured in a graph, unless it
+synchronises, and "roofline" is the share that it reaches of what the GPU's arithmetic and memory
+allow. The time of a CPU says nothing by itself, look at the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from dynamic_dino_kernels import expert_ffn, route
-from dynamic_dino_kernels.backend import obstacle_of
-from report import machine_name, provenance, write_json
+from dynamic_dino_kernels import route
+from dynamic_dino_kernels.timing import captured, seconds
+from moe_peers import Dense, Experts, Grouped, contenders
+from report import machine_name, provenance, results_folder, write_json
 from torch import Tensor, nn
 
-DIM, HIDDEN, EXPERTS, TOP_K = 256, 2048, 16, 2
+OURS = ("sequential", "grouped", "triton")
+# Dense 16-bit TFLOP/s and memory TB/s, from NVIDIA's data sheets; the first name that fits counts.
+PEAKS = {
+    "H200": (989, 4.8),
+    "H100 PCIe": (756, 2.0),
+    "H100": (989, 3.35),
+    "A100-SXM4-80GB": (312, 2.04),
+    "A100 80GB PCIe": (312, 1.94),
+    "A100": (312, 1.56),
+}
 
 
-class Dense(nn.Module):
-    """Linear, ReLU, linear."""
+@dataclass(frozen=True)
+class Case:
+    """One setting of the comparison: sizes, and what is run."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(options.dim, options.hidden)
-        self.linear2 = nn.Linear(options.hidden, options.dim)
-
-    def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
-        return self.linear2(F.relu(self.linear1(x)))
-
-
-class Experts(nn.Module):
-    """E experts of hidden / k units, run by one back-end."""
-
-    def __init__(self, options: argparse.Namespace, backend: str) -> None:
-        super().__init__()
-        experts, hidden = options.experts, options.hidden // options.top_k
-        self.w1 = nn.Parameter(torch.randn(experts, hidden, options.dim) * options.dim**-0.5)
-        self.b1 = nn.Parameter(torch.randn(experts, hidden))
-        self.w2 = nn.Parameter(torch.randn(experts, options.dim, hidden) * hidden**-0.5)
-        self.b2 = nn.Parameter(torch.randn(experts, options.dim))
-        self.backend = backend
-
-    def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
-        weights = (self.w1, self.b1, self.w2, self.b2)
-        return expert_ffn(x, *weights, ids, gates, backend=self.backend)
-
-
-class GroupedMM(Experts):
-    """The same on torch.nn.functional.grouped_mm, which has no biases: they are added apart."""
-
-    def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
-        flat = ids.flatten().long()
-        order = flat.argsort(stable=True)
-        owner = flat[order]
-        ends = F.one_hot(flat, len(self.w1)).sum(0).cumsum(0).int()
-        rows = x[order // ids.shape[1]]
-        hidden = F.relu(F.grouped_mm(rows, self.w1.transpose(1, 2), offs=ends) + self.b1[owner])
-        rows = F.grouped_mm(hidden, self.w2.transpose(1, 2), offs=ends) + self.b2[owner]
-        rows = torch.empty_like(rows).index_copy(0, order, rows)
-        return (rows.unflatten(0, ids.shape) * gates.unsqueeze(-1).to(x.dtype)).sum(1)
+    tokens: int
+    routing: str
+    dtype: torch.dtype
+    part: str
+    train: bool
 
 
 class Layer(nn.Module):
     """Router (of a mixture), FFN, residual, layer norm."""
 
-    def __init__(self, ffn: nn.Module, options: argparse.Namespace) -> None:
+    def __init__(self, ffn: nn.Module, dim: int, experts: int, top_k: int) -> None:
         super().__init__()
-        self.ffn = ffn
-        self.router = nn.Parameter(torch.randn(options.experts, options.dim) * 0.02)
-        self.norm = nn.LayerNorm(options.dim)
-        self.top_k = options.top_k
+        self.ffn, self.norm, self.top_k = ffn, nn.LayerNorm(dim), top_k
+        if not isinstance(ffn, Dense):
+            self.router = nn.Parameter(torch.randn(experts, dim) * 0.02)
 
     def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
-        if not isinstance(self.ffn, Dense):
-            backend = getattr(self.ffn, "backend", "auto")
-            ids, gates, _, _ = route(x, self.router, self.top_k, backend=backend)
-        return self.norm(x + self.ffn(x, ids, gates))
+        if isinstance(self.ffn, Dense):
+            return self.norm(x + self.ffn(x, ids, gates))
+        ours = type(self.ffn).forward is Experts.forward
+        ids, gates, _, counts = route(x, self.router, self.top_k, backend=self.ffn.backend)
+        if not ours:
+            return self.norm(x + self.ffn(x, ids, gates))
+        norm = (self.norm.weight, self.norm.bias, self.norm.eps)
+        return self.ffn(x, ids, gates, norm=norm, counts=counts)
 
 
-def contenders(options: argparse.Namespace) -> dict[str, Callable[[], nn.Module]]:
-    result = {
-        "dense": lambda: Dense(options),
-        "sequential": lambda: Experts(options, "sequential"),
-        "grouped": lambda: Experts(options, "grouped"),
-    }
-    if not obstacle_of(torch.device(options.device)):
-        result["triton"] = lambda: Experts(options, "triton")
-    if options.device == "cuda" and options.dtype == torch.bfloat16:
-        result["torch grouped_mm"] = lambda: GroupedMM(options, "auto")
-    return result
+class Benchmark:
+    """All contenders on the same tokens, with the same routing."""
 
+    def __init__(self, case: Case, options: argparse.Namespace) -> None:
+        self.case, self.options = case, options
+        self.x = torch.randn(case.tokens, options.dim, device=options.device, dtype=case.dtype)
+        weights = torch.ones(options.experts, device=options.device)
+        if case.routing == "zipf":
+            weights = weights / torch.arange(1, options.experts + 1, device=options.device)
+        self.ids = torch.multinomial(weights.expand(case.tokens, -1), options.top_k).int()
+        self.gates = torch.rand(case.tokens, options.top_k, device=options.device)
 
-def draw_routing(tokens: int, options: argparse.Namespace, routing: str) -> tuple[Tensor, Tensor]:
-    """k distinct experts for each token: evenly, or with the load of a Zipf law."""
-    weights = torch.ones(options.experts)
-    if routing == "zipf":
-        weights = 1 / torch.arange(1, options.experts + 1)
-    ids = torch.multinomial(weights.expand(tokens, -1), options.top_k)
-    return ids.int(), torch.ones(tokens, options.top_k)
+    def build(self, kind: type[nn.Module], ffn_only: bool = False) -> nn.Module:
+        o = self.options
+        hidden = o.hidden if kind is Dense else o.hidden // o.top_k
+        ffn = kind(o.dim, hidden) if kind is Dense else kind(o.dim, hidden, o.experts)
+        if self.case.part == "layer" and not ffn_only:
+            ffn = Layer(ffn, o.dim, o.experts, o.top_k)
+        return ffn.to(o.device, self.case.dtype)
 
+    def run(self, module: nn.Module) -> None:
+        if not self.case.train:
+            with torch.no_grad():
+                module(self.x, self.ids, self.gates)
+            return
+        x = self.x.requires_grad_()
+        for tensor in (x, *module.parameters()):
+            tensor.grad = None
+        y = module(x, self.ids, self.gates)
+        y.backward(torch.ones_like(y))
 
-def run(module: nn.Module, x: Tensor, ids: Tensor, gates: Tensor, train: bool) -> None:
-    if not train:
+    def error(self, kind: type[nn.Module]) -> float:
+        """Of the result, against the same FFN in float64. Of gradients it would say little: where
+        a hidden unit is nearly 0, rounding decides on which side of ReLU's kink it falls."""
+        module = self.build(kind, ffn_only=True)
+        exact = self.build(kind if kind is Dense else Grouped, ffn_only=True).double()
+        exact.load_state_dict(module.state_dict())
         with torch.no_grad():
-            module(x, ids, gates)
-        return
-    for tensor in (x, *module.parameters()):
-        tensor.grad = None
-    y = module(x.requires_grad_(), ids, gates)
-    y.backward(torch.ones_like(y))
+            y, want = (
+                ffn(x, self.ids, self.gates)
+                for ffn, x in ((module, self.x), (exact, self.x.double()))
+            )
+        return ((y.double() - want).norm() / want.norm()).item()
 
-
-def prepare(layers: list[nn.Module], inputs: tuple, train: bool) -> Callable[[], float]:
-    """A function that runs all layers once and returns the seconds per layer."""
-    x = inputs[0]
-    if not x.is_cuda:
-
-        def on_cpu() -> float:
-            start = time.perf_counter()
-            for layer in layers:
-                run(layer, *inputs, train)
-            return (time.perf_counter() - start) / len(layers)
-
-        for _ in range(2):
-            on_cpu()
-        return on_cpu
-
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for layer in layers * 2:
-            run(layer, *inputs, train)
-    torch.cuda.synchronize()
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for layer in layers:
-                run(layer, *inputs, train)
-        step = graph.replay
-    except RuntimeError:  # the loop and `grouped` synchronise, which can't be captured
-        torch.cuda.synchronize()
+    def prepare(self, kind: type[nn.Module]) -> Callable[[], float]:
+        """A function that runs all layers once and returns the seconds per layer."""
+        layers = [self.build(kind) for _ in range(self.options.layers)]
 
         def step() -> None:
             for layer in layers:
-                run(layer, *inputs, train)
+                self.run(layer)
 
-    def on_gpu() -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / len(layers)
+        if self.options.device == "cpu":
 
-    return on_gpu
+            def on_cpu() -> float:
+                start = time.perf_counter()
+                step()
+                return (time.perf_counter() - start) / len(layers)
 
-
-def measure(options: argparse.Namespace) -> Iterator[dict]:
-    """One row per token count, routing, part and pass, with the times of all contenders."""
-    device = torch.device(options.device)
-    for tokens in options.tokens:
-        x = torch.randn(tokens, options.dim, device=device, dtype=options.dtype)
-        for routing in options.routing:
-            ids, gates = (t.to(device) for t in draw_routing(tokens, options, routing))
-            for part in options.parts:
-                for train in (False, True):
-                    steps = {}
-                    for name, build in contenders(options).items():
-                        layers = [build() for _ in range(options.layers)]
-                        if part == "layer":
-                            layers = [Layer(layer, options) for layer in layers]
-                        layers = [layer.to(device, options.dtype) for layer in layers]
-                        steps[name] = prepare(layers, (x, ids, gates), train)
-                    times = {name: [] for name in steps}
-                    for _ in range(options.repeats):
-                        for name, step in steps.items():
-                            times[name].append(step())
-                    yield {
-                        "tokens": tokens,
-                        "routing": routing,
-                        "part": part,
-                        "pass": "train" if train else "forward",
-                        "times": {name: summary(values) for name, values in times.items()},
-                    }
+            on_cpu()
+            return on_cpu
+        try:
+            replay = captured(step)
+        except RuntimeError:  # the loop and `grouped` synchronise, which can't be captured
+            torch.cuda.synchronize()
+            replay = step
+        return lambda: seconds(replay) / len(layers)
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(seconds, n=4)
-    return {"median_us": median * 1e6, "low_us": low * 1e6, "high_us": high * 1e6}
+def measure(case: Case, options: argparse.Namespace) -> dict:
+    """One row of the report: the errors and times of all contenders."""
+    bench = Benchmark(case, options)
+    errors, steps, failed = {}, {}, {}
+    for name, kind in contenders(options.device, case.dtype, case.tokens).items():
+        try:
+            if case.part == "ffn" and not case.train:
+                errors[name] = bench.error(kind)
+            steps[name] = bench.prepare(kind)
+        except Exception as error:
+            if name in ("dense", *OURS):
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    limit = 30 * torch.finfo(case.dtype).eps
+    if wrong := [name for name in OURS if errors.get(name, 0) > limit]:
+        raise SystemExit(f"{case}: {wrong} differ from float64 by {errors}, more than {limit}")
+    times = {name: [] for name in steps}
+    for _ in range(options.repeats):
+        for name, step in steps.items():
+            times[name].append(step())
+    bound = roofline(case, options)
+    results = {}
+    for name, values in times.items():
+        low, median, high = (value * 1e6 for value in statistics.quantiles(values, n=4))
+        results[name] = {"median_us": median, "low_us": low, "high_us": high}
+        if name in errors:
+            results[name]["error"] = errors[name]
+        if bound and name != "dense":
+            results[name]["roofline"] = bound * 1e6 / median
+    return {
+        "tokens": case.tokens,
+        "routing": case.routing,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "part": case.part,
+        "pass": "train" if case.train else "forward",
+        "times": results,
+        "failed": failed,
+    }
+
+
+def roofline(case: Case, options: argparse.Namespace) -> float | None:
+    """Seconds that the experts' arithmetic or their bytes need at least, on GPUs that we know.
+
+    Forward, the weights are read once; with backward, there are three times the products, the
+    weights are read twice, and their gradients written.
+    """
+    if options.device == "cpu" or case.dtype.itemsize != 2:
+        return None
+    name = torch.cuda.get_device_name()
+    peak = next((peak for key, peak in PEAKS.items() if key in name), None)
+    if peak is None:
+        return None
+    flops = 4 * case.tokens * options.dim * options.hidden
+    weights = 2 * options.experts * options.dim * options.hidden // options.top_k
+    values = weights + 2 * case.tokens * options.dim
+    factor = 3 if case.train else 1
+    return factor * max(flops / (peak[0] * 1e12), values * case.dtype.itemsize / (peak[1] * 1e12))
 
 
 def print_row(row: dict) -> None:
     dense = row["times"]["dense"]["median_us"]
-    print(f"T={row['tokens']} {row['routing']} routing, {row['part']}, {row['pass']}")
+    print(
+        f"T={row['tokens']} {row['dtype']}, {row['routing']} routing, {row['part']}, {row['pass']}"
+    )
     for name, t in row["times"].items():
         spread = f"{t['low_us']:.0f}-{t['high_us']:.0f}"
-        ratio = t["median_us"] / dense
-        print(f"  {name:18}{t['median_us']:10.1f} us {spread:>16}  {ratio:5.2f} x dense")
+        line = f"  {name:18}{t['median_us']:10.1f} us {spread:>16}"
+        line += f"  {t['median_us'] / dense:5.2f} x dense"
+        line += f"  {t['roofline']:4.0%} of roofline" if "roofline" in t else ""
+        line += f"  error {t['error']:.1e}" if "error" in t else ""
+        print(line)
+    for name, why in row["failed"].items():
+        print(f"  {name:18} doesn't run: {why}")
 
 
 def plot(rows: list[dict], path: Path, title: str) -> None:
+    """Time over that of dense: a column for part and pass, a row for the dtype."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    kinds = [("ffn", "forward"), ("ffn", "train"), ("layer", "forward"), ("layer", "train")]
-    kinds = [k for k in kinds if any((r["part"], r["pass"]) == k for r in rows)]
-    figure, axes = plt.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.6), squeeze=False)
-    routing = rows[0]["routing"]
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        mine = [r for r in rows if (r["part"], r["pass"]) == kind and r["routing"] == routing]
-        for name in mine[0]["times"]:
-            ratios = [
-                r["times"][name]["median_us"] / r["times"]["dense"]["median_us"] for r in mine
-            ]
-            axis.plot([r["tokens"] for r in mine], ratios, marker="o", label=name)
-        axis.set(xscale="log", yscale="log", xlabel="tokens", title=", ".join(kind))
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("time / dense")
-    axes[0][0].legend(fontsize=8)
+    kinds = list(dict.fromkeys((row["part"], row["pass"]) for row in rows))
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    routings = list(dict.fromkeys(row["routing"] for row in rows))
+    names = list(dict.fromkeys(name for row in rows for name in row["times"] if name != "dense"))
+    size = (4 * len(kinds), 3.4 * len(dtypes))
+    figure, axes = plt.subplots(len(dtypes), len(kinds), figsize=size, squeeze=False)
+    for i, dtype in enumerate(dtypes):
+        for j, kind in enumerate(kinds):
+            axis = axes[i][j]
+            axis.axhline(1, color="black", linewidth=1)
+            for routing, style in zip(routings, ("-", "--"), strict=False):
+                for number, name in enumerate(names):
+                    points = [
+                        (
+                            row["tokens"],
+                            row["times"][name]["median_us"] / row["times"]["dense"]["median_us"],
+                        )
+                        for row in rows
+                        if (row["part"], row["pass"]) == kind
+                        and (row["dtype"], row["routing"]) == (dtype, routing)
+                        and name in row["times"]
+                    ]
+                    axis.plot(
+                        *zip(*points, strict=True) if points else ([], []),
+                        linestyle=style, marker="o", color=f"C{number}",
+                        label=f"{name}, {routing}",
+                    )  # fmt: skip
+            axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{', '.join(kind)}")
+            axis.grid(alpha=0.3, which="both")
+        axes[i][0].set_ylabel(f"time / dense ({dtype})")
+    axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
     print(path)
 
 
-def main() -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     gpu = torch.cuda.is_available()
+    both = ["uniform", "zipf"]
     parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[])
-    parser.add_argument("--routing", nargs="+", default=["uniform"], choices=("uniform", "zipf"))
-    parser.add_argument("--parts", nargs="+", default=["ffn"], choices=("ffn", "layer"))
-    parser.add_argument("--dim", type=int, default=DIM)
-    parser.add_argument("--hidden", type=int, default=HIDDEN, help="of the dense FFN")
-    parser.add_argument("--experts", type=int, default=EXPERTS)
-    parser.add_argument("--top-k", type=int, default=TOP_K)
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=("float32", "float16", "bfloat16"),
+        help="default: float16 and bfloat16 on CUDA, float32 on a CPU",
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", help="default: 900 to 14400 on CUDA, 900 on a CPU"
+    )
+    parser.add_argument(
+        "--routing", nargs="+", choices=both, help="default: both on CUDA, uniform on a CPU"
+    )
+    parser.add_argument("--parts", nargs="+", default=["ffn", "layer"], choices=("ffn", "layer"))
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=2048, help="of the dense FFN")
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--layers", type=int, default=6, help="sets of weights that take turns")
-    parser.add_argument("--repeats", type=int, default=0)
+    parser.add_argument("--repeats", type=int, help="default: 50 on CUDA, 21 on a CPU")
     parser.add_argument("--threads", type=int, default=0, help="of a CPU")
+    parser.add_argument("--save", action="store_true", help="--json and --plot there")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--plot", type=Path, help="draw ratio over tokens there")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     cuda = options.device == "cuda"
-    options.dtype = getattr(torch, options.dtype or ("bfloat16" if cuda else "float32"))
+    options.dtypes = options.dtypes or (["float16", "bfloat16"] if cuda else ["float32"])
     options.tokens = options.tokens or ([900, 1800, 3600, 7200, 14400] if cuda else [900])
-    options.repeats = options.repeats or (50 if cuda else 11)
+    options.routing = options.routing or (both if cuda else ["uniform"])
+    options.repeats = options.repeats or (50 if cuda else 21)
+    if options.save:
+        folder = results_folder(options.device)
+        options.json = options.json or folder / "moe_layer.json"
+        options.plot = options.plot or folder / "moe_layer.png"
+    return options
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    for dtype in options.dtypes:
+        for tokens in options.tokens:
+            for routing in options.routing:
+                for part in options.parts:
+                    for train in (False, True):
+                        yield Case(tokens, routing, getattr(torch, dtype), part, train)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-
-    print(
-        f"{machine_name(options.device)}, {options.dtype}, D={options.dim}, hidden={options.hidden}"
-    )
-    rows = []
-    for row in measure(options):
-        print_row(row)
-        rows.append(row)
-    settings = {
-        key: str(value) if isinstance(value, torch.dtype | Path) else value
+    machine = machine_name(options.device)
+    print(f"{machine}, D={options.dim}, hidden={options.hidden}")
+    report = provenance(device=options.device)
+    report["settings"] = {
+        key: value
         for key, value in vars(options).items()
-    }
-    report = provenance(device=options.device) | {"settings": settings, "rows": rows}
+        if key not in ("json", "plot", "save", "threads")
+    } | {"threads": torch.get_num_threads()}
+    report["rows"] = []
+    for case in cases(options):
+        row = measure(case, options)
+        print_row(row)
+        report["rows"].append(row)
+        if options.json:
+            write_json(options.json, report)  # after each row: a run that dies loses nothing
     if options.json:
-        write_json(options.json, report)
+        print(options.json)
     if options.plot:
-        plot(rows, options.plot, f"{report['machine']}, {json.dumps(settings['dtype'])}")
+        plot(report["rows"], options.plot, f"{machine}: D={options.dim}, hidden={options.hidden}")
 
 
 if __name__ == "__main__":

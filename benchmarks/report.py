@@ -34,10 +34,16 @@ def machine_name(device: str = "cpu") -> str:
     return f"{found[1] if found else platform.processor()}, {platform.system()}"
 
 
+def results_folder(device: str = "cpu") -> Path:
+    """benchmarks/results/cpu, or one named after the GPU, such as h200."""
+    name = machine_name(device).removeprefix("NVIDIA ") if device.startswith("cuda") else "cpu"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return Path(__file__).parent / "results" / slug
+
+
 def write_json(path: Path, report: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
-    print(path)
 
 
 def _version(package: str) -> str:

@@ -24,6 +24,7 @@ from triton.runtime.errors import OutOfResources
 from .launch import gpu_of
 from .moe.ops import triton_ffn
 from .moe.tiles import TUNED, Problem, Tiles, choose_tiles, pinned_tiles, shared_memory
+from .timing import captured, seconds
 
 LAYERS = 6
 
@@ -77,22 +78,10 @@ class Bench:
         pinned = (forward, tiles) if self.problem.backward else (tiles,)
         try:
             with pinned_tiles(*pinned):
-                self.step()
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    self.step()
+                replay = captured(self.step)
         except OutOfResources:
             return float("inf")
-        times = []
-        for _ in range(repeats):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3 / LAYERS)
-        return statistics.median(times)
+        return statistics.median(seconds(replay) for _ in range(repeats)) / LAYERS
 
 
 def main(arguments: list[str] | None = None) -> int:

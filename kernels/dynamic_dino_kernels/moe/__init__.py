@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..backend import resolve_backend
 from . import checks, reference
 from .casting import cast_weight
-from .grouped import grouped
+from .grouped import grouped_ffn
 from .reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "Routed", "expert_ffn", "route", "route_any", "warmup"]
@@ -168,7 +168,7 @@ def expert_ffn(
 
             return triton_ffn(*arguments, recompute, counts, norm and Norm(residual, *norm))
         if name == "grouped":
-            y = grouped(*arguments, recompute)
+            y = grouped_ffn(*arguments, recompute)
         elif recompute:
             y = checkpoint(reference.sequential, *arguments, use_reentrant=False)
         else:

@@ -23,7 +23,7 @@ _ACTIVATIONS = {
 }
 
 
-def grouped(
+def grouped_ffn(
     x, w1, b1, w2, b2, expert_ids, gates, activation: str, recompute: bool = False
 ) -> Tensor:
     """See `dynamic_dino_kernels.moe.expert_ffn`, which has checked the arguments."""
