@@ -1,5 +1,7 @@
 """What only the Triton back-end has: ways to cut the work, recomputation, being an operator."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -112,6 +114,34 @@ def test_measured_tiles_beat_the_estimate(monkeypatch):
         for slots, tiles in ((1800, measured), (2000, measured), (28800, None)):
             chosen = choose_tiles(replace(problem, slots=slots), torch.device("cpu"))
             assert (chosen == measured) == (tiles is not None)
+
+
+@pytest.mark.parametrize(
+    "setting, value, expected",
+    [
+        ("fp32_precision", "tf32", "tf32"),
+        ("fp32_precision", "ieee", "ieee"),
+        ("allow_tf32", True, "tf32"),
+        ("allow_tf32", False, "ieee"),
+    ],
+)
+def test_tf32_is_pytorchs_choice(setting, value, expected):
+    """Both ways to set it, each in a fresh process: PyTorch doesn't let them be mixed."""
+    code = f"""
+import torch
+from dynamic_dino_kernels.launch import GPU, recorded_launches
+from dynamic_dino_kernels.moe.ops import forward
+torch.backends.cuda.matmul.{setting} = {value!r}
+for dtype in (torch.float32, torch.float16):
+    shapes = [(9, 8), (3, 6, 8), (3, 6), (3, 8, 6), (3, 8), (9, 2)]
+    *args, gates = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+    ids = torch.empty(9, 2, dtype=torch.int32, device="meta")
+    with recorded_launches(GPU("sm_90", 132, 232448)) as launches:
+        forward(*args, ids, gates, *[None] * 4, 0.0, "relu", False, False)
+    print(*(meta["PRECISION"] for _, _, meta in launches if "PRECISION" in meta))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [expected, "ieee"], done.stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -296,8 +296,12 @@ def _side(x: Tensor) -> int:
 
 def _precision(x: Tensor) -> str:
     """PyTorch's setting decides whether float32 may be rounded to TF32."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
+    if x.dtype != torch.float32:
+        return "ieee"
+    settings = torch.backends.cuda.matmul
+    if hasattr(settings, "fp32_precision"):  # torch 2.9; once it is set, allow_tf32 can't be read
+        return "tf32" if settings.fp32_precision == "tf32" else "ieee"
+    return "tf32" if settings.allow_tf32 else "ieee"
 
 
 def _row_dtype(x: Tensor, splits: int) -> torch.dtype:
