@@ -1,6 +1,6 @@
 import pytest
 import torch
-from dynamic_dino_kernels import route, route_any
+from dynamic_dino_kernels import expert_ffn, route, route_any
 from dynamic_dino_kernels.moe.plan import make_plan
 from dynamic_dino_kernels.moe.router import route_any_op, route_op
 
@@ -173,6 +173,15 @@ def test_counts_are_those_of_the_plan(tokens):
             strict=True,
         ):
             assert torch.equal(mine, own)
+
+
+def test_counts_of_other_tokens_are_refused():
+    x, weight = draw(tokens=70, dim=8, experts=3)
+    counts = route(x[:30], weight, 2, backend="triton").counts
+    ids, gates, _, _ = route(x, weight, 2, backend="triton")
+    experts = [torch.randn(size) for size in ((3, 4, 8), (3, 4), (3, 8, 4), (3, 8))]
+    with pytest.raises(ValueError, match="^counts .* other ids than these of T=70"):
+        expert_ffn(x, *experts, ids, gates, counts=counts, backend="triton")
 
 
 def test_errors_name_the_argument():

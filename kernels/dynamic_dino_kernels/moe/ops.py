@@ -11,7 +11,7 @@ from torch import Tensor
 from ..launch import launch, sum_dtype, sum_type
 from . import kernels
 from .grouped import needs_grad
-from .plan import Plan, make_plan, max_tiles
+from .plan import TOKENS, Plan, make_plan, max_tiles
 from .tiles import SMALLEST, Problem, Tiles, block_size, choose_tiles
 
 
@@ -43,6 +43,11 @@ def triton_ffn(
     recompute: the backward pass computes the hidden layer again instead of keeping it.
     counts: the router's, see `make_plan`.
     """
+    if counts is not None and counts.shape != (triton.cdiv(len(x), TOKENS), len(w1) + 1):
+        raise ValueError(
+            f"counts {list(counts.shape)} were made for other ids than these of T={len(x)} tokens "
+            f"and E={len(w1)} experts"
+        )
     tensors = [t.contiguous() for t in (x, w1, b1, w2, b2, expert_ids, gates)]
     *tail, eps = norm or (None, None, None, 0.0)
     tail = [t if t is None else t.contiguous() for t in (counts, *tail)]
