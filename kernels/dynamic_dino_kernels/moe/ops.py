@@ -43,10 +43,11 @@ def triton_ffn(
     recompute: the backward pass computes the hidden layer again instead of keeping it.
     counts: the router's, see `make_plan`.
     """
-    if counts is not None and counts.shape != (triton.cdiv(len(x), TOKENS), len(w1) + 1):
+    tokens, experts = x.shape[0], w1.shape[0]
+    if counts is not None and counts.shape != ((tokens + TOKENS - 1) // TOKENS, experts + 1):
         raise ValueError(
-            f"counts {list(counts.shape)} were made for other ids than these of T={len(x)} tokens "
-            f"and E={len(w1)} experts"
+            f"counts {list(counts.shape)} were made for other ids than these of T={tokens} tokens "
+            f"and E={experts} experts"
         )
     tensors = [t.contiguous() for t in (x, w1, b1, w2, b2, expert_ids, gates)]
     *tail, eps = norm or (None, None, None, 0.0)
