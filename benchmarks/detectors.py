@@ -1,0 +1,95 @@
+"""The detectors that benchmarks compare: a recipe's, dense and as experts, with random towers.
+
+Speed and operations don't depend on the weights, so nothing is downloaded. The mixture of experts
+is converted from the dense model's weights, as MoE-Tuning starts, so both give the same boxes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, instantiate
+from dynamic_dino.engine.config import load_config
+from dynamic_dino.feed_forward import FeedForward
+from dynamic_dino.moe.experts import Experts
+from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.prompt import Prompt
+from omegaconf import DictConfig
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = "configs/moe_tuning/dynamic_dino_x16_top2.py"  # Edge with 16 experts, the paper's model
+# Ten of COCO's names; the cost of a prompt depends on its length, not on its words.
+NAMES = "person. bicycle. car. traffic light. dog. backpack. umbrella. sports ball. cup. chair."
+
+
+def load_model_config(path: str = RECIPE, overrides: Sequence[str] = ()) -> DictConfig:
+    """The model of a recipe, with random towers where its own would have to be downloaded."""
+    cfg = load_config(ROOT / path, list(overrides))
+    random = LazyConfig.load(str(ROOT / "configs/common/models/edge_random.py")).model
+    if cfg.model.backbone.weights == "timm":
+        cfg.model.backbone.weights = None
+    if not cfg.model.text_encoder.model.startswith("package:"):
+        cfg.model.text_encoder = random.text_encoder
+    return cfg.model
+
+
+def dense_of(model: DictConfig) -> DictConfig:
+    """The same model with a dense FFN in place of each mixture of experts."""
+    model = copy.deepcopy(model)
+
+    def replace(node: DictConfig) -> None:
+        for key, child in node.items():
+            if not isinstance(child, DictConfig):
+                continue
+            if child.get("_target_") in (MoEFeedForward, _name_of(MoEFeedForward)):
+                node[key] = L(FeedForward)(dim=child.dim, hidden=child.hidden)
+            else:
+                replace(child)
+
+    replace(model)
+    return model
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def build(model: DictConfig, device: str = "cpu", like: nn.Module | None = None) -> nn.Module:
+    """The detector, for inference; with the weights of `like`, converted if that is dense."""
+    detector = instantiate(model).eval().to(device)
+    if like is not None:
+        detector.load_state_dict(like.state_dict())
+    return detector.requires_grad_(False)
+
+
+def use_backend(detector: nn.Module, backend: str) -> nn.Module:
+    """Makes all experts of a detector run on one back-end."""
+    for module in detector.modules():
+        if isinstance(module, Experts):
+            module.backend = backend
+    return detector
+
+
+def samples(
+    size: tuple[int, int], batch: int = 1, names: str = NAMES, device: str = "cpu"
+) -> list[dict]:
+    """Noise of the given height and width as a batch for the detector, on its device."""
+    height, width = size
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "image": torch.randint(
+                256, (3, height, width), generator=generator, dtype=torch.uint8
+            ).to(device),
+            "image_size": size,
+            "height": height,
+            "width": width,
+            "prompt": Prompt.parse(names),
+        }
+        for _ in range(batch)
+    ]
