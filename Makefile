@@ -24,7 +24,9 @@ test: $(READY)  ## run the tests, or some of them: make test TESTS="tests/moe -k
 	@$(PY) -m pytest -q $(TESTS)
 
 bench: $(READY)  ## measure this machine, into benchmarks/results/<machine> (minutes)
-	@$(PY) benchmarks/moe_layer.py --save
+	@for script in flops fps moe_layer training_step peers; do \
+	    $(PY) benchmarks/$$script.py --save || exit 1; done
+	@$(PY) benchmarks/results.py
 
 lint: $(READY)  ## check the style of the code
 	@$(PY) -m ruff check

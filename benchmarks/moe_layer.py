@@ -21,8 +21,6 @@ allow. The time of a CPU says nothing by itself, look at the ratios.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,7 @@ from dynamic_dino_kernels.timing import captured, seconds
 from moe_peers import Dense, Experts, Grouped, contenders
 from report import machine_name, provenance, results_folder, write_json
 from torch import Tensor, nn
+from turns import quartiles, take_turns, timed
 
 OURS = ("sequential", "grouped", "triton")
 # Dense 16-bit TFLOP/s and memory TB/s, from NVIDIA's data sheets; the first name that fits counts.
@@ -130,14 +129,8 @@ class Benchmark:
                 self.run(layer)
 
         if self.options.device == "cpu":
-
-            def on_cpu() -> float:
-                start = time.perf_counter()
-                step()
-                return (time.perf_counter() - start) / len(layers)
-
-            on_cpu()
-            return on_cpu
+            step()
+            return lambda: timed(step, "cpu") / len(layers)
         try:
             replay = captured(step)
         except RuntimeError:  # the loop and `grouped` synchronise, which can't be captured
@@ -162,19 +155,14 @@ def measure(case: Case, options: argparse.Namespace) -> dict:
     limit = 30 * torch.finfo(case.dtype).eps
     if wrong := [name for name in OURS if errors.get(name, 0) > limit]:
         raise SystemExit(f"{case}: {wrong} differ from float64 by {errors}, more than {limit}")
-    times = {name: [] for name in steps}
-    for _ in range(options.repeats):
-        for name, step in steps.items():
-            times[name].append(step())
     bound = roofline(case, options)
     results = {}
-    for name, values in times.items():
-        low, median, high = (value * 1e6 for value in statistics.quantiles(values, n=4))
-        results[name] = {"median_us": median, "low_us": low, "high_us": high}
+    for name, values in take_turns(steps, options.repeats).items():
+        results[name] = quartiles(values, "us")
         if name in errors:
             results[name]["error"] = errors[name]
         if bound and name != "dense":
-            results[name]["roofline"] = bound * 1e6 / median
+            results[name]["roofline"] = bound * 1e6 / results[name]["median_us"]
     return {
         "tokens": case.tokens,
         "routing": case.routing,

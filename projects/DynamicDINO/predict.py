@@ -50,6 +50,18 @@ def parser() -> argparse.ArgumentParser:
         "--output", default="output/predict", metavar="FOLDER", help="default: output/predict"
     )
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    p.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the weights (default: float32); float16 is the fastest on a GPU",
+    )
+    p.add_argument(
+        "--accelerate",
+        default="eager",
+        choices=("eager", "graph", "compile"),
+        help="CUDA graphs, or torch.compile, for many images of one size (default: eager)",
+    )
     return p
 
 
@@ -144,7 +156,14 @@ def check_numbers(args: argparse.Namespace) -> None:
 def make_detector(args: argparse.Namespace):
     from dynamic_dino.inference import load_detector
 
-    return load_detector(args.config_file or args.model, args.weights, args.device, args.threshold)
+    return load_detector(
+        args.config_file or args.model,
+        args.weights,
+        args.device,
+        args.threshold,
+        args.dtype,
+        args.accelerate,
+    )
 
 
 def picture_paths(files: Sequence[Path], folder: Path) -> list[Path]:

@@ -44,7 +44,7 @@ def nano(_nano):
     """A copy to be changed at will. 128 pixels, real towers, which are shared."""
     frozen = {id(p): p for p in _nano.parameters() if not p.requires_grad}
     model = copy.deepcopy(_nano, frozen)
-    assert not model.text_encoder._cache
+    assert not model.text_encoder._phrases
     return model
 
 

@@ -55,7 +55,8 @@ def fresh(tokens):
 
     def fresh(**options) -> TextEncoder:
         encoder = copy.deepcopy(tokens)
-        encoder._cache.clear()
+        encoder._phrases.clear()
+        encoder._prompts.clear()
         for name, value in options.items():
             setattr(encoder, name, value)
         return encoder.eval()
@@ -123,7 +124,7 @@ def test_result_does_not_depend_on_the_batch(tokens, pooled):
     for encoder in (tokens, pooled):
         together = encoder(prompts)
         for i, prompt in enumerate(prompts):
-            encoder._cache.clear()
+            encoder._phrases.clear()
             alone = encoder([prompt])
             n, p = alone.tokens.shape[1], len(prompt.spans)
             torch.testing.assert_close(together.tokens[i, :n], alone.tokens[0])
@@ -206,9 +207,9 @@ def test_frozen_features_are_the_same_to_the_bit(fresh):
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(start % 2)):
             one([Prompt.from_phrases(phrases[start : start + 5])])
     other([Prompt.from_phrases(phrases)])
-    assert one._cache.keys() == other._cache.keys()
-    assert all(torch.equal(one._cache[p], other._cache[p]) for p in phrases)
-    assert one._cache[phrases[0]].dtype == torch.float32
+    assert one._phrases.keys() == other._phrases.keys()
+    assert all(torch.equal(one._phrases[p], other._phrases[p]) for p in phrases)
+    assert one._phrases[phrases[0]].dtype == torch.float32
 
 
 def changed_by_optimizer(encoder):
@@ -268,7 +269,7 @@ def test_cache_is_dropped_when_weights_change(fresh, change):
     change(encoder)
     after = encoder([prompt]).tokens
     assert calls.take() > 0
-    encoder._cache.clear()
+    encoder._phrases.clear()
     torch.testing.assert_close(after, encoder([prompt]).tokens)
 
 
@@ -298,10 +299,11 @@ def test_what_inference_mode_cached_can_train(fresh):
 
 
 def test_cache_is_bounded(fresh):
-    encoder = fresh(frozen=True, pooled=True, cache_size=5)
+    encoder = fresh(frozen=True, pooled=True)
+    encoder._phrases.size = 5
     phrases = random_phrases(9)
     text = encoder([Prompt.from_phrases(phrases)])
-    assert list(encoder._cache) == phrases[4:] and text.tokens.shape[1] == 9
+    assert list(encoder._phrases) == phrases[4:] and text.tokens.shape[1] == 9
 
 
 @pytest.mark.parametrize("max_phrases", [None, 1, 3, 100])

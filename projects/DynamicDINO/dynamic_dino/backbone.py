@@ -67,6 +67,10 @@ class Backbone(nn.Module):
                     module.eval()
         return self
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """images [B, 3, H, W], normalised -> {"p3", "p4", "p5"}: [B, C, H / s, W / s]"""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):

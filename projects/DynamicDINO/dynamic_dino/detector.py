@@ -10,18 +10,17 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from .backbone import Backbone
 from .decoder import Decoder
 from .enhancer import EdgeEnhancer
-from .losses.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from .losses.boxes import xyxy_to_cxcywh
 from .losses.criterion import Criterion
 from .losses.denoising import Denoising
 from .moe.routing import Routing
 from .moe.statistics import training_metrics
-from .prompt import Prompt
+from .postprocess import Detections, best_pairs, to_instances
 from .query_selection import Queries, QuerySelection
 from .structures import DetectorOutput, Predictions, Target, TextFeatures
 from .text import TextEncoder
@@ -140,9 +139,8 @@ class OpenVocabularyDetector(nn.Module):
         """uint8 images [3, h, w] of any sizes -> backbone features of the padded canvas."""
         height, width = self.canvas_size([tuple(i.shape[-2:]) for i in images])
         normed = [(i.to(self.device) - self.pixel_mean) / self.pixel_std for i in images]
-        return self.backbone(
-            torch.stack([F.pad(i, (0, width - i.shape[2], 0, height - i.shape[1])) for i in normed])
-        )
+        padded = [F.pad(i, (0, width - i.shape[2], 0, height - i.shape[1])) for i in normed]
+        return self.backbone(torch.stack(padded).to(self.backbone.dtype))
 
     def image_features(self, batch: list[dict]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Features of the batch, computed or cached, and the masks of their real cells."""
@@ -164,14 +162,8 @@ class OpenVocabularyDetector(nn.Module):
             features = self.extract_features([sample["image"] for sample in batch])
         # As the backbone gives them: maps become tokens without a copy.
         features = {n: x.contiguous(memory_format=torch.channels_last) for n, x in features.items()}
-        masks = {}
-        for name, x in features.items():
-            h, w = x.shape[-2:]
-            mask = torch.zeros(len(batch), h, w, dtype=torch.bool)
-            for i, (rows, columns) in enumerate(sizes):
-                mask[i, : -(-rows * h // height), : -(-columns * w // width)] = True
-            masks[name] = mask.to(self.device, non_blocking=True)
-        return features, masks
+        shapes = {name: tuple(x.shape[-2:]) for name, x in features.items()}
+        return features, content_masks(sizes, (height, width), shapes, self.device)
 
     def targets(self, batch: list[dict]) -> list[Target]:
         result = []
@@ -188,69 +180,56 @@ class OpenVocabularyDetector(nn.Module):
 
         Prompts that are too long are split. The backbone runs once per image whatever the number
         of pieces, and pieces of different images share decoder batches. A split prompt's result
-        is that of its pieces detected one by one, merged by score.
+        is that of its pieces detected one by one, merged by score. Nothing waits for the device
+        before the results are read.
         """
         features, masks = self.image_features(batch)
         pieces = [
-            (i, part)
+            (i, piece)
             for i, sample in enumerate(batch)
-            for part in self.text_encoder.split(sample["prompt"], self.max_phrases)
+            for piece in self.text_encoder.pieces(sample["prompt"], self.max_phrases)
         ]
-        found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in batch]
+        found: list[list[Detections]] = [[] for _ in batch]
         routings: list[list[Routing]] = []
         for start in range(0, len(pieces), self.chunk_batch):
             chunk = pieces[start : start + self.chunk_batch]
-            rows = torch.tensor([i for i, _ in chunk], device=self.device)
-            text = self.text_encoder([self._piece(batch[i]["prompt"], part) for i, part in chunk])
-            output = self.detect(
-                {n: x[rows] for n, x in features.items()},
-                {n: m[rows] for n, m in masks.items()},
-                text,
-            )
-            routings.append(output.routings)
-            for row, (i, part) in enumerate(chunk):
-                found[i].append(self.top_detections(output, row, part))
-        results = [
-            {"instances": self.to_instances(sample, pieces_found)}
-            for sample, pieces_found in zip(batch, found, strict=True)
-        ]
+            rows = [i for i, _ in chunk]
+            chosen = [features, masks]
+            if rows != list(range(len(batch))):
+                chosen = [
+                    {n: torch.stack([x[i] for i in rows]) for n, x in maps.items()}
+                    for maps in chosen
+                ]
+            text = self.text_encoder([piece.prompt for _, piece in chunk])
+            best, chunk_routings = self.search(*chosen, text)
+            routings.append(chunk_routings)
+            for row, (i, piece) in enumerate(chunk):
+                found[i].append(best.of_image(row, piece))
+        results = to_instances(batch, found, self.max_detections)
         if self.return_routings and results:
             results[0]["routings"] = [Routing.cat(layer) for layer in zip(*routings, strict=True)]
         return results
 
-    @staticmethod
-    def _piece(prompt: Prompt, part: list[int]) -> Prompt:
-        return prompt if len(part) == len(prompt.spans) else prompt.select(part)
+    def search(
+        self, features: dict[str, Tensor], masks: dict[str, Tensor], text: TextFeatures
+    ) -> tuple[Detections, list[Routing]]:
+        """The best (query, phrase) pairs: all of inference between features and results."""
+        output = self.detect(features, masks, text)
+        best = best_pairs(output.layers[-1], output.text.phrase_map, self.max_detections)
+        return best, output.routings
 
-    def top_detections(
-        self, output: DetectorOutput, row: int, phrases: list[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The best (query, phrase) pairs of one image: scores [N], phrase ids [N], boxes [N, 4].
 
-        A phrase's score is the mean probability of its tokens.
-        """
-        last = output.layers[-1]
-        phrase_map = output.text.phrase_map[row, : len(phrases)]
-        with torch.autocast(self.device.type, enabled=False):  # bf16 would tie what it ranks
-            scores = last.logits[row].sigmoid() @ phrase_map.T  # [Q, P]
-        k = min(self.max_detections, scores.numel())
-        scores, flat = scores.flatten().topk(k)
-        query = torch.div(flat, len(phrases), rounding_mode="floor")
-        ids = torch.tensor(phrases, device=flat.device)[flat % len(phrases)]
-        return scores, ids, last.boxes[row][query]
-
-    def to_instances(self, sample: dict, found: list[tuple[Tensor, Tensor, Tensor]]) -> Instances:
-        """Merges the pieces of one image, and scales boxes to its original size."""
-        scores, ids, boxes = (torch.cat(t) for t in zip(*found, strict=True))
-        scores, order = scores.sort(descending=True, stable=True)
-        order = order[: self.max_detections]
-        height, width = sample["height"], sample["width"]
-        scale = torch.tensor([width, height, width, height], device=boxes.device)
-        result = Instances((height, width))
-        result.pred_boxes = Boxes(cxcywh_to_xyxy(boxes[order]) * scale)
-        result.pred_boxes.clip((height, width))
-        result.scores = scores[: self.max_detections]
-        result.pred_classes = ids[order]
-        names = sample["prompt"].phrases
-        result.phrases = [names[i] for i in result.pred_classes.tolist()]
-        return result
+def content_masks(
+    sizes: Sequence[tuple[int, int]],
+    canvas: tuple[int, int],
+    shapes: dict[str, tuple[int, int]],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Which cells of each feature map [h, w] see the image and not its padding: bool [B, h, w]."""
+    masks = {}
+    for name, (h, w) in shapes.items():
+        mask = torch.zeros(len(sizes), h, w, dtype=torch.bool)
+        for i, (rows, columns) in enumerate(sizes):
+            mask[i, : -(-rows * h // canvas[0]), : -(-columns * w // canvas[1])] = True
+        masks[name] = mask.to(device, non_blocking=True)
+    return masks

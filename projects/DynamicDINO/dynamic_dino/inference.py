@@ -22,12 +22,14 @@ from torch import nn
 
 from .checkpoint import load_checkpoint
 from .data.images import Size, load_image, resize_transform, to_tensor
+from .deploy import optimize_for_inference
 from .engine.config import load_config
 from .prompt import Prompt
 
 ImageLike = str | Path | Image.Image | np.ndarray
 PromptLike = str | Sequence[str] | Prompt
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PACKAGE = Path(__file__).resolve().parent
 
@@ -145,6 +147,8 @@ def load_detector(
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
     threshold: float = 0.2,
+    dtype: str = "float32",
+    accelerate: str = "eager",
 ) -> Detector:
     """A detector by the name of a shipped model, or by its recipe and weights.
 
@@ -154,11 +158,16 @@ def load_detector(
         weights: checkpoint; default for a shipped model: the shipped one.
         device: "cuda", "cpu", ...; default: a GPU if there is one.
         threshold: default of `Detector`'s.
+        dtype: "float32", "float16" or "bfloat16", what the weights are cast to, once.
+        accelerate: "eager", "graph" (CUDA graphs, captured at the first image of a size) or
+            "compile" (torch.compile, which takes minutes at the first image of a size).
 
     Raises:
         FileNotFoundError, ValueError: naming the file or the argument, and what to give instead.
     """
     device = _device(device)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if str(model) in SHIPPED_MODELS:
         shipped = SHIPPED_MODELS[str(model)]
         config = configs_folder() / shipped.config
@@ -190,6 +199,7 @@ def load_detector(
         )
     detector = instantiate(cfg.model)
     load_checkpoint(detector, weights)
+    optimize_for_inference(detector.to(device), DTYPES[dtype], accelerate)
     return Detector(detector, size, device, threshold)
 
 

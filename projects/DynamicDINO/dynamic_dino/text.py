@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,36 @@ class Block:
     start: int
 
 
+class Cache(OrderedDict):
+    """Forgets the oldest entry when it is full, and all of them when the weights have changed."""
+
+    def __init__(self, size: int = 0) -> None:  # copies are made without arguments
+        super().__init__()
+        self.size = size
+        self._weights: list[tuple[int, int]] = []
+
+    def __setitem__(self, key: Hashable, value: object) -> None:
+        super().__setitem__(key, value)
+        while len(self) > self.size:
+            self.popitem(last=False)
+
+    def drop_if_changed(self, parameters: Iterable[Tensor]) -> None:
+        """A load, a move, or the step of an average of models changes the version that torch
+        counts, or the address, of some parameter."""
+        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+        if weights != self._weights:
+            self.clear()
+            self._weights = weights
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a prompt that is looked at in one go, and the index of its first phrase."""
+
+    prompt: Prompt
+    first: int
+
+
 class TextEncoder(nn.Module):
     """A BERT-like encoder from transformers, and a projection to the detector's width.
 
@@ -48,6 +78,8 @@ class TextEncoder(nn.Module):
         norm: layer norm after the projection, for an enhancer without text layers, whose norms
             otherwise give the class head vectors of a known length.
         max_tokens: longest prompt, in tokens, that is looked at in one piece at test time.
+        cache_size: phrases whose features are kept; cached_prompts: batches of prompts whose
+            finished `TextFeatures` are kept in inference.
         config: overrides of the encoder's configuration, e.g. ``{"num_hidden_layers": 2}``.
 
     Raises:
@@ -66,6 +98,7 @@ class TextEncoder(nn.Module):
         dropout: float = 0.0,
         grad_checkpointing: bool = False,
         cache_size: int = 100_000,
+        cached_prompts: int = 256,
         tokenizer: str | None = None,
         config: dict | None = None,
     ) -> None:
@@ -94,9 +127,9 @@ class TextEncoder(nn.Module):
             self.body.gradient_checkpointing_enable()
         if frozen:
             self.body.requires_grad_(False)
-        self.cache_size = cache_size
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
-        self._cached_weights: list[tuple[int, int]] = []
+        self._pieces = Cache(cached_prompts)  # (prompt, max_phrases) -> its pieces
+        self._phrases = Cache(cache_size)  # text -> output of the body
+        self._prompts = Cache(cached_prompts)  # prompts -> TextFeatures
 
     def reset_projection(self) -> None:
         nn.init.xavier_uniform_(self.proj.weight)
@@ -106,9 +139,15 @@ class TextEncoder(nn.Module):
         super().train(mode)
         if self.frozen:
             self.body.eval()
-        elif mode:
-            self._cache.clear()  # the weights are about to change
+        if mode:  # the weights are about to change
+            self.forget(phrases=not self.frozen)
         return self
+
+    def forget(self, phrases: bool = True) -> None:
+        """Empties the caches of features; without `phrases`, the body's outputs stay."""
+        self._prompts.clear()
+        if phrases:
+            self._phrases.clear()
 
     # Prompts to blocks -------------------------------------------------------------------------
     def blocks(self, prompt: Prompt) -> list[Block]:
@@ -149,6 +188,17 @@ class TextEncoder(nn.Module):
             room -= size
         return parts
 
+    def pieces(self, prompt: Prompt, max_phrases: int | None = None) -> list[Piece]:
+        """The prompts that a long prompt is split into, a short one's is itself."""
+        key = (prompt, max_phrases)
+        if key not in self._pieces:
+            parts = self.split(prompt, max_phrases)
+            whole = len(parts) == 1
+            self._pieces[key] = [
+                Piece(prompt if whole else prompt.select(part), part[0]) for part in parts
+            ]
+        return self._pieces[key]
+
     def _tokenize(self, text: str) -> dict:
         return self.tokenizer(
             text, add_special_tokens=self.pooled, return_offsets_mapping=True, verbose=False
@@ -156,7 +206,21 @@ class TextEncoder(nn.Module):
 
     # Encoding ----------------------------------------------------------------------------------
     def forward(self, prompts: list[Prompt]) -> TextFeatures:
-        """Encodes a batch of prompts, padded to the longest: tokens [B, L, dim]."""
+        """Encodes a batch of prompts, padded to the longest: tokens [B, L, dim].
+
+        In inference, a batch of prompts that was seen before comes from the cache.
+        """
+        if self.training or torch.is_grad_enabled():
+            return self._features(prompts)
+        device = self.proj.weight.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (*prompts, autocast)
+        self._prompts.drop_if_changed(self.parameters())
+        if key not in self._prompts:
+            self._prompts[key] = self._features(prompts)
+        return self._prompts[key]
+
+    def _features(self, prompts: list[Prompt]) -> TextFeatures:
         blocks = [self.blocks(p) for p in prompts]
         specials = [] if self.pooled else [self.tokenizer.cls_token, self.tokenizer.sep_token]
         features = self._encode([b.text for row in blocks for b in row] + specials)
@@ -202,26 +266,14 @@ class TextEncoder(nn.Module):
         unique = list(dict.fromkeys(texts))
         if not self.frozen and (self.training or torch.is_grad_enabled()):
             return self._run(unique)
-        self._drop_stale_cache()
-        known = {t: self._cache[t] for t in unique if t in self._cache}
+        self._phrases.drop_if_changed(self.body.parameters())
+        known = {t: self._phrases[t] for t in unique if t in self._phrases}
         missing = [t for t in unique if t not in known]
         if missing:
             known.update(self._run_frozen(missing) if self.frozen else self._run(missing))
         for text in missing:
-            self._cache[text] = known[text].detach()
-        while len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
+            self._phrases[text] = known[text].detach()
         return known
-
-    def _drop_stale_cache(self) -> None:
-        """Forgets features of other weights. A load, a move, or the step of an average of models
-        changes the version that torch counts, or the address, of some parameter."""
-        weights = [
-            (p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.body.parameters()
-        ]
-        if weights != self._cached_weights:
-            self._cache.clear()
-            self._cached_weights = weights
 
     def _run_frozen(self, texts: list[str]) -> dict[str, Tensor]:
         """As `_run`, but a text's features depend on nothing else, be it autocast or, in the last

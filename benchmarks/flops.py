@@ -1,0 +1,385 @@
+#!/usr/bin/env python
+"""Operations and parameters of a detector by module: dense, and with mixtures of experts.
+
+    python benchmarks/flops.py                         # Edge at 640 x 640, ten names
+    python benchmarks/flops.py --save                  # ... kept in benchmarks/results/cpu/
+    python benchmarks/flops.py --size 800 1333 --experts 16 --depth 2
+    python benchmarks/flops.py --config-file configs/moe_tuning/nano_x16_stamps.py \\
+        --json nano.json model.decoder.num_layers=2    # overrides come last, as in train_net.py
+
+Counted as fvcore does: one multiply-add is one, an element of a norm is 2 (batch) or 5 (layer), of
+a bilinear sample 4. Sums of products that aren't matrix products count one per element: the samples
+of deformable attention, the k experts of a token, means. Biases, activations, softmax and other
+elementwise operators don't count; NOT_COUNTED names them. An operator that is neither counted nor
+named there is an error. The count depends on shapes, not on weights or on the kernels' back-end.
+
+The image is one; its sides are padded to multiples of 32. The text encoder is counted as if it had
+cached no name. Parameters are "active" where one token uses them, k of E experts, and "trainable"
+in the recipe, for its dense model in pre-training.
+
+The paper (Dynamic-DINO, Tables 8 and 12) is quoted as it stands: its x16 decoder costs 0.24M more
+than its dense one, but 16 router rows of 256 for 900 queries in 6 layers are 22.1M.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from math import prod
+from pathlib import Path
+
+import torch
+from detectors import NAMES, RECIPE, ROOT, dense_of, load_model_config, samples, use_backend
+from detectron2.config import instantiate
+from dynamic_dino.engine.config import ConfigError, input_errors, load_config
+from dynamic_dino.engine.trainable import set_trainable
+from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.moe.tuning import count_parameters
+from fvcore.nn import FlopCountAnalysis
+from fvcore.nn.jit_handles import get_shape
+from omegaconf import DictConfig
+from report import provenance, results_folder, write_json
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+# ---- operators ----------------------------------------------------------------------------------
+
+
+def matrix_product(inputs: list, outputs: list) -> int:
+    """By the result: fvcore's own goes by the first factor, which may be broadcast."""
+    return prod(get_shape(outputs[0])) * get_shape(inputs[0])[-1]
+
+
+def attention(inputs: list, outputs: list) -> int:
+    """Both products of q [..., N, d], k [..., M, d] and v [..., M, c]."""
+    q, k, v = map(get_shape, inputs[:3])
+    return prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
+def experts(inputs: list, outputs: list) -> Counter:
+    """Slots are taken as filled: how many a top-any router leaves empty isn't in the shapes."""
+    (_, hidden, dim), (tokens, top_k) = get_shape(inputs[1]), get_shape(inputs[5])
+    slots = tokens * top_k
+    return Counter(expert_ffn=2 * slots * hidden * dim, gated_sum=slots * dim)
+
+
+def experts_and_norm(inputs: list, outputs: list) -> Counter:
+    """Triton's operator, whose last pass is the layer norm where there is a residual."""
+    residual = get_shape(inputs[8])
+    return experts(inputs, outputs) + Counter(layer_norm=5 * prod(residual) if residual else 0)
+
+
+def router(inputs: list, outputs: list) -> int:
+    """tokens [T, D], weight [E, D]"""
+    (tokens, dim), (number, _) = map(get_shape, inputs[:2])
+    return tokens * number * dim
+
+
+def cosine_router(inputs: list, outputs: list) -> int:
+    """The norms of both factors as well."""
+    return router(inputs, outputs) + sum(prod(get_shape(factor)) for factor in inputs[:2])
+
+
+def deformable_attention(inputs: list, outputs: list) -> int:
+    """A channel of a point is a bilinear sample, 4, and a product with its weight, 1."""
+    value, weights = get_shape(inputs[0]), get_shape(inputs[3])
+    return 5 * prod(weights) * value[-1]
+
+
+def summed(inputs: list, outputs: list) -> int:
+    """One per number; to count how often a mask is true is no arithmetic."""
+    return prod(get_shape(inputs[0])) if inputs[0].type().dtype().is_floating_point else 0
+
+
+HANDLES = {
+    "aten::matmul": matrix_product,
+    "aten::mm": matrix_product,
+    "aten::bmm": matrix_product,
+    "aten::scaled_dot_product_attention": attention,
+    "aten::sum": summed,
+    "aten::mean": summed,
+    "aten::linalg_vector_norm": summed,
+    "dynamic_dino::grouped_ffn": experts,
+    "dynamic_dino::expert_ffn": experts_and_norm,
+    "dynamic_dino::route": router,
+    "dynamic_dino::route_any": cosine_router,
+    "dynamic_dino::ms_deform_attn": deformable_attention,
+}  # fvcore brings those of convolutions, linear layers, norms, resizing and grid_sample
+
+# Deliberately left out, beside what fvcore ignores: shapes, copies and integers.
+NOT_COUNTED = {
+    # arithmetic, element by element
+    *("add", "sub", "rsub", "mul", "div", "neg", "pow", "ceil", "sin", "cos", "logit", "cumsum"),
+    *("gelu", "hardtanh_", "sigmoid", "silu", "silu_", "softmax"),
+    # comparisons, choices, orders
+    *("all", "amax", "clamp_min", "cummax", "lt", "ne", "sort", "topk", "where"),
+    # look-ups, constants, layouts
+    *("embedding", "expand_as", "eye", "fill_", "new_ones", "numpy_T", "ones_like", "pad"),
+    *("pad_sequence", "repeat", "repeat_interleave", "unflatten", "view_as"),
+}
+
+
+def count(model: nn.Module, *inputs: Tensor) -> FlopCountAnalysis:
+    """Multiply-adds of one call `model(*inputs)` without gradients, by module and operator.
+
+    Raises:
+        RuntimeError: an operator is not known here, or a module with parameters was passed by, so
+            that its operations would be another's; the message names it.
+    """
+    analysis = FlopCountAnalysis(model, inputs).set_op_handle(**HANDLES)
+    analysis.set_op_handle(**{f"aten::{name}": None for name in NOT_COUNTED})
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    with torch.no_grad(), _all_outputs(model):
+        analysis.total()
+    if unknown := analysis.unsupported_ops():
+        raise RuntimeError(
+            f"nobody said how to count {', '.join(sorted(unknown))}: give flops.py a handle, or "
+            "add it to NOT_COUNTED"
+        )
+    if missing := [name for name in analysis.uncalled_modules() if _must_run(model, name)]:
+        raise RuntimeError(f"modules that were never called: {', '.join(sorted(missing))}")
+    return analysis
+
+
+@contextmanager
+def _all_outputs(model: nn.Module) -> Iterator[None]:
+    """Makes the model return what any of its modules returns. The tracer forgets what no output
+    needs, but it is computed all the same: the logits of the first decoder layers, for one."""
+    kept = []
+
+    def keep(module: nn.Module, inputs: tuple, output: object) -> None:
+        kept.extend(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+    hooks = [module.register_forward_hook(keep) for module in model.modules()]
+    hooks.append(model.register_forward_hook(lambda *_: tuple(kept)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _must_run(model: nn.Module, name: str) -> bool:
+    module, parent = (model.get_submodule(n) for n in (name, name.rpartition(".")[0]))
+    if next(module.parameters(recurse=False), None) is None or isinstance(module, nn.Embedding):
+        return False
+    # The norm after experts is theirs to compute, see `MoEFeedForward`.
+    mixture = isinstance(getattr(parent, "ffn", None), MoEFeedForward)
+    return not (mixture and isinstance(module, nn.LayerNorm))
+
+
+# ---- a detector ---------------------------------------------------------------------------------
+
+STAGES = ("backbone", "text_encoder", "enhancer", "query_selection", "decoder")
+# Of the decoder: part -> module and operator; the first that fits counts.
+PARTS = {
+    "self-attention": ("layers.*.self_attention*", "*"),
+    "text attention": ("layers.*.text_attention*", "*"),
+    "image attention": ("layers.*.image_attention*", "*"),
+    "router": ("layers.*.ffn.router*", "*"),
+    "gated sum": ("layers.*.ffn*", "gated_sum"),
+    "layer norms": ("*", "layer_norm"),  # experts compute theirs, a dense FFN doesn't
+    "FFN or experts": ("layers.*.ffn*", "*"),
+    "query positions": ("position*", "*"),
+    "heads": ("*_head*", "*"),
+    "other": ("*", "*"),
+}
+PAPER = {
+    "parameters": {"dense": 178e6, "x4": 184e6, "x8": 197e6, "x16": 222e6},
+    "decoder": {"dense": 2679.51e6, "x16": 2679.75e6},
+    "FPS, A100": {"dense": 109, "x16": 98},
+    "FPS, Orin NX": {"dense": 10.2, "x16": 9.4},
+}
+
+
+class OneImage(nn.Module):
+    """A detector as a module from the image, uint8 [3, H, W], to tensors, as tracing wants it."""
+
+    def __init__(self, detector: nn.Module, sample: dict) -> None:
+        super().__init__()
+        self.detector, self.sample = detector, sample
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        found = self.detector([self.sample | {"image": image}])[0]["instances"]
+        return found.scores, found.pred_classes, found.pred_boxes.tensor
+
+
+def own_counts(analysis: FlopCountAnalysis) -> dict[str, Counter]:
+    """What each module does itself, without its children: added up, the total."""
+    counts = analysis.by_module_and_operator()
+    own = {module: Counter(operators) for module, operators in counts.items()}
+    for module, operators in counts.items():
+        if module:
+            own[module.rpartition(".")[0]].subtract(operators)
+    return own
+
+
+def by_part(analysis: FlopCountAnalysis) -> dict:
+    """{"total", "stages", "decoder", "routers"}: of all, of each stage, of each part of the
+    decoder, and of all routers wherever they are; of a `OneImage`."""
+    stages, decoder, routers = Counter(), Counter(), 0
+    for module, operators in own_counts(analysis).items():
+        stage, _, inner = module.removeprefix("detector").removeprefix(".").partition(".")
+        stages[stage if stage in STAGES else "post-processing"] += sum(operators.values())
+        routers += sum(operators.values()) if fnmatch(module, "*.router*") else 0
+        if stage == "decoder":
+            for operator, number in operators.items():
+                decoder[_part(inner, operator)] += number
+    return {
+        "total": int(analysis.total()),
+        "stages": {name: int(stages[name]) for name in (*STAGES, "post-processing")},
+        "decoder": {name: int(decoder[name]) for name in PARTS},
+        "routers": int(routers),
+    }
+
+
+def _part(module: str, operator: str) -> str:
+    return next(
+        part for part, (m, o) in PARTS.items() if fnmatch(module, m) and fnmatch(operator, o)
+    )
+
+
+def measure(
+    model: DictConfig,
+    trainable: Sequence[str] | None,
+    size: tuple[int, int],
+    names: str = NAMES,
+    depth: int = 0,
+) -> dict:
+    """FLOPs and parameters of a detector for one image.
+
+    Args:
+        trainable: the recipe's patterns, None for what the model doesn't freeze itself.
+        size: height and width in pixels.
+        depth: how far down "modules", the list of modules by name, goes.
+
+    Raises:
+        RuntimeError: see `count`.
+    """
+    with input_errors():
+        detector = instantiate(model).eval()
+        set_trainable(detector, trainable)
+    parameters = count_parameters(detector)
+    detector.criterion = detector.denoising = None  # only training calls them
+    detector.canvas = None
+    (sample,) = samples(size, names=names)
+    analysis = count(OneImage(use_backend(detector, "grouped"), sample), sample["image"])
+    modules = {
+        name.removeprefix("detector."): int(number)
+        for name, number in analysis.by_module().items()
+        if 0 < name.count(".") <= depth and number
+    }
+    return {"flops": by_part(analysis), "parameters": parameters, "modules": modules}
+
+
+# ---- the script ---------------------------------------------------------------------------------
+
+
+def models(options: argparse.Namespace) -> Iterator[tuple[str, DictConfig, list[str] | None]]:
+    """Name, config and trainable patterns of each column."""
+    model = load_model_config(options.config_file, options.overrides)
+    trainable = load_config(ROOT / options.config_file, options.overrides).train.trainable
+    ffn = model.decoder.layer.ffn
+    if "num_experts" not in ffn:
+        yield "recipe", model, trainable
+        return
+    yield "dense", dense_of(model), None
+    for number in options.experts or sorted({4, 8, 16, ffn.num_experts}):
+        ffn.num_experts = number
+        yield f"x{number}", model, trainable
+
+
+def print_report(columns: dict[str, dict], paper: dict) -> None:
+    def row(label: str, values: Sequence[float | None], digits: int = 3, unit: str = "") -> None:
+        cells = ("-" if v is None else f"{v:,.{digits}f}{unit}" for v in values)
+        print(f"{label:<24}" + "".join(f"{cell:>11}" for cell in cells))
+
+    flops = [column["flops"] for column in columns.values()]
+    print(" " * 24 + "".join(f"{name:>11}" for name in columns))
+    print("GFLOPs, one multiply-add counted as one")
+    for stage in flops[0]["stages"]:
+        row(stage.replace("_", " "), [f["stages"][stage] / 1e9 for f in flops])
+    row("whole model", [f["total"] / 1e9 for f in flops])
+    print("decoder alone, GFLOPs")
+    for part in PARTS:
+        if any(f["decoder"][part] for f in flops):
+            row(f"  {part}", [f["decoder"][part] / 1e9 for f in flops])
+    row("  sum", [f["stages"]["decoder"] / 1e9 for f in flops])
+    shares = [f["decoder"]["router"] / f["stages"]["decoder"] for f in flops]
+    row("  router's share", [100 * share for share in shares], unit="%")
+    row("routers in whole model", [100 * f["routers"] / f["total"] for f in flops], unit="%")
+    print("parameters, millions")
+    for kind in ("total", "active", "trainable"):
+        row(f"  {kind}", [c["parameters"][kind] / 1e6 for c in columns.values()], 2)
+    if paper:
+        print("the paper, Tables 8 and 12, 640 x 640")
+        for label, key, unit, digits in (
+            ("  parameters, millions", "parameters", 1e6, 0),
+            ("  decoder, GFLOPs", "decoder", 1e9, 5),
+            ("  FPS on A100", "FPS, A100", 1, 0),
+            ("  FPS on Orin NX", "FPS, Orin NX", 1, 1),
+        ):
+            values = [paper[key].get(name) for name in columns]
+            row(label, [v and v / unit for v in values], digits)
+    for name, column in columns.items():
+        for module, number in column["modules"].items():
+            print(f"{name:>6} {number / 1e9:11.3f}  {module}")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default=RECIPE, help="recipe (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="pixels; default: the recipe's canvas"
+    )
+    parser.add_argument("--names", default=NAMES, help="prompt, each name followed by a full stop")
+    parser.add_argument(
+        "--experts", type=numbers, metavar="E,E", help="in the decoder; default: 4, 8, 16, recipe's"
+    )
+    parser.add_argument("--depth", type=int, default=0, help="list modules by name down to this")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--save", action="store_true", help="--json in benchmarks/results/cpu")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe")
+    options = parser.parse_args(arguments)
+    if options.save:
+        options.json = options.json or results_folder("cpu") / "flops.json"
+    return options
+
+
+def numbers(text: str) -> list[int]:
+    """Of a comma-separated list."""
+    return [int(number) for number in text.split(",")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    paper = PAPER if options.config_file == RECIPE and not options.overrides else {}
+    columns = {}
+    try:
+        for name, model, trainable in models(options):
+            size = options.size or [model.canvas or 640] * 2
+            columns[name] = measure(model, trainable, tuple(size), options.names, options.depth)
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
+    height, width = size
+    print(f"{options.config_file}, {height} x {width}, {options.names}")
+    print_report(columns, paper)
+    if options.json:
+        report = provenance(("torch", "fvcore", "timm", "transformers"))
+        report["settings"] = {
+            "config_file": options.config_file,
+            "overrides": options.overrides,
+            "size": [height, width],
+            "names": options.names,
+        }
+        write_json(options.json, report | {"models": columns, "paper": paper})
+        print(options.json)
+
+
+if __name__ == "__main__":
+    main()

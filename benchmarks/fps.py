@@ -1,0 +1,292 @@
+#!/usr/bin/env python
+"""Images per second of a detector: dense, and with experts that run on each back-end.
+
+    python benchmarks/fps.py                                # this machine's defaults
+    python benchmarks/fps.py --save                         # ... kept in results/<machine>/
+    python benchmarks/fps.py --dtypes float16 --modes graph --sizes 640x640 --batch 8
+    python benchmarks/fps.py --config-file configs/moe_tuning/nano_x16_stamps.py --sizes 320x320
+
+The detectors are built from a recipe with random weights, the experts converted from the dense
+model, as MoE-Tuning starts: all must find the same, else the run stops. Each goes through the path
+of `load_detector`: batch norms folded, weights cast once, from uint8 pixels on the device to
+`Instances`. Contenders take turns; given are medians, quartiles, and FPS over that of dense.
+
+"text cached" looks for the same names again, as a camera does; "text encoded" pays for the text
+encoder at every image. "many names" is a long vocabulary (LVIS has 1203 names) in one call, against
+encoding and running the backbone for every piece of the prompt, as other code bases do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from detectors import NAMES, RECIPE, build, dense_of, load_model_config, samples, use_backend
+from dynamic_dino.accelerate import WAYS
+from dynamic_dino.deploy import optimize_for_inference
+from dynamic_dino.detector import OpenVocabularyDetector
+from dynamic_dino.inference import DTYPES
+from dynamic_dino.prompt import Prompt
+from report import machine_name, provenance, results_folder, write_json
+from turns import quartiles, take_turns, timed
+
+PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting in which all contenders are compared. size: height and width in pixels."""
+
+    size: tuple[int, int]
+    batch: int
+    precision: str
+    mode: str
+    text: str
+
+    def __str__(self) -> str:
+        height, width = self.size
+        return f"{height} x {width}, batch {self.batch}, {self.precision}, {self.mode}, {self.text}"
+
+
+def detectors(options: argparse.Namespace) -> dict[str, OpenVocabularyDetector]:
+    """dense, and the recipe's experts on every back-end that runs here, with the same weights."""
+    model = load_model_config(options.config_file, options.overrides)
+    model.canvas = None  # sizes are given here
+    torch.manual_seed(0)
+    dense = build(dense_of(model), options.device)
+    experts = build(model, options.device, like=dense)
+    ways = ["sequential", "grouped"] + ["triton"] * (options.device == "cuda")
+    result = {"dense": dense}
+    for way in ways:
+        result[f"experts, {way}"] = use_backend(copy.deepcopy(experts), way)
+    return {name: result[name] for name in options.only or result}
+
+
+def served(
+    detector: OpenVocabularyDetector, precision: str, mode: str
+) -> Callable[[list[dict]], list[dict]]:
+    """The detector as `load_detector` would give it, with TF32 on or off while it runs."""
+    tf32 = precision == "tf32"
+    dtype = torch.float32 if tf32 else DTYPES[precision]
+    model = optimize_for_inference(copy.deepcopy(detector), dtype, mode)
+    model.return_routings = False
+
+    def call(batch: list[dict]) -> list[dict]:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        with torch.inference_mode():
+            return model(batch)
+
+    call.model = model
+    return call
+
+
+def measure(case: Case, models: dict, options: argparse.Namespace) -> dict:
+    """One row of the report: FPS, quartiles and memory of every contender."""
+    batch = samples(case.size, case.batch, options.names, options.device)
+    steps, memory, scores = {}, {}, {}
+    for name, model in models.items():
+        call = served(model, case.precision, case.mode)
+
+        def found(call=call) -> list[dict]:
+            if case.text == "text encoded":
+                call.model.text_encoder.forget()
+            return call(batch)
+
+        if options.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        scores[name] = found()[0]["instances"].scores.float()  # compiles, captures, warms up
+        found()
+        if options.device == "cuda":
+            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        steps[name] = lambda found=found: timed(found, options.device)
+    check_equal(scores, case)
+    times = take_turns(steps, options.repeats)
+    return asdict(case) | {"results": summarise(times, case.batch, memory)}
+
+
+def check_equal(scores: dict[str, torch.Tensor], case: Case) -> None:
+    """All contenders hold the same function. Raises SystemExit where their scores differ."""
+    tolerance = 1e-3 if case.precision == "float32" else 0.05
+    first, *others = scores
+    for name in others:
+        difference = (scores[name] - scores[first]).abs().max().item()
+        if not difference <= tolerance:
+            raise SystemExit(f"{case}: scores of {name} and {first} differ by {difference:.2g}")
+
+
+def summarise(times: dict[str, list[float]], images: int, memory: dict[str, float]) -> dict:
+    results = {}
+    for name, values in times.items():
+        results[name] = quartiles(values)
+        results[name]["fps"] = images * 1e3 / results[name]["median_ms"]
+        if name in memory:
+            results[name]["peak_mib"] = memory[name]
+    return results
+
+
+def measure_many_names(models: dict, options: argparse.Namespace) -> dict:
+    """A vocabulary in one call, text cached, and piece by piece with nothing kept."""
+    name, model = list(models.items())[-1]
+    precision = options.precisions[-1]
+    call = served(model, precision, "eager")
+    vocabulary = Prompt.from_phrases([f"object {i}" for i in range(options.many_names)])
+    size = options.sizes[0]
+    whole = [samples(size, device=options.device)[0] | {"prompt": vocabulary}]
+    pieces = call.model.text_encoder.pieces(vocabulary, call.model.max_phrases)
+
+    def piece_by_piece() -> None:
+        for piece in pieces:
+            call.model.text_encoder.forget()
+            call([whole[0] | {"prompt": piece.prompt}])
+
+    ways = {"piece by piece": piece_by_piece, "in one call": lambda: call(whole)}
+    for way in ways.values():
+        way()
+    steps = {n: lambda way=way: timed(way, options.device) for n, way in ways.items()}
+    return {
+        "names": options.many_names,
+        "pieces": len(pieces),
+        "size": size,
+        "precision": precision,
+        "detector": name,
+        "results": summarise(take_turns(steps, options.repeats), 1, {}),
+    }
+
+
+def print_table(title: str, results: dict) -> None:
+    print(title)
+    first = next(iter(results.values()))["fps"]
+    for name, r in results.items():
+        spread = f"{r['low_ms']:.1f}-{r['high_ms']:.1f}"
+        line = f"  {name:22}{r['fps']:9.2f} FPS {r['median_ms']:10.1f} ms {spread:>16}"
+        line += f"  {r['fps'] / first:5.2f} x {next(iter(results))}"
+        print(line + (f"  {r['peak_mib']:7.0f} MiB" if "peak_mib" in r else ""))
+
+
+def plot(rows: list[dict], path: Path, title: str) -> None:
+    """FPS over that of the first contender, a group of bars for each case."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    names = list(rows[0]["results"])
+    figure, axis = plt.subplots(figsize=(max(5.0, 1.1 * len(rows)), 4))
+    for i, name in enumerate(names):
+        ratios = [r["results"][name]["fps"] / r["results"][names[0]]["fps"] for r in rows]
+        places = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j in range(len(rows))]
+        bars = axis.bar(places, ratios, 0.8 / len(names), label=name)
+        axis.bar_label(bars, [f"{r['results'][name]['fps']:.3g}" for r in rows], fontsize=6)
+    axis.axhline(1, color="black", linewidth=0.8)
+    labels = [
+        "\n".join(
+            [f"{r['size'][0]} x {r['size'][1]}", r["precision"], r["mode"], r["text"]]
+            + [f"batch {r['batch']}"] * (r["batch"] > 1)
+        )
+        for r in rows
+    ]
+    axis.set_xticks(range(len(rows)), labels, fontsize=7)
+    axis.set(ylabel=f"FPS / {names[0]} (FPS on the bars)", title=title)
+    axis.legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    print(path)
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    for size in options.sizes:
+        for batch in options.batch:
+            for precision in options.precisions:
+                for mode in options.modes:
+                    for text in options.text:
+                        yield Case(size, batch, precision, mode, f"text {text}")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--config-file", default=RECIPE, help="recipe with experts (default: %(default)s)")
+    add("--device", default="cuda" if gpu else "cpu", choices=("cpu", "cuda"))
+    add("--sizes", nargs="+", type=_size, help="HxW; default: 640x640, on CUDA 800x1333 too")
+    add("--batch", nargs="+", type=int, default=[1], help="images at once (default: 1)")
+    add("--precisions", "--dtypes", nargs="+", choices=PRECISIONS, help="default: all on CUDA")
+    add("--modes", nargs="+", choices=WAYS, help="default: eager, on CUDA graph too")
+    add("--text", nargs="+", choices=("cached", "encoded"), help="default: cached, CUDA both")
+    add("--names", default=NAMES, help="what is looked for (default: ten names)")
+    add("--many-names", type=int, help="size of the long vocabulary; 0: none; default: 1203 or 60")
+    add("--only", nargs="+", help="contenders, e.g. dense 'experts, grouped' (default: all)")
+    add("--repeats", type=int, help="default: 50 on CUDA, 7 on a CPU")
+    add("--threads", type=int, default=0, help="of a CPU")
+    add("--save", action="store_true", help="--json and --plot in benchmarks/results/<machine>/")
+    add("--json", type=Path, help="write the results there")
+    add("--plot", type=Path, help="draw them there")
+    add("overrides", nargs="*", metavar="key=value", help="of the recipe: model.decoder...=...")
+    options = parser.parse_args(arguments)
+    cuda = options.device == "cuda"
+    options.sizes = options.sizes or ([(640, 640), (800, 1333)] if cuda else [(640, 640)])
+    options.precisions = options.precisions or (list(PRECISIONS) if cuda else ["float32"])
+    options.modes = options.modes or (["eager", "graph"] if cuda else ["eager"])
+    options.text = options.text or (["cached", "encoded"] if cuda else ["cached"])
+    if options.many_names is None:
+        options.many_names = 1203 if cuda else 60
+    options.repeats = options.repeats or (50 if cuda else 7)
+    if options.save:
+        options.json = options.json or results_folder(options.device) / "fps.json"
+        options.plot = options.plot or results_folder(options.device) / "fps.png"
+    return options
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 640x640")
+    return int(height), int(width)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    models = detectors(options)
+    print(f"{machine_name(options.device)}, {options.config_file}")
+    if options.device == "cpu":
+        print(
+            f"A CPU: only {', '.join(options.precisions)}, {', '.join(options.modes)}, "
+            f"{options.repeats} repeats, {options.many_names} of LVIS's 1203 names; see --help"
+        )
+    report = provenance(("torch", "triton", "timm", "transformers"), options.device)
+    kept = ("config_file", "device", "names", "repeats", "overrides")
+    report["settings"] = {key: getattr(options, key) for key in kept}
+    report["settings"]["threads"] = torch.get_num_threads()
+    report["rows"] = []
+    for case in cases(options):
+        row = measure(case, models, options)
+        print_table(str(case), row["results"])
+        report["rows"].append(row)
+        if options.json:
+            write_json(options.json, report)  # after each row: a run that dies loses nothing
+    if options.many_names:
+        row = report["many_names"] = measure_many_names(models, options)
+        print_table(
+            f"{row['names']} names in {row['pieces']} pieces, {row['precision']}, "
+            f"{row['detector']}",
+            row["results"],
+        )
+    if options.json:
+        write_json(options.json, report)
+        print(options.json)
+    if options.plot:
+        plot(report["rows"], options.plot, machine_name(options.device))
+
+
+if __name__ == "__main__":
+    main()

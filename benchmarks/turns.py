@@ -1,0 +1,43 @@
+"""How all benchmarks measure: contenders take turns, so that a slow moment hits them all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+Name = TypeVar("Name")
+
+
+def timed(step: Callable[[], object], device: str) -> float:
+    """Seconds from the call until the results are there."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def take_turns(steps: dict[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:
+    """What each of the functions returned, seconds, in `repeats` rounds."""
+    times: dict[Name, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            times[name].append(step())
+    return times
+
+
+def quartiles(seconds: Sequence[float], unit: str = "ms") -> dict[str, float]:
+    """{"median_ms", "low_ms", "high_ms"}, or the same in "us"."""
+    factor = {"ms": 1e3, "us": 1e6}[unit]
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {
+        f"median_{unit}": median * factor,
+        f"low_{unit}": low * factor,
+        f"high_{unit}": high * factor,
+    }

@@ -1,0 +1,109 @@
+"""A trained detector made ready to serve: the same results, less to compute.
+
+Batch norms become part of the convolutions before them, the branches of RepVGG blocks one
+convolution (arXiv 2101.03697, section 3.3), and weights are cast once. It can't be trained after.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .accelerate import accelerate
+from .detector import OpenVocabularyDetector
+from .enhancer import RepBlock
+
+
+def optimize_for_inference(
+    detector: OpenVocabularyDetector, dtype: torch.dtype = torch.float32, way: str = "eager"
+) -> OpenVocabularyDetector:
+    """Folds, merges and casts, in place, and accelerates the two parts that run on tensors alone,
+    the backbone and all that follows it; the detector then is in evaluation mode for good.
+
+    In float32 the results differ from the trained model's by rounding, about 1e-5 of a logit.
+
+    Args:
+        way: "eager", "compile" or "graph", see `accelerate`.
+    """
+    detector.eval().requires_grad_(False)
+    convolutions = nn.ModuleList(
+        [detector.backbone, detector.enhancer.input_proj, detector.enhancer.cross_scale]
+    )
+    fold_batch_norms(convolutions, lambda: _convolve(detector))
+    merge_branches(convolutions)
+    pixels = detector.pixel_mean, detector.pixel_std
+    detector.to(dtype)
+    detector.pixel_mean, detector.pixel_std = pixels  # images are normalised in float32
+    detector.backbone.forward = accelerate(detector.backbone.forward, way)
+    detector.search = accelerate(detector.search, way)
+    return detector
+
+
+def _convolve(detector: OpenVocabularyDetector) -> None:
+    """Passes a small image through all that has batch norms."""
+    features = detector.backbone(torch.zeros(1, 3, 64, 64, device=detector.device))
+    maps = [p(f) for p, f in zip(detector.enhancer.input_proj, features.values(), strict=True)]
+    detector.enhancer.cross_scale(maps)
+
+
+def fold_batch_norms(model: nn.Module, run) -> int:
+    """Folds every batch norm into the convolution whose output it reads; returns how many.
+
+    Names and order of modules differ from network to network, so `run`, a forward pass, shows which
+    convolution it is: one that runs once, and whose output is the batch norm's input.
+    """
+    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is kept, so its id stays its own
+    source: dict[_BatchNorm, nn.Conv2d] = {}
+    runs: dict[nn.Module, int] = {}
+
+    def after_convolution(module, _, output) -> None:
+        outputs[id(output)] = (module, output)
+        runs[module] = runs.get(module, 0) + 1
+
+    def before_norm(module, inputs) -> None:
+        runs[module] = runs.get(module, 0) + 1
+        if id(inputs[0]) in outputs:
+            source[module] = outputs[id(inputs[0])][0]
+
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(after_convolution))
+        elif isinstance(module, _BatchNorm):
+            hooks.append(module.register_forward_pre_hook(before_norm))
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    replaced: dict[nn.Module, nn.Module] = {}
+    for norm, convolution in source.items():
+        if runs[norm] == runs[convolution] == 1:
+            replaced[convolution] = fuse_conv_bn_eval(convolution, norm)
+            replaced[norm] = getattr(norm, "act", nn.Identity())  # timm's norms may bring one
+    _replace(model, replaced)
+    return len(replaced) // 2
+
+
+def merge_branches(model: nn.Module) -> int:
+    """Makes one 3x3 convolution of each RepVGG block whose norms are folded; returns how many."""
+    replaced: dict[nn.Module, nn.Module] = {}
+    for block in model.modules():
+        if isinstance(block, RepBlock):
+            merged, point = block.conv3[0], block.conv1[0]
+            merged.weight.data[:, :, 1:2, 1:2] += point.weight.data
+            merged.bias.data += point.bias.data
+            replaced[block] = nn.Sequential(merged, nn.SiLU(inplace=True))
+    _replace(model, replaced)
+    return len(replaced)
+
+
+def _replace(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in replaced:
+                setattr(parent, name, replaced[child])

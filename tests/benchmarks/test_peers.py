@@ -1,0 +1,145 @@
+"""Every peer runs, built as the benchmark builds it, but small."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+ROOT = Path(__file__).parents[2]
+SMALL_SWIN = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
+SMALL = {"num_queries": 9, "encoder_layers": 1, "decoder_layers": 2}
+SMALL_TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import peers
+
+    return peers
+
+
+@pytest.fixture
+def small(peers, monkeypatch):
+    """The same classes of models with few and narrow layers, and nano in Edge's place."""
+    bert = transformers.BertConfig(**SMALL_TEXT, num_attention_heads=2)
+    clip = transformers.CLIPTextConfig(**SMALL_TEXT, num_attention_heads=2)
+    for name in ("GroundingDinoConfig", "MMGroundingDinoConfig"):
+        config = functools.partial(getattr(transformers, name), **SMALL, text_config=bert)
+        monkeypatch.setattr(peers.transformers, name, config)
+    monkeypatch.setattr(
+        peers.transformers,
+        "OmDetTurboConfig",
+        functools.partial(
+            transformers.OmDetTurboConfig,
+            num_queries=9,
+            decoder_num_layers=1,
+            text_config=clip,
+            text_projection_in_dim=32,
+            class_embed_dim=32,
+            text_projection_out_dim=32,
+        ),
+    )
+    for name in ("SWIN_TINY", "SWIN_BASE"):
+        monkeypatch.setattr(peers, name, getattr(peers, name) | SMALL_SWIN)
+    load, nano = peers.load_model_config, "configs/moe_tuning/nano_x16_stamps.py"
+    monkeypatch.setattr(peers, "load_model_config", lambda: load(nano))
+    return peers
+
+
+def measured(peers, path, *arguments):
+    peers.main(["--device", "cpu", "--repeats", "2", "--json", str(path), *arguments])
+    return json.loads(path.read_text())
+
+
+def test_every_peer_runs_beside_ours(small, tmp_path, capsys):
+    report = measured(small, tmp_path / "new" / "peers.json", "--size", "96", "128")
+    assert not report["failed"]
+    rows = report["rows"]
+    ways = {name: [r["text"] for r in rows if r["model"] == name] for name in small.MODELS}
+    both = ["encoded", "cached"]
+    assert ways == {
+        "edge-dense": both,
+        "edge-x16": both,
+        "grounding-dino-tiny": ["encoded"],
+        "grounding-dino-base": ["encoded"],
+        "mm-grounding-dino-tiny": ["encoded"],
+        "omdet-turbo-tiny": both,
+    }
+    for row in rows:
+        assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
+        assert row["fps"] == pytest.approx(1e3 / row["median_ms"])
+        assert row["ratio"] > 0 and row["parameters"] > 0
+        assert (row["ratio"] == 1) == ((row["model"], row["text"]) == small.REFERENCE)
+    assert report["settings"]["size"] == [96, 128]
+    assert report["versions"]["transformers"] and report["machine"]
+    text = capsys.readouterr().out
+    assert "96 x 128, batch 1, float32, 10 names" in text and "1.00 x edge-x16" in text
+
+
+def test_a_peer_that_fails_is_named_and_the_others_go_on(small, tmp_path, capsys, monkeypatch):
+    def broken(size, device):
+        raise RuntimeError("no such layer\nand more of it")
+
+    monkeypatch.setitem(small.MODELS, "omdet-turbo-tiny", broken)
+    arguments = ["--size", "96", "--models", "omdet-turbo-tiny", "mm-grounding-dino-tiny"]
+    report = measured(small, tmp_path / "peers.json", *arguments)
+    assert report["failed"] == {"omdet-turbo-tiny": "RuntimeError: no such layer"}
+    assert [row["model"] for row in report["rows"]] == ["mm-grounding-dino-tiny"]
+    assert "ratio" not in report["rows"][0]  # nothing of ours to compare with
+    assert "omdet-turbo-tiny doesn't run: RuntimeError: no such layer" in capsys.readouterr().out
+
+
+def test_ours_may_not_fail(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(small.MODELS, "edge-x16", lambda size, device: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measured(small, tmp_path / "peers.json", "--models", "edge-x16")
+
+
+@pytest.mark.parametrize("name", ["edge-x16", "omdet-turbo-tiny"])
+def test_a_forgotten_text_is_encoded_again(small, name, monkeypatch):
+    """The text encoders count their runs: once when forgotten, never when cached."""
+    monkeypatch.setattr(small, "edge", _trained_text(small.edge))
+    contender = small.MODELS[name]((96, 96), "cpu")
+    model = contender.model
+    body = model.text_encoder.body if name == "edge-x16" else model.language_backbone.model
+    runs = []
+    body.register_forward_hook(lambda *_: runs.append(1))
+    steps = small.prepare(contender, "cpu", torch.float32)
+    runs.clear()
+    steps["cached"]()
+    assert not runs
+    steps["encoded"]()
+    assert runs
+    runs.clear()
+    steps["cached"]()
+    assert not runs
+
+
+def _trained_text(edge):
+    """nano's text encoder is frozen and never forgets; Edge's is not."""
+
+    def build(*arguments, **options):
+        contender = edge(*arguments, **options)
+        contender.model.text_encoder.frozen = False
+        return contender
+
+    return build
+
+
+def test_grounding_dino_is_as_large_as_published(peers):
+    """172M, as its model card says, so the config is that of the published model."""
+    model = peers.MODELS["grounding-dino-tiny"]((64, 64), "cpu").model
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(172e6, rel=0.005)
+
+
+def test_the_command_names_the_models_to_choose_from():
+    command = [sys.executable, ROOT / "benchmarks/peers.py", "--models", "yolo"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "choose from" in done.stderr
+    assert "omdet-turbo-tiny" in done.stderr
