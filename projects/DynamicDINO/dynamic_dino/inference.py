@@ -23,6 +23,7 @@ from torch import nn
 from .checkpoint import load_checkpoint
 from .data.images import Size, load_image, resize_transform, to_tensor
 from .deploy import optimize_for_inference
+from .detector import OpenVocabularyDetector
 from .engine.config import load_config
 from .prompt import Prompt
 
@@ -199,7 +200,9 @@ def load_detector(
         )
     detector = instantiate(cfg.model)
     load_checkpoint(detector, weights)
-    optimize_for_inference(detector.to(device), DTYPES[dtype], accelerate)
+    detector.to(device)
+    if isinstance(detector, OpenVocabularyDetector):  # a recipe may have a model of another kind
+        optimize_for_inference(detector, DTYPES[dtype], accelerate)
     return Detector(detector, size, device, threshold)
 
 
