@@ -13,6 +13,16 @@ from pathlib import Path
 
 import torch
 
+# Of the files that git knows or should: those that a measurement doesn't write itself.
+CODE_CHANGES = (
+    "status",
+    "--porcelain",
+    "--",
+    ":/",
+    ":(top,exclude)benchmarks/results",
+    ":(top,exclude)*.md",
+)
+
 
 def provenance(packages: Sequence[str] = ("torch", "triton", "numpy"), device: str = "cpu") -> dict:
     """Machine, Python, versions of packages (those installed), commit, and this command."""
@@ -20,7 +30,7 @@ def provenance(packages: Sequence[str] = ("torch", "triton", "numpy"), device: s
         "machine": machine_name(device),
         "python": platform.python_version(),
         "versions": {name: v for name in packages if (v := _version(name))},
-        "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else ""),
+        "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git(*CODE_CHANGES) else ""),
         "command": " ".join(["python", *map(_relative, sys.argv)]),
     }
 

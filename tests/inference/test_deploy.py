@@ -9,7 +9,13 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from dynamic_dino.accelerate import CudaGraphs, WithFallback, accelerate
-from dynamic_dino.deploy import fold_batch_norms, merge_branches, optimize_for_inference
+from dynamic_dino.deploy import (
+    ConvGELU,
+    fold_batch_norms,
+    fuse_gelu,
+    merge_branches,
+    optimize_for_inference,
+)
 from dynamic_dino.engine.config import load_config
 from dynamic_dino.enhancer import ConvNorm, CrossScaleFusion, CSPRepLayer
 from dynamic_dino.inference import load_detector
@@ -48,6 +54,18 @@ def test_batch_norms_of_any_network_are_folded(name):
     assert fold_batch_norms(model, lambda: model(x[:1])) == count > 10 and norms(model) == 0
     for y, want in zip(model(x), expected, strict=True):
         torch.testing.assert_close(y, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_the_convolutions_business(approximate):
+    layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.Identity(), nn.GELU(approximate), nn.Conv2d(8, 8, 1)]
+    model = nn.Sequential(*layers, nn.ReLU(), nn.GELU()).eval().requires_grad_(False)
+    x = torch.randn(2, 3, 9, 11)
+    expected = model(x)
+    assert fuse_gelu(model, lambda: model(x)) == 1 and isinstance(model[0], ConvGELU)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    half = model.to(torch.float16)(x.half())  # oneDNN isn't asked
+    torch.testing.assert_close(half.float(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_norms_that_cannot_be_folded_are_left_alone():

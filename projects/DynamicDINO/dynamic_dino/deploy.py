@@ -1,12 +1,18 @@
 """A trained detector made ready to serve: the same results, less to compute.
 
-Batch norms become part of the convolutions before them, the branches of RepVGG blocks one
-convolution (arXiv 2101.03697, section 3.3), and weights are cast once. It can't be trained after.
+Batch norms become part of the convolutions before them, as does GELU on a CPU; the branches of
+RepVGG blocks become one convolution (arXiv 2101.03697, section 3.3); weights are cast once. It
+can't be trained after.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
+from timm.layers.activations import GELUTanh
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -33,6 +39,7 @@ def optimize_for_inference(
     )
     fold_batch_norms(convolutions, lambda: _convolve(detector))
     merge_branches(convolutions)
+    fuse_gelu(convolutions, lambda: _convolve(detector))
     pixels = detector.pixel_mean, detector.pixel_std
     detector.to(dtype)
     detector.pixel_mean, detector.pixel_std = pixels  # images are normalised in float32
@@ -48,22 +55,72 @@ def _convolve(detector: OpenVocabularyDetector) -> None:
     detector.enhancer.cross_scale(maps)
 
 
-def fold_batch_norms(model: nn.Module, run) -> int:
+def fold_batch_norms(model: nn.Module, run: Callable[[], object]) -> int:
     """Folds every batch norm into the convolution whose output it reads; returns how many.
 
+    Args:
+        run: a forward pass, see `_readers`.
+    """
+    replaced: dict[nn.Module, nn.Module] = {}
+    for norm, convolution in _readers(model, _BatchNorm, run).items():
+        replaced[convolution] = fuse_conv_bn_eval(convolution, norm)
+        replaced[norm] = getattr(norm, "act", nn.Identity())  # timm's norms may bring one
+    _replace(model, replaced)
+    return len(replaced) // 2
+
+
+def fuse_gelu(model: nn.Module, run: Callable[[], object]) -> int:
+    """Lets convolutions apply the GELU that reads their output; returns how many.
+
+    Args:
+        run: a forward pass, see `_readers`.
+    """
+    replaced: dict[nn.Module, nn.Module] = {}
+    for gelu, convolution in _readers(model, (nn.GELU, GELUTanh), run).items():
+        tanh = isinstance(gelu, GELUTanh) or gelu.approximate == "tanh"
+        replaced[convolution] = ConvGELU(convolution, "tanh" if tanh else "none")
+        replaced[gelu] = nn.Identity()
+    _replace(model, replaced)
+    return len(replaced) // 2
+
+
+class ConvGELU(nn.Module):
+    """GELU of a convolution: on a CPU in one oneDNN call, a quarter of what GELU costs alone."""
+
+    def __init__(self, convolution: nn.Conv2d, approximate: str) -> None:
+        super().__init__()
+        self.convolution, self.approximate = convolution, approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = self.convolution
+        known = x.dtype in (torch.float32, torch.bfloat16) and isinstance(c.padding, tuple)
+        if not (x.is_cpu and known and torch.backends.mkldnn.is_available()):
+            return F.gelu(c(x), approximate=self.approximate)
+        # What torch.compile makes of the pair; there is no public name for it.
+        sizes = (c.padding, c.stride, c.dilation, c.groups)
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, c.weight, c.bias, *sizes, "gelu", [], self.approximate
+        )
+
+
+def _readers(
+    model: nn.Module, kinds: type | tuple[type, ...], run: Callable[[], object]
+) -> dict[nn.Module, nn.Conv2d]:
+    """Modules of some kinds, and the convolution whose output each reads.
+
     Names and order of modules differ from network to network, so `run`, a forward pass, shows which
-    convolution it is: one that runs once, and whose output is the batch norm's input.
+    it is: both run once, and one's output is the other's input.
     """
     outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is kept, so its id stays its own
-    source: dict[_BatchNorm, nn.Conv2d] = {}
-    runs: dict[nn.Module, int] = {}
+    source: dict[nn.Module, nn.Conv2d] = {}
+    runs: Counter[nn.Module] = Counter()
 
     def after_convolution(module, _, output) -> None:
         outputs[id(output)] = (module, output)
-        runs[module] = runs.get(module, 0) + 1
+        runs[module] += 1
 
-    def before_norm(module, inputs) -> None:
-        runs[module] = runs.get(module, 0) + 1
+    def before_reader(module, inputs) -> None:
+        runs[module] += 1
         if id(inputs[0]) in outputs:
             source[module] = outputs[id(inputs[0])][0]
 
@@ -71,22 +128,15 @@ def fold_batch_norms(model: nn.Module, run) -> int:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             hooks.append(module.register_forward_hook(after_convolution))
-        elif isinstance(module, _BatchNorm):
-            hooks.append(module.register_forward_pre_hook(before_norm))
+        elif isinstance(module, kinds):
+            hooks.append(module.register_forward_pre_hook(before_reader))
     try:
         with torch.no_grad():
             run()
     finally:
         for hook in hooks:
             hook.remove()
-
-    replaced: dict[nn.Module, nn.Module] = {}
-    for norm, convolution in source.items():
-        if runs[norm] == runs[convolution] == 1:
-            replaced[convolution] = fuse_conv_bn_eval(convolution, norm)
-            replaced[norm] = getattr(norm, "act", nn.Identity())  # timm's norms may bring one
-    _replace(model, replaced)
-    return len(replaced) // 2
+    return {reader: c for reader, c in source.items() if runs[reader] == runs[c] == 1}
 
 
 def merge_branches(model: nn.Module) -> int:
