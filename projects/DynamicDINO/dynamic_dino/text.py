@@ -98,7 +98,7 @@ class TextEncoder(nn.Module):
         dropout: float = 0.0,
         grad_checkpointing: bool = False,
         cache_size: int = 100_000,
-        cached_prompts: int = 256,
+        cached_prompts: int = 64,
         tokenizer: str | None = None,
         config: dict | None = None,
     ) -> None:
