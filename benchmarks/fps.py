@@ -217,7 +217,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config-file", default=RECIPE, help="recipe with experts (default: %(default)s)")
     add("--device", default="cuda" if gpu else "cpu", choices=("cpu", "cuda"))
-    add("--sizes", nargs="+", type=_size, help="HxW; default: 640x640, on CUDA 800x1333 too")
+    add("--sizes", nargs="+", type=image_size, help="HxW; default: 640x640, on CUDA 800x1333 too")
     add("--batch", nargs="+", type=int, default=[1], help="images at once (default: 1)")
     add("--precisions", "--dtypes", nargs="+", choices=PRECISIONS, help="default: all on CUDA")
     add("--modes", nargs="+", choices=WAYS, help="default: eager, on CUDA graph too")
@@ -250,7 +250,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _size(text: str) -> tuple[int, int]:
+def image_size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
     if not (height.isdigit() and width.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 640x640")

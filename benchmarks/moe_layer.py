@@ -29,7 +29,7 @@ import torch
 from dynamic_dino_kernels import route
 from dynamic_dino_kernels.timing import captured, seconds
 from moe_peers import Dense, Experts, Grouped, contenders
-from report import machine_name, provenance, results_folder, write_json
+from report import machine_name, provenance, results_folder, settings, write_json
 from torch import Tensor, nn
 from turns import quartiles, take_turns, timed
 
@@ -314,11 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
     machine = machine_name(options.device)
     print(f"{machine}, D={options.dim}, hidden={options.hidden}")
     report = provenance(device=options.device)
-    report["settings"] = {
-        key: value
-        for key, value in vars(options).items()
-        if key not in ("json", "plot", "save", "threads")
-    } | {"threads": torch.get_num_threads()}
+    report["settings"] = settings(options)
     report["rows"] = []
     for case in cases(options):
         row = measure(case, options)

@@ -15,20 +15,13 @@ import json
 import re
 from pathlib import Path
 
+import results
 from detectron2.data import MetadataCatalog
 from dynamic_dino import load_detector
 from dynamic_dino.data.datasets import load_datasets
 from dynamic_dino.demo import draw_photos
 from report import provenance, write_json
 
-COLUMNS = {
-    "val seen": "val/AP50_seen",
-    "val rare": "val/AP50r",
-    "val frequent": "val/AP50f",
-    "val_novel, novel": "val_novel/AP50_novel",
-    "val_real seen": "val_real/AP50_seen",
-    "val_real novel": "val_real/AP50_novel",
-}
 PACKAGES = ("torch", "transformers", "timm", "numpy", "faster-coco-eval")
 
 
@@ -50,7 +43,7 @@ def main() -> None:
         rows[name] = read_run(Path(folder))
     report = provenance(PACKAGES) | {"runs": rows}
     write_json(args.out / "nano_stamps.json", report)
-    print(table(rows))
+    print(results.nano_stamps(report))
     if args.picture:
         name = args.picture.replace("-", "_")
         draw_public_domain(args.picture, args.out / f"{name}_photos.jpg")
@@ -71,17 +64,6 @@ def read_run(folder: Path) -> dict:
         "iterations": last + 1,
         "scores": scores,
     }
-
-
-def table(rows: dict[str, dict]) -> str:
-    """Markdown: one row per run, AP50 in percent."""
-    head = ["model", "iterations", *COLUMNS]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, row in rows.items():
-        values = (row["scores"].get(key) for key in COLUMNS.values())
-        cells = ["-" if v is None else f"{v:.1f}" for v in values]
-        lines.append("| " + " | ".join([name, str(row["iterations"]), *cells]) + " |")
-    return "\n".join(lines)
 
 
 def draw_public_domain(model: str, path: Path, count: int = 12) -> None:

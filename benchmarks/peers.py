@@ -31,7 +31,7 @@ from dynamic_dino.deploy import optimize_for_inference
 from dynamic_dino.engine.trainer import autocast
 from dynamic_dino.prompt import Prompt
 from dynamic_dino.text import locate_model
-from report import machine_name, provenance, results_folder, write_json
+from report import machine_name, provenance, results_folder, settings, write_json
 from torch import nn
 from turns import quartiles, take_turns, timed
 
@@ -229,11 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     print_rows(rows)
     if options.json:
         report = provenance(("torch", "transformers", "timm"), options.device)
-        report["settings"] = {
-            key: value
-            for key, value in vars(options).items()
-            if key not in ("json", "save", "threads")
-        } | {"threads": torch.get_num_threads()}
+        report["settings"] = settings(options)
         write_json(options.json, report | {"rows": rows, "failed": failed})
         print(options.json)
 

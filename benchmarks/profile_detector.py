@@ -16,13 +16,14 @@ import argparse
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from detectors import NAMES, RECIPE, build, dense_of, load_model_config, samples, use_backend
 from dynamic_dino.deploy import optimize_for_inference
 from dynamic_dino.inference import DTYPES
-from fps import _size
+from fps import image_size
 from report import machine_name, provenance, write_json
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -49,8 +50,6 @@ STAGES = {
 @contextmanager
 def marked(detector: nn.Module) -> Iterator[None]:
     """Stages show up in the profile by their names."""
-    from fnmatch import fnmatch
-
     with ExitStack() as stack:
         for name, module in detector.named_modules():
             for stage, patterns in STAGES.items():
@@ -74,7 +73,7 @@ def _mark(module: nn.Module, label: str) -> Iterator[None]:
         module.forward = forward
 
 
-def run(options: argparse.Namespace) -> tuple[profile, nn.Module]:
+def run(options: argparse.Namespace) -> profile:
     model = load_model_config(options.config_file, options.overrides)
     model.canvas = None
     torch.manual_seed(0)
@@ -96,7 +95,7 @@ def run(options: argparse.Namespace) -> tuple[profile, nn.Module]:
                     detector(batch)
                 if options.device == "cuda":
                     torch.cuda.synchronize()
-    return result, detector
+    return result
 
 
 def summarise(result: profile, repeats: int, cuda: bool) -> tuple[dict, dict]:
@@ -124,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     gpu = torch.cuda.is_available()
     add("--config-file", default=RECIPE, help="recipe with experts (default: %(default)s)")
     add("--device", default="cuda" if gpu else "cpu", choices=("cpu", "cuda"))
-    add("--size", type=_size, default=(640, 640), help="HxW (default: 640x640)")
+    add("--size", type=image_size, default=(640, 640), help="HxW (default: 640x640)")
     add("--precision", default="float32", choices=DTYPES)
     add("--backend", default="auto", choices=("auto", "dense", "sequential", "grouped", "triton"))
     add("--trained", action="store_true", help="with batch norms and branches, in float32")
@@ -136,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("overrides", nargs="*", metavar="key=value", help="of the recipe: model.decoder...=...")
     options = parser.parse_args(arguments)
 
-    result, _ = run(options)
+    result = run(options)
     stages, operators = summarise(result, options.repeats, options.device == "cuda")
     height, width = options.size
     print(

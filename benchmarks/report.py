@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import re
@@ -42,6 +43,13 @@ def machine_name(device: str = "cpu") -> str:
     path = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
     return f"{found[1] if found else platform.processor()}, {platform.system()}"
+
+
+def settings(options: argparse.Namespace) -> dict:
+    """What was asked for, but for where results go, and the threads that torch really uses."""
+    left_out = ("json", "plot", "save", "threads")
+    asked = {key: value for key, value in vars(options).items() if key not in left_out}
+    return asked | {"threads": torch.get_num_threads()}
 
 
 def results_folder(device: str = "cpu") -> Path:

@@ -42,8 +42,9 @@ def nano_stamps(report: dict) -> str:
     rows = []
     for name, run in report["runs"].items():
         iterations = f"{'' if name == 'dense' else '+ '}{run['iterations']}"
-        scores = [f"{run['scores'][key]:.1f}" for key in columns.values()]
-        rows.append([names.get(name, name), iterations, *scores])
+        scores = (run["scores"].get(key) for key in columns.values())
+        cells = ["-" if score is None else f"{score:.1f}" for score in scores]
+        rows.append([names.get(name, name), iterations, *cells])
     return table(["model", "iterations", *columns], rows)
 
 

@@ -41,7 +41,7 @@ from dynamic_dino.engine.trainable import set_trainable
 from dynamic_dino.engine.trainer import Trainer
 from dynamic_dino.moe.layer import MoEFeedForward
 from omegaconf import DictConfig, OmegaConf
-from report import machine_name, provenance, results_folder, write_json
+from report import machine_name, provenance, results_folder, settings, write_json
 from torch import nn
 from turns import quartiles, take_turns, timed
 
@@ -256,11 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
     print_rows(rows)
     if options.json:
         report = provenance(device=options.device)
-        report["settings"] = {
-            key: value
-            for key, value in vars(options).items()
-            if key not in ("json", "save", "threads")
-        } | {"threads": torch.get_num_threads()}
+        report["settings"] = settings(options)
         write_json(options.json, report | {"scale": scaled, "rows": rows})
         print(options.json)
 

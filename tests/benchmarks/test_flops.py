@@ -15,7 +15,6 @@ from dynamic_dino_kernels.moe import route_any
 from torch import nn
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
 import flops  # noqa: E402
 
 no_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for CUDA")
