@@ -89,6 +89,13 @@ def deformable_attention(inputs: list, outputs: list) -> int:
     return 5 * prod(weights) * value[-1]
 
 
+def gathered_samples(inputs: list, outputs: list) -> int:
+    """Deformable attention on a CPU: four weighted rows are one sample with its weight, so that the
+    count is that of `deformable_attention`."""
+    rows, table = get_shape(inputs[1]), get_shape(inputs[0])
+    return 5 * prod(rows) * table[-1] // 4
+
+
 def summed(inputs: list, outputs: list) -> int:
     """One per number; to count how often a mask is true is no arithmetic."""
     return prod(get_shape(inputs[0])) if inputs[0].type().dtype().is_floating_point else 0
@@ -99,6 +106,7 @@ HANDLES = {
     "aten::mm": matrix_product,
     "aten::bmm": matrix_product,
     "aten::scaled_dot_product_attention": attention,
+    "aten::embedding_bag": gathered_samples,
     "aten::sum": summed,
     "aten::mean": summed,
     "aten::linalg_vector_norm": summed,
@@ -112,13 +120,13 @@ HANDLES = {
 # Deliberately left out, beside what fvcore ignores: shapes, copies and integers.
 NOT_COUNTED = {
     # arithmetic, element by element
-    *("add", "sub", "rsub", "mul", "div", "neg", "pow", "ceil", "sin", "cos", "logit", "cumsum"),
-    *("gelu", "hardtanh_", "sigmoid", "silu", "silu_", "softmax"),
+    *("add", "addcmul", "sub", "rsub", "mul", "div", "neg", "pow", "ceil", "sin", "cos", "logit"),
+    *("cumsum", "gelu", "hardtanh_", "nan_to_num", "sigmoid", "silu", "silu_", "softmax"),
     # comparisons, choices, orders
-    *("all", "amax", "clamp_min", "cummax", "lt", "ne", "sort", "topk", "where"),
+    *("all", "amax", "clamp_min", "cummax", "lt", "minimum", "ne", "sort", "topk", "where"),
     # look-ups, constants, layouts
-    *("embedding", "expand_as", "eye", "fill_", "new_ones", "numpy_T", "ones_like", "pad"),
-    *("pad_sequence", "repeat", "repeat_interleave", "unflatten", "view_as"),
+    *("embedding", "expand_as", "eye", "fill_", "movedim", "new_ones", "numel", "numpy_T"),
+    *("ones_like", "pad", "pad_sequence", "repeat", "repeat_interleave", "unflatten", "view_as"),
 }
 
 

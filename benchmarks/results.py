@@ -124,6 +124,15 @@ def flops(report: dict) -> str:
     for kind in ("total", "active", "trainable"):
         title = f"parameters, {kind} (millions)"
         rows.append(row(title, 1e6, lambda m, kind=kind: m["parameters"][kind]))
+    for title, key, unit in (
+        ("parameters (millions)", "parameters", 1e6),
+        ("decoder", "decoder", 1e9),
+        *((key, key, 1) for key in ("FPS, A100", "FPS, Orin NX")),
+    ):
+        values = [report["paper"].get(key, {}).get(name) for name in models]
+        cells = ["" if value is None else f"{value / unit:.6g}" for value in values]
+        if any(cells):
+            rows.append([f"the paper, Tables 8 and 12: {title}", *cells])
     height, width = report["settings"]["size"]
     title = f"GFLOPs at {height} x {width}, a multiply-add is one"
     return table([title, *models], rows)

@@ -13,6 +13,7 @@ from dynamic_dino.deploy import (
     ConvGELU,
     fold_batch_norms,
     fuse_gelu,
+    gelu_tanh_,
     merge_branches,
     optimize_for_inference,
 )
@@ -57,15 +58,26 @@ def test_batch_norms_of_any_network_are_folded(name):
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_gelu_is_the_convolutions_business(approximate):
+def test_gelu_is_the_convolutions_business(approximate, monkeypatch):
     layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.Identity(), nn.GELU(approximate), nn.Conv2d(8, 8, 1)]
     model = nn.Sequential(*layers, nn.ReLU(), nn.GELU()).eval().requires_grad_(False)
     x = torch.randn(2, 3, 9, 11)
     expected = model(x)
     assert fuse_gelu(model, lambda: model(x)) == 1 and isinstance(model[0], ConvGELU)
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    for capability in ("AVX2", "AVX512"):  # both ways, whatever this machine has
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        for given in (x, x.contiguous(memory_format=torch.channels_last)):
+            torch.testing.assert_close(model(given), expected, rtol=1e-4, atol=1e-5)
     half = model.to(torch.float16)(x.half())  # oneDNN isn't asked
     torch.testing.assert_close(half.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("block", [7, 2**18])
+def test_gelu_in_place(block):
+    x = 8 * torch.randn(2, 3, 5, 4)
+    expected = nn.functional.gelu(x.double(), approximate="tanh").float()
+    assert gelu_tanh_(x, block) is x
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_norms_that_cannot_be_folded_are_left_alone():
@@ -155,6 +167,32 @@ def test_load_detector_takes_precision_and_acceleration():
         load_detector(dtype="half")
     with pytest.raises(ValueError, match="^accelerate='fast': choose one of eager, compile"):
         load_detector(accelerate="fast")
+
+
+@torch.no_grad()
+def test_prompts_of_many_lengths_share_shapes_where_shapes_are_captured(trained):
+    """In float64, so that two products of other lengths agree on what comes first."""
+    served = optimize_for_inference(copy.deepcopy(trained), torch.float64, "graph")
+    assert optimize_for_inference(copy.deepcopy(trained)).text_encoder.pad_to == 1
+    shapes, search = set(), served.search.function
+
+    def seen(features, masks, text):
+        shapes.add((text.tokens.shape, text.phrase_map.shape))
+        return search(features, masks, text)
+
+    served.search = seen
+    for prompt in ("red circle.", "red circle. blue square. green star. a ring."):
+        samples = batch(prompt, "dot.")
+        served.text_encoder.pad_to = 16
+        padded = served(samples)
+        served.text_encoder.pad_to = 1
+        served.text_encoder.forget()
+        for result, expected in zip(padded, served(samples), strict=True):
+            result, expected = result["instances"], expected["instances"]
+            torch.testing.assert_close(result.scores, expected.scores)
+            assert result.phrases == expected.phrases
+            torch.testing.assert_close(result.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert len(shapes) == 3 and len({s for s in shapes if s[1][1] == 16}) == 1
 
 
 # Results

@@ -86,8 +86,10 @@ def test_far_and_undefined_locations_see_nothing():
     value, locations, weights = draw()
     with torch.no_grad():
         locations[:, 0], locations[:, 1], locations[:, 2] = 1e30, -1e30, torch.nan
+        gathered = ms_deform_attn(value, SHAPES, locations, weights, backend="grouped")
     y = ms_deform_attn(value, SHAPES, locations, weights, backend="triton")
-    assert (y[:, :3] == 0).all() and (y[:, 3:] != 0).any()
+    for result in (y, gathered):
+        assert (result[:, :3] == 0).all() and (result[:, 3:] != 0).any()
     for grad in torch.autograd.grad(y.sum(), (value, locations, weights)):
         assert grad.isfinite().all()
 
@@ -117,6 +119,25 @@ def test_shapes_may_be_a_tensor():
         rtol=0,
         atol=0,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_without_gradients_a_cpu_gathers_the_same(dtype):
+    shapes = [(5, 1), (1, 7), (16, 12)]
+    args = draw(shapes, queries=50, dtype=dtype)
+    expected = ms_deform_attn(args[0], shapes, *args[1:], backend="grouped")
+    with torch.no_grad():
+        result = ms_deform_attn(args[0], shapes, *args[1:], backend="grouped")
+    tolerance = {} if dtype is torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(result, expected, **tolerance)
+    # On the border between a map and its outside as well.
+    edges = torch.tensor([-0.1, 0.0, 0.05, 0.5, 0.999, 1.0, 1.1], dtype=dtype)
+    grid = torch.cartesian_prod(edges, edges).view(1, -1, 1, 1, 1, 2).expand(2, -1, 3, 3, 2, 2)
+    args = (args[0], grid.requires_grad_(), args[2][:, :49])
+    with torch.no_grad():
+        result = ms_deform_attn(args[0], shapes, *args[1:], backend="grouped")
+    expected = ms_deform_attn(args[0], shapes, *args[1:], backend="grouped")
+    torch.testing.assert_close(result, expected, **tolerance)
 
 
 @both

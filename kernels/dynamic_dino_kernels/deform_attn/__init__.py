@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
-from . import reference
+from ..moe.grouped import needs_grad
+from . import gather, reference
 
 __all__ = ["ms_deform_attn"]
 
@@ -33,7 +34,8 @@ def ms_deform_attn(
         sampling_locations: float [B, Q, heads, L, P, 2], (x, y) in units of the map: 0 and 1 are
             its outer edges. Outside there are zeros.
         attention_weights: float [B, Q, heads, L, P].
-        backend: see `dynamic_dino_kernels.resolve_backend`; all but "triton" mean `grid_sample`.
+        backend: see `dynamic_dino_kernels.resolve_backend`; all but "triton" mean `grid_sample`,
+            or, on a CPU where no gradient is asked for, a sum of gathered rows.
 
     Returns:
         [B, Q, heads * head_dim] in the dtype of value.
@@ -45,11 +47,13 @@ def ms_deform_attn(
         spatial_shapes = spatial_shapes.tolist()
     shapes = [(int(height), int(width)) for height, width in spatial_shapes]
     _check_arguments(value, shapes, sampling_locations, attention_weights)
-    implementation = reference.ms_deform_attn
+    tensors = (value, sampling_locations, attention_weights)
+    on_cpu = value.device.type == "cpu"
+    implementation = (gather if on_cpu and not needs_grad(*tensors) else reference).ms_deform_attn
     if resolve_backend(backend, value.device) == "triton":
         from .ops import triton_ms_deform_attn as implementation  # imports Triton
     with torch.autocast(value.device.type, enabled=False):
-        return implementation(value, shapes, sampling_locations, attention_weights)
+        return implementation(value, shapes, *tensors[1:])
 
 
 def _check_arguments(value, shapes, sampling_locations, attention_weights) -> None:

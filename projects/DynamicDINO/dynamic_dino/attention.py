@@ -172,8 +172,8 @@ class DeformableAttention(nn.Module):
         weights = weights.view(b, n, self.heads, self.levels, self.points)
         # Boxes are relative to the content, feature maps to the padded canvas.
         scaled = boxes[:, :, None] * valid_ratios.repeat(1, 1, 2)[:, None]
-        scaled = scaled[:, :, None, :, None]  # [B, N, 1, levels, 1, 4]
-        locations = scaled[..., :2] + offsets / self.points * scaled[..., 2:] * 0.5
+        centre, size = scaled[:, :, None, :, None].split(2, -1)  # [B, N, 1, levels, 1, 2]
+        locations = torch.addcmul(centre, offsets, size, value=0.5 / self.points)
         return self.out_proj(ms_deform_attn(value, shapes, locations, weights))
 
 

@@ -1,17 +1,17 @@
 """A trained detector made ready to serve: the same results, less to compute.
 
-Batch norms become part of the convolutions before them, as does GELU on a CPU; the branches of
+Batch norms become part of the convolutions before them, as GELU does on a CPU; the branches of
 RepVGG blocks become one convolution (arXiv 2101.03697, section 3.3); weights are cast once. It
 can't be trained after.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from timm.layers.activations import GELUTanh
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,6 +20,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .accelerate import accelerate
 from .detector import OpenVocabularyDetector
 from .enhancer import RepBlock
+
+TEXT_STEP = 16  # tokens and phrases; every shape of a prompt is captured or compiled anew
 
 
 def optimize_for_inference(
@@ -45,6 +47,7 @@ def optimize_for_inference(
     detector.pixel_mean, detector.pixel_std = pixels  # images are normalised in float32
     detector.backbone.forward = accelerate(detector.backbone.forward, way)
     detector.search = accelerate(detector.search, way)
+    detector.text_encoder.pad_to = 1 if way == "eager" else TEXT_STEP
     return detector
 
 
@@ -85,7 +88,7 @@ def fuse_gelu(model: nn.Module, run: Callable[[], object]) -> int:
 
 
 class ConvGELU(nn.Module):
-    """GELU of a convolution: on a CPU in one oneDNN call, a quarter of what GELU costs alone."""
+    """GELU of a convolution: on a CPU in one oneDNN call where it is fast, else in its memory."""
 
     def __init__(self, convolution: nn.Conv2d, approximate: str) -> None:
         super().__init__()
@@ -93,14 +96,42 @@ class ConvGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         c = self.convolution
-        known = x.dtype in (torch.float32, torch.bfloat16) and isinstance(c.padding, tuple)
-        if not (x.is_cpu and known and torch.backends.mkldnn.is_available()):
-            return F.gelu(c(x), approximate=self.approximate)
-        # What torch.compile makes of the pair; there is no public name for it.
-        sizes = (c.padding, c.stride, c.dilation, c.groups)
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, c.weight, c.bias, *sizes, "gelu", [], self.approximate
-        )
+        if self._fuses(x):
+            # What torch.compile makes of the pair; there is no public name for it.
+            sizes = (c.padding, c.stride, c.dilation, c.groups)
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, c.weight, c.bias, *sizes, "gelu", [], self.approximate
+            )
+        y = c(x)
+        wanted = y.is_cpu and y.dtype == torch.float32 and self.approximate == "tanh"
+        if wanted and not torch.compiler.is_compiling():
+            return gelu_tanh_(y)
+        return torch.ops.aten.gelu_(y, approximate=self.approximate)
+
+    def _fuses(self, x: Tensor) -> bool:
+        if not (x.is_cpu and isinstance(self.convolution.padding, tuple)):
+            return False
+        if self.approximate == "tanh" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+            return False  # oneDNN looks tanh up in a table, which AVX2 does slowly
+        if x.dtype == torch.bfloat16:
+            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def gelu_tanh_(x: Tensor, block: int = 2**18) -> Tensor:
+    """GELU with tanh, of a feature map on a CPU, in place; in half of the time of PyTorch's.
+
+    0.5 (1 + tanh u) = sigmoid(2u) with u = sqrt(2 / pi) (x + 0.044715 x^3), and PyTorch's sigmoid
+    costs a third of its tanh. Blocks stay in the cache from one pass to the next.
+    """
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    flat = (x.movedim(1, -1) if last else x).view(-1)
+    buffer = flat.new_empty(min(block, len(flat)))
+    linear, cubic = 2 * (2 / math.pi) ** 0.5, 2 * (2 / math.pi) ** 0.5 * 0.044715
+    for part in flat.split(block):
+        gate = torch.mul(part, part, out=buffer[: len(part)])
+        part.mul_(gate.mul_(cubic).add_(linear).mul_(part).sigmoid_())
+    return x
 
 
 def _readers(

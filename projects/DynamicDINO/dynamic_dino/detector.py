@@ -7,6 +7,7 @@ prompts -> text encoder ----------┴> enhancer -> query selection -> decoder ->
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +145,7 @@ class OpenVocabularyDetector(nn.Module):
 
     def image_features(self, batch: list[dict]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Features of the batch, computed or cached, and the masks of their real cells."""
-        sizes = [sample["image_size"] for sample in batch]
+        sizes = tuple(tuple(sample["image_size"]) for sample in batch)
         height, width = self.canvas_size(sizes)
         if "features" in batch[0]:
             features = {
@@ -162,8 +163,17 @@ class OpenVocabularyDetector(nn.Module):
             features = self.extract_features([sample["image"] for sample in batch])
         # As the backbone gives them: maps become tokens without a copy.
         features = {n: x.contiguous(memory_format=torch.channels_last) for n, x in features.items()}
-        shapes = {name: tuple(x.shape[-2:]) for name, x in features.items()}
-        return features, content_masks(sizes, (height, width), shapes, self.device)
+        masks = {
+            name: content_mask(
+                sizes,
+                (height, width),
+                tuple(x.shape[-2:]),
+                self.device,
+                torch.is_inference_mode_enabled(),
+            )
+            for name, x in features.items()
+        }
+        return features, masks
 
     def targets(self, batch: list[dict]) -> list[Target]:
         result = []
@@ -219,17 +229,20 @@ class OpenVocabularyDetector(nn.Module):
         return best, output.routings
 
 
-def content_masks(
-    sizes: Sequence[tuple[int, int]],
+@lru_cache(maxsize=256)
+def content_mask(
+    sizes: tuple[tuple[int, int], ...],
     canvas: tuple[int, int],
-    shapes: dict[str, tuple[int, int]],
+    shape: tuple[int, int],
     device: torch.device,
-) -> dict[str, Tensor]:
-    """Which cells of each feature map [h, w] see the image and not its padding: bool [B, h, w]."""
-    masks = {}
-    for name, (h, w) in shapes.items():
-        mask = torch.zeros(len(sizes), h, w, dtype=torch.bool)
-        for i, (rows, columns) in enumerate(sizes):
-            mask[i, : -(-rows * h // canvas[0]), : -(-columns * w // canvas[1])] = True
-        masks[name] = mask.to(device, non_blocking=True)
-    return masks
+    inference: bool,
+) -> Tensor:
+    """Which cells of a feature map [h, w] see the image and not its padding: bool [B, h, w].
+
+    Made once for each combination, and not to be written to. `inference` keeps tensors of inference
+    mode, which autograd refuses, apart from others.
+    """
+    (h, w), mask = shape, torch.zeros(len(sizes), *shape, dtype=torch.bool)
+    for i, (rows, columns) in enumerate(sizes):
+        mask[i, : -(-rows * h // canvas[0]), : -(-columns * w // canvas[1])] = True
+    return mask.to(device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from .moe.routing import Routing
@@ -30,6 +31,16 @@ class TextFeatures:
 
     def replace_tokens(self, tokens: Tensor) -> TextFeatures:
         return TextFeatures(tokens, self.mask, self.blocks, self.phrase_map)
+
+    def padded(self, multiple: int) -> TextFeatures:
+        """Padded on to a number of tokens, and one of phrases, that `multiple` divides."""
+        phrases, tokens = (-n % multiple for n in self.phrase_map.shape[1:])
+        return TextFeatures(
+            F.pad(self.tokens, (0, 0, 0, tokens)),
+            F.pad(self.mask, (0, tokens), value=False),
+            F.pad(self.blocks, (0, tokens), value=-1),
+            F.pad(self.phrase_map, (0, tokens, 0, phrases)),
+        )
 
 
 @dataclass

@@ -82,6 +82,10 @@ class TextEncoder(nn.Module):
             finished `TextFeatures` are kept in inference.
         config: overrides of the encoder's configuration, e.g. ``{"num_hidden_layers": 2}``.
 
+    Attributes:
+        pad_to: in inference, batches are padded to a multiple of this many tokens and phrases, so
+            that what is captured for one prompt serves others (`optimize_for_inference`).
+
     Raises:
         FileNotFoundError: the model is not at hand and can't be fetched.
     """
@@ -127,6 +131,7 @@ class TextEncoder(nn.Module):
             self.body.gradient_checkpointing_enable()
         if frozen:
             self.body.requires_grad_(False)
+        self.pad_to = 1
         self._pieces = Cache(cached_prompts)  # (prompt, max_phrases) -> its pieces
         self._phrases = Cache(cache_size)  # text -> output of the body
         self._prompts = Cache(cached_prompts)  # prompts -> TextFeatures
@@ -217,7 +222,7 @@ class TextEncoder(nn.Module):
         key = (*prompts, autocast)
         self._prompts.drop_if_changed(self.parameters())
         if key not in self._prompts:
-            self._prompts[key] = self._features(prompts)
+            self._prompts[key] = self._features(prompts).padded(self.pad_to)
         return self._prompts[key]
 
     def _features(self, prompts: list[Prompt]) -> TextFeatures:
