@@ -4,6 +4,7 @@
     python benchmarks/moe_layer.py                       # this machine's defaults
     python benchmarks/moe_layer.py --save                # ... kept in benchmarks/results/<machine>/
     python benchmarks/moe_layer.py --tokens 900 3600 --dtypes bfloat16 --device cuda
+    python benchmarks/moe_layer.py --experts 4 8 16 --top-k 1 2 --save moe_experts
 
 Every contender computes the same: k experts of hidden / k units, the arithmetic of the dense FFN.
 Measured are the FFN alone, given the routing ("ffn"), and the end of a decoder layer: router, FFN,
@@ -16,6 +17,11 @@ quartiles, and ratios to dense. Several layers' weights take turns as well, as i
 of one layer alone would stay in the cache. On CUDA each contender is captured in a graph, unless it
 synchronises, and "roofline" is the share that it reaches of what the GPU's arithmetic and memory
 allow. The time of a CPU says nothing by itself, look at the ratios.
+
+"MiB" is the most that one layer allocates at a time. The forward pass of "layer" is also split into
+phases: the router; dispatch, which finds out whose slots are whose and gathers their rows; the
+experts' products (with ours, they gather too on CUDA); combine, the weighted sum with residual and
+norm. They come from a profile, which slows everything that is short down: look at their shares.
 """
 
 from __future__ import annotations
@@ -23,14 +29,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle, product
 from pathlib import Path
 
 import torch
 from dynamic_dino_kernels import route
 from dynamic_dino_kernels.timing import captured, seconds
 from moe_peers import Dense, Experts, Grouped, contenders
+from phases import ROUTING, peak_bytes, time_by_phase
 from report import machine_name, provenance, results_folder, settings, write_json
 from torch import Tensor, nn
+from torch.profiler import record_function
 from turns import quartiles, take_turns, timed
 
 OURS = ("sequential", "grouped", "triton")
@@ -50,10 +59,17 @@ class Case:
     """One setting of the comparison: sizes, and what is run."""
 
     tokens: int
+    experts: int
+    top_k: int
     routing: str
     dtype: torch.dtype
     part: str
     train: bool
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        what = f"T={self.tokens} {dtype}, x{self.experts}-Top{self.top_k}, {self.routing} routing"
+        return f"{what}, {self.part}, {'train' if self.train else 'forward'}"
 
 
 class Layer(nn.Module):
@@ -69,7 +85,8 @@ class Layer(nn.Module):
         if isinstance(self.ffn, Dense):
             return self.norm(x + self.ffn(x, ids, gates))
         ours = type(self.ffn).forward is Experts.forward
-        ids, gates, _, counts = route(x, self.router, self.top_k, backend=self.ffn.backend)
+        with record_function(ROUTING):
+            ids, gates, _, counts = route(x, self.router, self.top_k, backend=self.ffn.backend)
         if not ours:
             return self.norm(x + self.ffn(x, ids, gates))
         norm = (self.norm.weight, self.norm.bias, self.norm.eps)
@@ -82,19 +99,19 @@ class Benchmark:
     def __init__(self, case: Case, options: argparse.Namespace) -> None:
         self.case, self.options = case, options
         self.x = torch.randn(case.tokens, options.dim, device=options.device, dtype=case.dtype)
-        weights = torch.ones(options.experts, device=options.device)
+        weights = torch.ones(case.experts, device=options.device)
         if case.routing == "zipf":
-            weights = weights / torch.arange(1, options.experts + 1, device=options.device)
-        self.ids = torch.multinomial(weights.expand(case.tokens, -1), options.top_k).int()
-        self.gates = torch.rand(case.tokens, options.top_k, device=options.device)
+            weights = weights / torch.arange(1, case.experts + 1, device=options.device)
+        self.ids = torch.multinomial(weights.expand(case.tokens, -1), case.top_k).int()
+        self.gates = torch.rand(case.tokens, case.top_k, device=options.device)
 
     def build(self, kind: type[nn.Module], ffn_only: bool = False) -> nn.Module:
-        o = self.options
-        hidden = o.hidden if kind is Dense else o.hidden // o.top_k
-        ffn = kind(o.dim, hidden) if kind is Dense else kind(o.dim, hidden, o.experts)
-        if self.case.part == "layer" and not ffn_only:
-            ffn = Layer(ffn, o.dim, o.experts, o.top_k)
-        return ffn.to(o.device, self.case.dtype)
+        o, case = self.options, self.case
+        hidden = o.hidden if kind is Dense else o.hidden // case.top_k
+        ffn = kind(o.dim, hidden) if kind is Dense else kind(o.dim, hidden, case.experts)
+        if case.part == "layer" and not ffn_only:
+            ffn = Layer(ffn, o.dim, case.experts, case.top_k)
+        return ffn.to(o.device, case.dtype)
 
     def run(self, module: nn.Module) -> None:
         if not self.case.train:
@@ -138,16 +155,26 @@ class Benchmark:
             replay = step
         return lambda: seconds(replay) / len(layers)
 
+    def profile(self, kind: type[nn.Module]) -> dict:
+        """{"peak_mib"}, and {"phases_us"} of the forward pass of a layer."""
+        cuda, layer = self.options.device == "cuda", self.build(kind)
+        found = {"peak_mib": peak_bytes(lambda: self.run(layer), cuda) / 2**20}
+        if self.case.part == "layer" and not self.case.train:
+            times = time_by_phase(lambda: self.run(layer), 5, cuda)
+            found["phases_us"] = {phase: time * 1e6 for phase, time in times.items()}
+        return found
+
 
 def measure(case: Case, options: argparse.Namespace) -> dict:
     """One row of the report: the errors and times of all contenders."""
     bench = Benchmark(case, options)
-    errors, steps, failed = {}, {}, {}
+    errors, steps, profiles, failed = {}, {}, {}, {}
     for name, kind in contenders(options.device, case.dtype, case.tokens).items():
         try:
             if case.part == "ffn" and not case.train:
                 errors[name] = bench.error(kind)
             steps[name] = bench.prepare(kind)
+            profiles[name] = bench.profile(kind)
         except Exception as error:
             if name in ("dense", *OURS):
                 raise
@@ -158,13 +185,16 @@ def measure(case: Case, options: argparse.Namespace) -> dict:
     bound = roofline(case, options)
     results = {}
     for name, values in take_turns(steps, options.repeats).items():
-        results[name] = quartiles(values, "us")
+        results[name] = quartiles(values, "us") | profiles[name]
         if name in errors:
             results[name]["error"] = errors[name]
         if bound and name != "dense":
             results[name]["roofline"] = bound * 1e6 / results[name]["median_us"]
     return {
+        "case": str(case),
         "tokens": case.tokens,
+        "experts": case.experts,
+        "top_k": case.top_k,
         "routing": case.routing,
         "dtype": str(case.dtype).removeprefix("torch."),
         "part": case.part,
@@ -187,7 +217,7 @@ def roofline(case: Case, options: argparse.Namespace) -> float | None:
     if peak is None:
         return None
     flops = 4 * case.tokens * options.dim * options.hidden
-    weights = 2 * options.experts * options.dim * options.hidden // options.top_k
+    weights = 2 * case.experts * options.dim * options.hidden // case.top_k
     values = weights + 2 * case.tokens * options.dim
     factor = 3 if case.train else 1
     return factor * max(flops / (peak[0] * 1e12), values * case.dtype.itemsize / (peak[1] * 1e12))
@@ -195,16 +225,17 @@ def roofline(case: Case, options: argparse.Namespace) -> float | None:
 
 def print_row(row: dict) -> None:
     dense = row["times"]["dense"]["median_us"]
-    print(
-        f"T={row['tokens']} {row['dtype']}, {row['routing']} routing, {row['part']}, {row['pass']}"
-    )
+    print(row["case"])
     for name, t in row["times"].items():
         spread = f"{t['low_us']:.0f}-{t['high_us']:.0f}"
         line = f"  {name:18}{t['median_us']:10.1f} us {spread:>16}"
         line += f"  {t['median_us'] / dense:5.2f} x dense"
         line += f"  {t['roofline']:4.0%} of roofline" if "roofline" in t else ""
         line += f"  error {t['error']:.1e}" if "error" in t else ""
-        print(line)
+        print(f"{line}  {t['peak_mib']:.1f} MiB")
+        if phases := t.get("phases_us"):
+            whole = sum(phases.values())
+            print(" " * 20 + ", ".join(f"{p} {us / whole:.0%}" for p, us in phases.items()))
     for name, why in row["failed"].items():
         print(f"  {name:18} doesn't run: {why}")
 
@@ -218,15 +249,15 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 
     kinds = list(dict.fromkeys((row["part"], row["pass"]) for row in rows))
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    routings = list(dict.fromkeys(row["routing"] for row in rows))
     names = list(dict.fromkeys(name for row in rows for name in row["times"] if name != "dense"))
+    settings = list(dict.fromkeys(_setting(row) for row in rows))
     size = (4 * len(kinds), 3.4 * len(dtypes))
     figure, axes = plt.subplots(len(dtypes), len(kinds), figsize=size, squeeze=False)
     for i, dtype in enumerate(dtypes):
         for j, kind in enumerate(kinds):
             axis = axes[i][j]
             axis.axhline(1, color="black", linewidth=1)
-            for routing, style in zip(routings, ("-", "--"), strict=False):
+            for setting, style in zip(settings, cycle(("-", "--", ":", "-."))):  # noqa: B905
                 for number, name in enumerate(names):
                     points = [
                         (
@@ -235,13 +266,13 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
                         )
                         for row in rows
                         if (row["part"], row["pass"]) == kind
-                        and (row["dtype"], row["routing"]) == (dtype, routing)
+                        and (row["dtype"], _setting(row)) == (dtype, setting)
                         and name in row["times"]
                     ]
                     axis.plot(
                         *zip(*points, strict=True) if points else ([], []),
                         linestyle=style, marker="o", color=f"C{number}",
-                        label=f"{name}, {routing}",
+                        label=f"{name}, {setting}",
                     )  # fmt: skip
             axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{', '.join(kind)}")
             axis.grid(alpha=0.3, which="both")
@@ -252,6 +283,10 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     print(path)
+
+
+def _setting(row: dict) -> str:
+    return f"x{row['experts']}-Top{row['top_k']}, {row['routing']}"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -276,12 +311,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=["ffn", "layer"], choices=("ffn", "layer"))
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=2048, help="of the dense FFN")
-    parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--experts", type=int, nargs="+", default=[16], help="(default: 16)")
+    parser.add_argument("--top-k", type=int, nargs="+", default=[2], help="(default: 2)")
     parser.add_argument("--layers", type=int, default=6, help="sets of weights that take turns")
     parser.add_argument("--repeats", type=int, help="default: 50 on CUDA, 21 on a CPU")
     parser.add_argument("--threads", type=int, default=0, help="of a CPU")
-    parser.add_argument("--save", action="store_true", help="--json and --plot there")
+    parser.add_argument(
+        "--save",
+        nargs="?",
+        const="moe_layer",
+        metavar="NAME",
+        help="--json and --plot as NAME in benchmarks/results/<machine>/ (default: moe_layer)",
+    )
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--plot", type=Path, help="draw ratio over tokens there")
     options = parser.parse_args(arguments)
@@ -292,18 +333,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.repeats = options.repeats or (50 if cuda else 21)
     if options.save:
         folder = results_folder(options.device)
-        options.json = options.json or folder / "moe_layer.json"
-        options.plot = options.plot or folder / "moe_layer.png"
+        options.json = options.json or folder / f"{options.save}.json"
+        options.plot = options.plot or folder / f"{options.save}.png"
+    for top_k in options.top_k:
+        if options.hidden % top_k or top_k > min(options.experts):
+            parser.error(
+                f"--top-k {top_k} must divide --hidden {options.hidden}, and not exceed --experts"
+            )
     return options
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     for dtype in options.dtypes:
-        for tokens in options.tokens:
-            for routing in options.routing:
-                for part in options.parts:
-                    for train in (False, True):
-                        yield Case(tokens, routing, getattr(torch, dtype), part, train)
+        settings = (options.tokens, options.experts, options.top_k, options.routing, options.parts)
+        for tokens, experts, top_k, routing, part in product(*settings):
+            for train in (False, True):
+                kind = getattr(torch, dtype)
+                yield Case(tokens, experts, top_k, routing, kind, part, train)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 """Where one image spends its time: by stage of the detector, and by operator or kernel.
 
     python benchmarks/profile_detector.py
+    python benchmarks/profile_detector.py --save      # ... kept in benchmarks/results/<machine>/
     python benchmarks/profile_detector.py --backend sequential --size 800x1333 --trace trace.json
     python benchmarks/profile_detector.py --precision float16 --trained
 
@@ -24,7 +25,7 @@ from detectors import NAMES, RECIPE, build, dense_of, load_model_config, samples
 from dynamic_dino.deploy import optimize_for_inference
 from dynamic_dino.inference import DTYPES
 from fps import image_size
-from report import machine_name, provenance, write_json
+from report import machine_name, provenance, results_folder, settings, write_json
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -131,9 +132,12 @@ def main(arguments: list[str] | None = None) -> None:
     add("--repeats", type=int, default=3)
     add("--rows", type=int, default=15, help="operators that are printed (default: 15)")
     add("--trace", type=Path, help="write a Chrome trace there")
+    add("--save", action="store_true", help="--json in benchmarks/results/<machine>/")
     add("--json", type=Path, help="write the tables there")
     add("overrides", nargs="*", metavar="key=value", help="of the recipe: model.decoder...=...")
     options = parser.parse_args(arguments)
+    if options.save:
+        options.json = options.json or results_folder(options.device) / "profile_detector.json"
 
     result = run(options)
     stages, operators = summarise(result, options.repeats, options.device == "cuda")
@@ -149,7 +153,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name[:50]:52}{ms:10.2f}{calls:8}")
     if options.json:
         report = provenance(("torch", "triton"), options.device)
-        write_json(options.json, report | {"stages_ms": stages, "operators_ms": operators})
+        report["settings"] = settings(options)
+        kept = dict(list(operators.items())[: options.rows])
+        write_json(options.json, report | {"stages_ms": stages, "operators_ms": kept})
         print(options.json)
     if options.trace:
         options.trace.parent.mkdir(parents=True, exist_ok=True)

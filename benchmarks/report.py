@@ -47,7 +47,7 @@ def machine_name(device: str = "cpu") -> str:
 
 def settings(options: argparse.Namespace) -> dict:
     """What was asked for, but for where results go, and the threads that torch really uses."""
-    left_out = ("json", "plot", "save", "threads")
+    left_out = ("json", "plot", "trace", "save", "threads")
     asked = {key: value for key, value in vars(options).items() if key not in left_out}
     return asked | {"threads": torch.get_num_threads()}
 

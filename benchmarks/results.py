@@ -50,14 +50,25 @@ def nano_stamps(report: dict) -> str:
 
 def moe_layer(report: dict) -> str:
     names = list(dict.fromkeys(n for row in report["rows"] for n in row["times"]))
-    head = ["T", "dtype", "routing", "part", "pass", "dense, µs", *names[1:]]
-    rows = []
+    head = ["T", "experts", "dtype", "routing", "part", "pass", "dense, µs", *names[1:]]
+    rows, split = [], []
     for row in report["rows"]:
         times = {name: t["median_us"] for name, t in row["times"].items()}
         ratios = [f"{times[n] / times['dense']:.2f}" if n in times else "" for n in names[1:]]
-        what = [row[key] for key in ("dtype", "routing", "part", "pass")]
-        rows.append([str(row["tokens"]), *what, f"{times['dense']:.0f}", *ratios])
-    return "Time over that of the dense FFN.\n\n" + table(head, rows)
+        model = f"x{row['experts']}-Top{row['top_k']}"
+        what = [str(row["tokens"]), model, row["dtype"], row["routing"]]
+        rows.append([*what, row["part"], row["pass"], f"{times['dense']:.0f}", *ratios])
+        for name, found in row["times"].items():
+            if phases := found.get("phases_us"):
+                whole = sum(phases.values())
+                shares = [f"{100 * value / whole:.0f} %" for value in phases.values()]
+                split.append([*what, name, *shares, f"{found['peak_mib']:.1f}"])
+    text = "Time over that of the dense FFN.\n\n" + table(head, rows)
+    if split:
+        head = ["T", "experts", "dtype", "routing", "of", *phases, "memory, MiB"]
+        text += "\nWhere the forward pass of a layer spends its time, and its peak of memory.\n\n"
+        text += table(head, split)
+    return text
 
 
 def fps(report: dict) -> str:
@@ -108,6 +119,24 @@ def training_step(report: dict) -> str:
     return table(["step", "trained", "ms", "speed-up"], rows)
 
 
+def profile_detector(report: dict) -> str:
+    stages, asked = report["stages_ms"], report["settings"]
+    height, width = asked["size"]
+    text = (
+        f"{height} x {width}, {asked['precision']}, {asked['backend']} back-end, text cached.\n\n"
+    )
+    rows = [
+        [stage.replace("  ", "… "), f"{ms:.2f}", f"{100 * ms / stages['all']:.1f} %"]
+        for stage, ms in stages.items()
+    ]
+    text += table(["stage, … of which", "ms", "share"], rows) + "\n"
+    rows = [
+        [f"`{name[:60]}`", f"{ms:.2f}", str(calls)]
+        for name, (ms, calls) in report["operators_ms"].items()
+    ]
+    return text + table(["operator or kernel, by itself", "ms", "calls"], rows)
+
+
 def flops(report: dict) -> str:
     models = report["models"]
 
@@ -141,7 +170,9 @@ def flops(report: dict) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "nano_stamps": ("AP50 of nano on Stamps, percent", nano_stamps),
     "fps": ("Images per second of the whole model", fps),
+    "profile_detector": ("Where one forward pass spends its time", profile_detector),
     "moe_layer": ("One FFN of the decoder", moe_layer),
+    "moe_scaling": ("The same, over the number of tokens and experts", moe_layer),
     "training_step": ("A training step", training_step),
     "peers": ("Other libraries' detectors", peers),
     "flops": ("Operations and parameters", flops),

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from phases import ROUTING, peak_bytes, time_by_phase
+from torch.profiler import record_function
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/moe_layer.py"
 
@@ -49,7 +52,45 @@ def test_says_where_the_numbers_come_from(result):
     text, report, _ = result
     assert report["machine"] and report["versions"]["torch"] and report["commit"]
     assert report["command"].startswith("python ") and "--tokens 9" in report["command"]
-    assert "T=9 float32, zipf routing, layer, train" in text and "x dense  error" in text
+    assert "T=9 float32, x4-Top2, zipf routing, layer, train" in text
+    assert "x dense  error" in text
+
+
+def test_splits_a_layer_into_phases(result):
+    for row in result[1]["rows"]:
+        for name, found in row["times"].items():
+            assert found["peak_mib"] > 0
+            assert ("phases_us" in found) == (row["part"] == "layer" and row["pass"] == "forward")
+            phases = found.get("phases_us", {})
+            if name in ("sequential", "grouped", "HF grouped_mm") and phases:
+                assert all(phases[p] > 0 for p in ("routing", "dispatch", "experts", "combine"))
+            if name == "dense" and phases:
+                assert phases["routing"] == phases["dispatch"] == 0 < phases["experts"]
+
+
+def test_memory_is_that_of_the_tensors():
+    def call():
+        kept = torch.ones(1000)
+        torch.ones(3000).add_(kept[0])  # freed before the next
+        return kept + torch.ones(1000)
+
+    bytes_of_floats = 4 * (1000 + 3000)
+    assert bytes_of_floats <= peak_bytes(call, cuda=False) <= bytes_of_floats + 1000
+
+
+def test_time_goes_to_the_phase_of_the_caller():
+    x, w = torch.randn(64, 32), torch.randn(32, 32)
+
+    def call():
+        with record_function(ROUTING):
+            (x @ w).sort()
+        return torch.addmm(w[0], x, w).index_select(0, torch.arange(64)).sum(0)
+
+    times = time_by_phase(call, repeats=2, cuda=False)
+    assert set(times) == {"routing", "dispatch", "experts", "combine", "other"}
+    assert all(times.values())
+    without = time_by_phase(lambda: (x @ w).sort(), repeats=2, cuda=False)
+    assert without["routing"] == 0 < without["dispatch"] and without["experts"] > 0
 
 
 def test_draws_the_ratios(result):
