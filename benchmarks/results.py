@@ -51,24 +51,30 @@ def nano_stamps(report: dict) -> str:
 def moe_layer(report: dict) -> str:
     names = list(dict.fromkeys(n for row in report["rows"] for n in row["times"]))
     head = ["T", "experts", "dtype", "routing", "part", "pass", "dense, µs", *names[1:]]
-    rows, split = [], []
+    rows = []
     for row in report["rows"]:
         times = {name: t["median_us"] for name, t in row["times"].items()}
         ratios = [f"{times[n] / times['dense']:.2f}" if n in times else "" for n in names[1:]]
-        model = f"x{row['experts']}-Top{row['top_k']}"
-        what = [str(row["tokens"]), model, row["dtype"], row["routing"]]
-        rows.append([*what, row["part"], row["pass"], f"{times['dense']:.0f}", *ratios])
-        for name, found in row["times"].items():
-            if phases := found.get("phases_us"):
-                whole = sum(phases.values())
-                shares = [f"{100 * value / whole:.0f} %" for value in phases.values()]
-                split.append([*what, name, *shares, f"{found['peak_mib']:.1f}"])
-    text = "Time over that of the dense FFN.\n\n" + table(head, rows)
-    if split:
-        head = ["T", "experts", "dtype", "routing", "of", *phases, "memory, MiB"]
-        text += "\nWhere the forward pass of a layer spends its time, and its peak of memory.\n\n"
-        text += table(head, split)
-    return text
+        rows.append([*_case(row), row["part"], row["pass"], f"{times['dense']:.0f}", *ratios])
+    return "Time over that of the dense FFN.\n\n" + table(head, rows)
+
+
+def moe_phases(report: dict) -> str:
+    phases = ("routing", "dispatch", "experts", "combine", "other")  # as phases.py has them
+    head = ["T", "experts", "dtype", "routing", "pass", "of", *phases, "memory, MiB"]
+    rows = []
+    for row in report["rows"]:
+        for name, found in row["times"].items() if row["part"] == "layer" else ():
+            times = found.get("phases_us", {})
+            whole = sum(times.values())
+            shares = [f"{100 * times[p] / whole:.0f} %" if times else "" for p in phases]
+            rows.append([*_case(row), row["pass"], name, *shares, f"{found['peak_mib']:.1f}"])
+    return "Shares of the forward pass; the peak of memory.\n\n" + table(head, rows)
+
+
+def _case(row: dict) -> list[str]:
+    model = f"x{row['experts']}-Top{row['top_k']}"
+    return [str(row["tokens"]), model, row["dtype"], row["routing"]]
 
 
 def fps(report: dict) -> str:
@@ -167,15 +173,17 @@ def flops(report: dict) -> str:
     return table([title, *models], rows)
 
 
-TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
-    "nano_stamps": ("AP50 of nano on Stamps, percent", nano_stamps),
-    "fps": ("Images per second of the whole model", fps),
-    "profile_detector": ("Where one forward pass spends its time", profile_detector),
-    "moe_layer": ("One FFN of the decoder", moe_layer),
-    "moe_scaling": ("The same, over the number of tokens and experts", moe_layer),
-    "training_step": ("A training step", training_step),
-    "peers": ("Other libraries' detectors", peers),
-    "flops": ("Operations and parameters", flops),
+# name: title, file in results/<machine>/, and what makes a table of it
+TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
+    "nano_stamps": ("AP50 of nano on Stamps, percent", "nano_stamps", nano_stamps),
+    "fps": ("Images per second of the whole model", "fps", fps),
+    "profile": ("Where one forward pass spends its time", "profile_detector", profile_detector),
+    "moe_layer": ("One FFN of the decoder", "moe_layer", moe_layer),
+    "moe_phases": ("Phases and memory of the same", "moe_layer", moe_phases),
+    "moe_scaling": ("The same over tokens and experts", "moe_scaling", moe_layer),
+    "training_step": ("A training step", "training_step", training_step),
+    "peers": ("Other libraries' detectors", "peers", peers),
+    "flops": ("Operations and parameters", "flops", flops),
 }
 
 
@@ -187,8 +195,8 @@ def page() -> str:
     )
     for folder in sorted(p for p in RESULTS.iterdir() if p.is_dir()):
         text += f"\n## {folder.name}\n"
-        for name, (title, render) in TABLES.items():
-            path = folder / f"{name}.json"
+        for name, (title, file, render) in TABLES.items():
+            path = folder / f"{file}.json"
             if not path.exists():
                 continue
             report = json.loads(path.read_text())
@@ -198,7 +206,7 @@ def page() -> str:
             text += f"{versions}; commit `{report['commit'][:12]}`"
             text += f"; `{report['command']}`\n" if "command" in report else "\n"
             picture = path.with_suffix(".png")
-            if picture.exists():
+            if name == file and picture.exists():
                 text += f"\n![{title}](results/{folder.name}/{picture.name})\n"
     return text
 
@@ -207,8 +215,9 @@ def with_tables(readme: str) -> str:
     """README with its marked parts as the files have them (of the CPU, where all are measured)."""
 
     def render(match: re.Match) -> str:
-        report = json.loads((RESULTS / "cpu" / f"{match[2]}.json").read_text())
-        return f"{match[1]}{TABLES[match[2]][1](report)}{match[3]}"
+        _, file, table_of = TABLES[match[2]]
+        report = json.loads((RESULTS / "cpu" / f"{file}.json").read_text())
+        return f"{match[1]}{table_of(report)}{match[3]}"
 
     return MARKED.sub(render, readme)
 
