@@ -154,8 +154,10 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 
 def make_detector(args: argparse.Namespace):
+    from dynamic_dino.engine.memory import keep_freed_memory
     from dynamic_dino.inference import load_detector
 
+    keep_freed_memory()
     return load_detector(
         args.config_file or args.model,
         args.weights,
