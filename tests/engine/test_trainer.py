@@ -129,6 +129,23 @@ def test_ema_is_what_is_evaluated(recipe, metrics):
     assert raw != logged
 
 
+def test_the_start_is_scored_too(recipe, metrics, caplog):
+    do_train(recipe("plain"))
+    caplog.set_level("INFO")
+    cfg = recipe("run", "train.eval_first=True", "train.eval_period=0")
+    do_train(cfg)
+    table = next(m for m in caplog.messages if m.startswith("Before and after"))
+    before, after = (float(line.split()[-1]) for line in table.splitlines()[2:])
+    rows = metrics("run")
+    assert rows[0]["val/AP"] == pytest.approx(before, abs=0.01) != pytest.approx(after, abs=0.01)
+    assert rows[20]["val/AP"] == pytest.approx(after, abs=0.01)
+    # It changes nothing else.
+    plain = metrics("plain")
+    assert [r["total_loss"] for r in rows.values() if "total_loss" in r] == [
+        r["total_loss"] for r in plain.values() if "total_loss" in r
+    ]
+
+
 def test_metrics_reach_json_and_tensorboard(recipe, metrics, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -30,6 +30,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "ddp": {"broadcast_buffers": False, "find_unused_parameters": False},
     "checkpointer": {"period": 5000, "max_to_keep": 3},
     "eval_period": 0,  # 0: only after the last iteration
+    "eval_first": False,  # score the model that training starts from as well
     "log_period": 20,
     "best_metric": None,  # e.g. "val/AP"
     "trainable": None,  # fnmatch patterns on parameter names; None: as the model was built

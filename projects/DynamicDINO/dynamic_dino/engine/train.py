@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from detectron2.config import instantiate
@@ -21,7 +22,7 @@ from .checkpointing import (
 )
 from .config import ConfigError, accepts, input_errors, require
 from .ema import ModelEma
-from .evaluate import do_test
+from .evaluate import do_test, results_table
 from .optim import build_optimizer
 from .printer import ProgressPrinter
 from .trainable import parameter_table, set_train_mode, set_trainable
@@ -43,6 +44,29 @@ class LRScheduler(hooks.LRScheduler):
 
     def state_dict(self) -> dict:
         return {}
+
+
+class EvaluateFirst(hooks.HookBase):
+    """Scores the model that training starts from, and compares it with the trained one at the end.
+    A resumed run has only the latter."""
+
+    def __init__(self, evaluate: Callable[[], dict[str, float]]) -> None:
+        self.evaluate = evaluate
+        self.before: dict[str, float] = {}
+
+    def before_train(self) -> None:
+        if self.trainer.iter == 0:
+            self.before = self.evaluate()
+            self.trainer.storage.put_scalars(**self.before, smoothing_hint=False)
+
+    def after_train(self) -> None:
+        rows = {}
+        for key, value in self.before.items():
+            name, _, metric = key.partition("/")
+            rows[f"{name}, before/{metric}"] = value
+            rows[f"{name}, after/{metric}"] = self.trainer.storage.latest()[key][0]
+        if rows:
+            logger.info("Before and after training\n%s", results_table(rows))
 
 
 def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
@@ -139,6 +163,8 @@ def _hooks(
         LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
     ]
     evaluation = [hooks.EvalHook(train.eval_period, evaluate)] if has_tests else []
+    if has_tests and train.eval_first:
+        evaluation.append(EvaluateFirst(evaluate))
     if not comm.is_main_process():
         return [*common, *evaluation]
 
