@@ -127,7 +127,7 @@ class _Window:
             key = self.value()
             self.expect(":")
             if self.next() == "[":
-                self.expect("[")
+                self.at += 1
                 yield key, -1, None
                 index = 0
                 while self.next() != "]":
@@ -135,7 +135,7 @@ class _Window:
                     index += 1
                     if self.next() != "]":
                         self.expect(",")
-                self.expect("]")
+                self.at += 1
             else:
                 yield key, None, self.value()
             if self.next() != "}":
@@ -144,6 +144,9 @@ class _Window:
     def next(self) -> str:
         """The next character that is no space."""
         while True:
+            character = self.text[self.at : self.at + 1]
+            if character > " ":  # not at the end of the window, which is ""
+                return character
             self.at = _SPACE.match(self.text, self.at).end()
             if self.at < len(self.text):
                 return self.text[self.at]
@@ -156,7 +159,7 @@ class _Window:
         self.at += 1
 
     def value(self) -> Any:
-        self.next()
+        """The value that `next` has come to."""
         while True:
             try:
                 value, end = _decode(self.text, self.at)
