@@ -47,6 +47,9 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=1_563_000, help="default: %(default)s")
     parser.add_argument("--touch", type=int, default=200_000, help="records that are touched")
     parser.add_argument(
+        "--files", type=Path, help="folder where the annotation files stay, to be used again"
+    )
+    parser.add_argument(
         "--save", action="store_true", help="write the result to benchmarks/results"
     )
     options = parser.parse_args()
