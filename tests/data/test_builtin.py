@@ -87,7 +87,7 @@ def test_referring_expressions(root, name):
     assert len({record["image_id"] for record in records}) == len(records)
     for record in records:
         assert len(record["annotations"]) == 1
-        assert record["phrase_spans"] == [[(0, len(record["caption"]))]]
+        assert record["phrase_spans"] == [[[0, len(record["caption"])]]]
         assert record["annotations"][0]["category_id"] == 0
 
 

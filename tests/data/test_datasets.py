@@ -50,7 +50,7 @@ def test_a_path_is_a_name(tmp_path):
     file = write(tmp_path / "mine.json", GOOD)
     assert datasets.get_metadata(str(file)).thing_classes == ["windmill", "red panda"]
     one, two = datasets.load_datasets([str(file), str(file)])
-    assert one == two and one[0]["dataset_name"] == str(file)
+    assert list(one) == list(two) and one[0]["dataset_name"] == str(file)
 
 
 def test_a_changed_file_is_read_anew(tmp_path):

@@ -1,20 +1,20 @@
-"""Reading COCO JSON: images, annotations, categories."""
+"""Reading COCO JSON: images, annotations, categories; and what else is laid out like it."""
 
 from __future__ import annotations
 
-import logging
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.structures import BoxMode
+import numpy as np
 
-from .boxes import FAULTS, BadBoxes, clip_box
-from .catalog import Record, read_json, replace_metadata, require
-
-logger = logging.getLogger(__name__)
+from .boxes import read_box
+from .catalog import replace_metadata, require_file
+from .columns import NO_ID, Columns
+from .json_stream import stream_json
+from .problems import BadBoxes, Dropped, Fault, Problem, Report, refuse, require
+from .records import Records
 
 LVIS_FIELDS = ("neg_category_ids", "not_exhaustive_category_ids")
 
@@ -30,7 +30,8 @@ def load_coco_json(
     novel: bool = True,
     evaluator_type: str = "coco",
     remedy: str = "",
-) -> list[Record]:
+    report: Report | None = None,
+) -> Records:
     """Reads and checks a COCO JSON file; returns one record per image, in the file's order.
 
     Sets the metadata of `name` (default: the path of the file, with which the mappers and
@@ -45,17 +46,20 @@ def load_coco_json(
     clean_names  makes phrases of the category names, see `clean_name`
     names        other names for some categories, by the ids of the file (prompt overrides)
     novel        False: the flags "novel" don't count, all categories are trained
+    report       what is done about problems instead of `bad_boxes`, see `problems`
 
-    A box that reaches over the border is clipped and counted in a warning. One that is not positive
-    or lies fully outside raises, or is dropped and counted with ``bad_boxes="drop"``, which is
-    meant for published files with known mistakes.
+    A box that reaches over the border is clipped and counted in a warning. One that is not
+    positive, lies fully outside, or looks like [x1, y1, x2, y2] raises, or is dropped and counted
+    with ``bad_boxes="drop"``, which is meant for published files with known mistakes.
 
     Raises FileNotFoundError or ValueError naming the file, the field and the remedy.
     """
     json_file, image_root = Path(json_file), Path(image_root)
     name = str(json_file) if name is None else name
-    content = read_json(json_file, remedy, "images", "annotations", "categories")
-    categories = _check_categories(json_file, content["categories"])
+    dropped = Dropped()
+    report = report or (dropped if bad_boxes == "drop" else refuse)
+    file = CocoFile(json_file, remedy, report, _read_image, _read_category)
+    categories = _check_categories(json_file, file.categories, report)
     if clean_names:
         categories = [{**c, "name": clean_name(c["name"])} for c in categories]
     if not novel:
@@ -63,147 +67,231 @@ def load_coco_json(
     if names:
         categories = [{**c, "name": names.get(c["id"], c["name"])} for c in categories]
     contiguous = {category["id"]: i for i, category in enumerate(categories)}
-    _set_metadata(name, json_file, image_root, categories, contiguous, evaluator_type)
+    metadata = _metadata(json_file, image_root, categories, contiguous, report)
+    replace_metadata(name, **metadata, evaluator_type=evaluator_type)
 
-    records: dict[Any, Record] = {}
-    for i, image in enumerate(content["images"]):
-        where = f"{json_file}: images[{i}]"
-        require(where, image, "id", "width", "height")
-        file_name = _file_name(where, image)
-        if image["id"] in records:
-            raise ValueError(
-                f"{where}: image id {image['id']!r} occurs twice: give every image one"
-            )
-        if not (image["width"] > 0 and image["height"] > 0):
-            raise ValueError(
-                f"{where}: size {image['width']} x {image['height']} of {file_name!r}: "
-                "write the size of the image in pixels"
-            )
-        records[image["id"]] = {
-            "file_name": str(image_root / file_name),
-            "image_id": image["id"],
-            "height": image["height"],
-            "width": image["width"],
-            "dataset_name": name,
-            "annotations": [],
-            **{key: image[key] for key in LVIS_FIELDS if key in image},
-        }
-
-    counts, seen = Counter(), set()
-    for i, annotation in enumerate(content["annotations"]):
-        where = f"{json_file}: annotations[{i}] (id {annotation.get('id')!r})"
-        require(where, annotation, "image_id", "category_id", "bbox")
-        if "id" in annotation:
-            if annotation["id"] in seen:
-                raise ValueError(f"{where}: this id occurs twice: give every annotation its own")
-            seen.add(annotation["id"])
-        if annotation["image_id"] not in records:
-            raise ValueError(
-                f"{where}: image_id {annotation['image_id']!r} is not among the file's images: "
-                "add the image or remove the annotation"
-            )
-        if annotation["category_id"] not in contiguous:
-            raise ValueError(
-                f"{where}: category_id {annotation['category_id']!r} is not among the file's "
-                "categories: add the category with its name or remove the annotation"
-            )
-        record = records[annotation["image_id"]]
-        box, fault = clip_box(annotation["bbox"], record["width"], record["height"])
-        counts[fault] += 1
-        if fault in ("malformed", "empty", "outside"):
-            if bad_boxes == "drop":
-                continue
-            raise ValueError(
-                f"{where}: bbox {annotation['bbox']} is {FAULTS[fault]} (image "
-                f"{record['file_name']!r}, {record['width']} x {record['height']}): a bbox is "
-                "[x, y, width, height] in pixels of the image; correct or remove it, or load the "
-                'file with bad_boxes="drop"'
-            )
-        record["annotations"].append(
-            {
-                "bbox": box,
-                "bbox_mode": BoxMode.XYWH_ABS,
-                "category_id": contiguous[annotation["category_id"]],
-                "iscrowd": int(annotation.get("iscrowd", 0)),
-            }
-        )
-    if counts["clipped"]:
-        logger.warning("%s: clipped %d boxes to their images", json_file, counts["clipped"])
-    dropped = counts["malformed"] + counts["empty"] + counts["outside"]
-    if dropped:
-        logger.warning("%s: dropped %d malformed, empty or outside boxes", json_file, dropped)
-    return list(records.values())
+    class_of = np.array([contiguous.get(key, -1) for key in file.keys] + [-1])
+    file.leave_out(
+        class_of[file.columns.key] < 0,
+        "unknown category",
+        lambda i: (
+            f"category_id {file.keys[file.columns.key[i]]!r} is not among the file's categories: "
+            "add the category with its name or remove the annotation"
+        ),
+    )
+    file.fit()
+    dropped.log(json_file)
+    return file.columns.records(name, image_root, class_of[file.columns.key])
 
 
 def clean_name(name: str) -> str:
     """The phrase of a category name: without what stands in brackets, with spaces for underscores,
     in lower case; "Bow_(weapon)" becomes "bow".
 
-    That is the rule of GLIP (od_to_grounding.py, `clean_name`) and mmdetection, which repeated
-    spaces and spaces at the ends survive there; the text encoders' tokenizers ignore them.
+    That is the rule of GLIP (od_to_grounding.py, `clean_name`) and mmdetection, in which repeated
+    spaces and spaces at the ends survive; the text encoders' tokenizers ignore them.
     """
     return " ".join(re.sub(r"\(.*?\)", "", name).replace("_", " ").lower().split()) or name
 
 
-def _file_name(where: str, image: dict) -> str:
-    if "file_name" not in image and isinstance(image.get("coco_url"), str):
-        return "/".join(image["coco_url"].split("/")[-2:])
-    require(where, image, "file_name")
-    return image["file_name"]
+class CocoFile:
+    """What a COCO-like file says, read in one pass: `columns`, `categories`, and `keys`, of which
+    ``columns.key`` holds the indices.
 
+    Args:
+        read_image: image -> file name, further fields of the record or None.
+        read_key: annotation -> what tells classes apart, such as the category id.
 
-def _check_categories(path: Path, categories: list) -> list[dict]:
-    """The categories in the order of their ids."""
-    if not categories:
-        raise ValueError(f"{path}: 'categories' is empty: list every category with id and name")
-    ids = set()
-    for i, category in enumerate(categories):
-        where = f"{path}: categories[{i}]"
-        require(where, category, "id")
-        name = category.get("name")
-        if not isinstance(name, str) or not re.search(r"\w", name):
-            raise ValueError(
-                f"{where} (id {category['id']!r}) has no name (got {name!r}): the name is the "
-                "phrase that the detector reads; write one in plain words"
+    Both raise Fault for what is wrong; it is reported and left out.
+    """
+
+    LISTS = ("images", "annotations", "categories")
+
+    def __init__(
+        self,
+        path: Path,
+        remedy: str,
+        report: Report,
+        read_image: Callable[[dict], tuple[str, dict | None]],
+        read_key: Callable[[dict], Hashable],
+        lists: Sequence[str] = LISTS,
+    ) -> None:
+        require_file(path, remedy)
+        self.path, self.report = path, report
+        self.read_image, self.read_key = read_image, read_key
+        self.columns = Columns()
+        self.categories: list[Any] = []
+        # Annotations may come before their images, so ids are numbered as they appear.
+        self._ids: dict[Any, int] = {}
+        self._image_of: dict[int, int] = {}  # number of an id -> index of its image
+        self._keys: dict[Hashable, int] = {}
+        self._odd_ids: set[str] = set()  # ids of annotations that aren't integers
+        add = {"images": self._add_image, "annotations": self._add_annotation}
+        for section, index, item in stream_json(path, lists):
+            if section == "categories":
+                self.categories.append(item)
+                continue
+            try:
+                add[section](index, item)
+            except Fault as fault:
+                item_id = item.get("id") if isinstance(item, dict) else None
+                report(fault.at(f"{path}: {section}[{index}] (id {item_id!r})"))
+        self.columns.close()
+        self.keys = list(self._keys)
+        self._find_images()
+        self._find_repeated_ids()
+
+    def place(self, i: int) -> str:
+        """Where annotation i of the columns stands in the file."""
+        number, id = int(self.columns.number[i]), int(self.columns.id[i])
+        return f"{self.path}: annotations[{number}]" + (f" (id {id})" if id != NO_ID else "")
+
+    def leave_out(self, bad: np.ndarray, kind: str, what: Callable[[int], str]) -> None:
+        """Reports and drops annotations: bool [M]."""
+        for i in np.flatnonzero(bad):
+            self.report(Problem(kind, self.place(i), what(int(i))))
+        self.columns.select(~bad)
+
+    def fit(self) -> None:
+        """Clips the boxes; reports and drops impossible ones."""
+
+        def where(i: int) -> str:
+            return f"{self.place(i)}, image {self.columns.names[self.columns.image[i]]!r}"
+
+        self.columns.fit(self.path, "xywh", self.report, where)
+
+    def _add_image(self, index: int, image: Any) -> None:
+        require(image, "id", "width", "height")
+        name, extra = self.read_image(image)
+        width, height = int(image["width"]), int(image["height"])  # Flickr30k's are text
+        if width <= 0 or height <= 0:
+            raise Fault(
+                "image without a size",
+                f"size {width} x {height} of {name!r}: write the size of the image in pixels",
             )
-        if category["id"] in ids:
-            raise ValueError(f"{where}: category id {category['id']!r} occurs twice: renumber it")
-        ids.add(category["id"])
-    return sorted(categories, key=lambda category: category["id"])
+        number = self._ids.setdefault(image["id"], len(self._ids))
+        if number in self._image_of:
+            raise Fault(
+                "duplicate id",
+                f"image id {image['id']!r} occurs twice: give every image one of its own",
+            )
+        self._image_of[number] = self.columns.add_image(name, image["id"], (width, height), extra)
+
+    def _add_annotation(self, index: int, annotation: Any) -> None:
+        require(annotation, "image_id", "bbox")
+        box, key = read_box(annotation["bbox"], "xywh"), self.read_key(annotation)
+        own_id = annotation.get("id", NO_ID)
+        if type(own_id) is not int:
+            if own_id in self._odd_ids:
+                raise Fault("duplicate id", _TWICE)
+            self._odd_ids.add(own_id)
+            own_id = NO_ID
+        self.columns.add_annotation(
+            self._ids.setdefault(annotation["image_id"], len(self._ids)),
+            self._keys.setdefault(key, len(self._keys)),
+            index,
+            box,
+            bool(annotation.get("iscrowd", 0)),
+            own_id,
+        )
+
+    def _find_images(self) -> None:
+        """Numbers of image ids become indices of images."""
+        numbers = self.columns.image
+        index = np.full(len(self._ids) + 1, -1)
+        for number, image in self._image_of.items():
+            index[number] = image
+        self.columns.image = index[numbers]
+        bad = self.columns.image < 0
+        if bad.any():
+            ids = list(self._ids)
+            self.leave_out(
+                bad,
+                "unknown image",
+                lambda i: (
+                    f"image_id {ids[numbers[i]]!r} is not among the file's images: add the image "
+                    "or remove the annotation"
+                ),
+            )
+
+    def _find_repeated_ids(self) -> None:
+        ids = self.columns.id
+        order = np.argsort(ids, kind="stable")
+        again = order[1:][(ids[order][1:] == ids[order][:-1]) & (ids[order][1:] != NO_ID)]
+        bad = np.zeros(len(ids), dtype=bool)
+        bad[again] = True
+        self.leave_out(bad, "duplicate id", lambda i: _TWICE)
 
 
-def _set_metadata(
-    name: str,
-    json_file: Path,
-    image_root: Path,
-    categories: list[dict],
-    contiguous: dict,
-    evaluator_type: str,
-) -> None:
+_TWICE = "this id occurs twice: give every annotation its own"
+
+
+def _read_image(image: dict) -> tuple[str, dict | None]:
+    if "file_name" not in image and isinstance(image.get("coco_url"), str):
+        name = "/".join(image["coco_url"].split("/")[-2:])
+    else:
+        require(image, "file_name")
+        name = image["file_name"]
+    return name, {key: image[key] for key in LVIS_FIELDS if key in image} or None
+
+
+def _read_category(annotation: dict) -> Hashable:
+    require(annotation, "category_id")
+    return annotation["category_id"]
+
+
+def _check_categories(path: Path, categories: list, report: Report) -> list[dict]:
+    """The good categories in the order of their ids."""
+    good: dict[Any, dict] = {}
+    for i, category in enumerate(categories):
+        try:
+            require(category, "id")
+            name = category.get("name")
+            if not isinstance(name, str) or not re.search(r"\w", name):
+                raise Fault(
+                    "category without a name",
+                    f"category with id {category['id']!r} has no name (got {name!r}): the name is "
+                    "the phrase that the detector reads; write one in plain words",
+                )
+            if category["id"] in good:
+                what = f"category id {category['id']!r} occurs twice: renumber it"
+                raise Fault("duplicate id", what)
+            if category.get("frequency") not in ("r", "c", "f", None):
+                raise Fault(
+                    "unknown frequency",
+                    f"category {name!r} has frequency {category['frequency']!r}: use 'r' (rare), "
+                    "'c' (common), 'f' (frequent) or leave the field out",
+                )
+            good[category["id"]] = category
+        except Fault as fault:
+            report(fault.at(f"{path}: categories[{i}]"))
+    if not categories:
+        what = "'categories' is empty: list every category with id and name"
+        report(Problem("missing field", str(path), what))
+    return sorted(good.values(), key=lambda category: category["id"])
+
+
+def _metadata(
+    path: Path, image_root: Path, categories: list[dict], contiguous: dict, report: Report
+) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "thing_classes": [category["name"].strip() for category in categories],
         "thing_dataset_id_to_contiguous_id": contiguous,
-        "json_file": str(json_file),
+        "json_file": str(path),
         "image_root": str(image_root),
-        "evaluator_type": evaluator_type,
     }
     if any("frequency" in category for category in categories):
-        for category in categories:
-            if category.get("frequency") not in ("r", "c", "f", None):
-                raise ValueError(
-                    f"{json_file}: category {category['name']!r} has frequency "
-                    f"{category['frequency']!r}: use 'r' (rare), 'c' (common), 'f' (frequent) or "
-                    "leave the field out"
-                )
         fields["frequency"] = [category.get("frequency") for category in categories]
     if any("novel" in category for category in categories):
         fields["novel"] = [bool(category.get("novel", False)) for category in categories]
     if any("near_synonyms" in category for category in categories):
-        fields["near_synonyms"] = _near_synonyms(json_file, categories, contiguous)
-    replace_metadata(name, **fields)
+        fields["near_synonyms"] = _near_synonyms(path, categories, contiguous, report)
+    return fields
 
 
-def _near_synonyms(path: Path, categories: list[dict], contiguous: dict) -> list[list[int]]:
+def _near_synonyms(
+    path: Path, categories: list[dict], contiguous: dict, report: Report
+) -> list[list[int]]:
     by_name = {category["name"]: i for i, category in enumerate(categories)}
     related: list[set[int]] = [set() for _ in categories]
     for i, category in enumerate(categories):
@@ -212,10 +300,12 @@ def _near_synonyms(path: Path, categories: list[dict], contiguous: dict) -> list
                 continue  # a name of another split can't be a negative here
             j = by_name[other] if isinstance(other, str) else contiguous.get(other)
             if j is None:
-                raise ValueError(
-                    f"{path}: near_synonyms of category {category['name']!r} has {other!r}, which "
-                    "is not the id of a category of this file: use ids or names of categories"
+                what = (
+                    f"near_synonyms of category {category['name']!r} has {other!r}, which is not "
+                    "the id of a category of this file: use ids or names of categories"
                 )
+                report(Problem("unknown near-synonym", str(path), what))
+                continue
             related[i].add(j)
             related[j].add(i)
     return [sorted(ids - {i}) for i, ids in enumerate(related)]

@@ -1,4 +1,4 @@
-"""Data sets by name or path, as lists of Detectron2 records.
+"""Data sets by name or path, as sequences of Detectron2 records (`Records`).
 
 Built-in names (`builtin.BUILTIN`) live under ``DETECTRON2_DATASETS`` (default ``datasets``); any
 COCO JSON, MDETR JSON or ODVG JSONL file can be used by its path, without code. Each record carries
@@ -13,20 +13,21 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
-from .boxes import BadBoxes
 from .builtin import BUILTIN, Builtin, Format
-from .catalog import Record, dataset_root, format_of_file, replace_metadata
+from .catalog import dataset_root, format_of_file, replace_metadata
 from .coco_json import load_coco_json
 from .grounding import load_mdetr_json, load_odvg_jsonl
+from .problems import BadBoxes
+from .records import Records
 
-LOADERS: dict[Format, Callable[..., list[Record]]] = {
+LOADERS: dict[Format, Callable[..., Records]] = {
     "coco": load_coco_json,
     "mdetr": load_mdetr_json,
     "odvg": load_odvg_jsonl,
 }
 
 
-def load_datasets(names: str | Sequence[str]) -> list[Record] | list[list[Record]]:
+def load_datasets(names: str | Sequence[str]) -> Records | list[Records]:
     """The records of one data set, or a list of them, one entry a data set.
 
     A name is a registered one or the path of a COCO or MDETR ``.json`` or an ODVG ``.jsonl`` file;
@@ -68,7 +69,7 @@ def register_coco_json(
     given when it doesn't exist. The other options are those of `load_coco_json`.
     """
 
-    def load() -> list[Record]:
+    def load() -> Records:
         return load_coco_json(
             json_file,
             image_root,
@@ -86,7 +87,7 @@ def register_odvg_jsonl(
 ) -> None:
     """Makes a grounding data set in ODVG format available by name, see `register_coco_json`."""
 
-    def load() -> list[Record]:
+    def load() -> Records:
         return load_odvg_jsonl(jsonl_file, image_root, name, remedy=remedy)
 
     _register(name, load, jsonl_file, image_root, "grounding")
@@ -106,7 +107,7 @@ def register_mdetr_json(
     """
     kind = "refexp" if whole_caption else "grounding"
 
-    def load() -> list[Record]:
+    def load() -> Records:
         return load_mdetr_json(
             json_file,
             image_root,
@@ -127,13 +128,10 @@ def register_builtin(root: str | Path | None = None) -> None:
 
 
 def _register_entry(entry: Builtin, root: Path) -> None:
-    def load() -> list[Record]:
+    def load() -> Records:
         file, images = entry.locate(root)  # looked for again: it may have come since
         load_file = LOADERS[entry.format_of(file)]
-        options = dict(entry.options)
-        if load_file is load_odvg_jsonl:
-            options.pop("bad_boxes", None)
-        return load_file(file, images, entry.name, remedy=entry.remedy, **options)
+        return load_file(file, images, entry.name, remedy=entry.remedy, **entry.options)
 
     kind = entry.options.get("evaluator_type")
     _register(entry.name, load, *entry.locate(root), kind or _KINDS[entry.format])
@@ -143,7 +141,7 @@ _KINDS = {"coco": "coco", "mdetr": "grounding", "odvg": "grounding"}
 
 
 def _register(
-    name: str, load: Callable[[], list[Record]], file: str | Path, image_root: str | Path, kind: str
+    name: str, load: Callable[[], Records], file: str | Path, image_root: str | Path, kind: str
 ) -> None:
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
