@@ -19,6 +19,8 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
+from ..data.loader import as_sources
+from ..data.records import Mixture
 from ..evaluation import DetectionEvaluator, PredictionLog, inference_on_dataset
 from .config import ConfigError, accepts, input_errors, nearest
 from .fingerprint import fingerprint
@@ -146,9 +148,7 @@ def _load_all_but(done: Collection, loader: Mapping) -> Iterable[list[dict]]:
     """The loader, without the images of these ids: they aren't even read."""
     if not done:
         return instantiate(loader)
-    records = instantiate(loader["dataset"])
-    if records and not isinstance(records[0], Mapping):
-        records = [record for source in records for record in source]
+    records = Mixture(as_sources(instantiate(loader["dataset"])))
     left = [record for record in records if record["image_id"] not in done]
     logger.info("%d of %d images were evaluated before", len(records) - len(left), len(records))
     return instantiate({**loader, "dataset": left}) if left else []

@@ -126,7 +126,7 @@ class DetectionEvaluator(DatasetEvaluator):
         asked = np.array([self._category_ids[c] for c in sample["prompt_classes"]], np.int64)
         return Predictions(
             np.array([sample["image_id"]] * len(scores)),
-            asked[instances.pred_classes.cpu().numpy()],
+            asked[instances.pred_classes.long().cpu().numpy()],
             np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1),
             scores,
         )

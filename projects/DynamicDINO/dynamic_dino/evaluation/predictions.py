@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ..data.json_stream import stream_json_list, written_whole
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Predictions:
         if isinstance(source, Predictions):
             return source
         if isinstance(source, (str, Path)):
-            where, entries = f"predictions file {source}", iterate_json_list(Path(source))
+            where, entries = f"predictions file {source}", _entries(Path(source))
         else:
             where, entries = "the predictions", iter(source)
         parts, rows = [], []
@@ -89,8 +90,7 @@ class Predictions:
 
     def write(self, path: Path) -> None:
         """A COCO results file, one detection a line; whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
+        with written_whole(path) as file:
             file.write("[")
             for start in range(0, len(self), 100_000):
                 part = self[start : start + 100_000]
@@ -109,7 +109,6 @@ class Predictions:
                 ]
                 file.write(("," if start else "") + "\n" + ",\n".join(lines))
             file.write("\n]\n")
-        partial.replace(path)
 
     def check_ids(self, image_ids: Collection, category_ids: Collection[int]) -> None:
         """Raises ValueError for a detection of an image or a class that there isn't."""
@@ -141,6 +140,15 @@ def _best(groups: np.ndarray, predictions: Predictions, most: int) -> np.ndarray
     return order[np.arange(len(groups)) - np.repeat(starts, sizes) < most]
 
 
+def _entries(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"predictions file {path} does not exist: check its path")
+    try:
+        yield from stream_json_list(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; predictions are a list of detections (COCO results)") from None
+
+
 def _row(entry: Any, where: str) -> tuple:
     try:
         image, category = entry["image_id"], entry["category_id"]
@@ -155,41 +163,3 @@ def _row(entry: Any, where: str) -> tuple:
     if not math.isfinite(x + y + w + h + score):
         raise ValueError(f"{where} has a number that is not finite: {entry}")
     return image, category, x, y, w, h, score
-
-
-def iterate_json_list(path: Path, block: int = 1 << 20) -> Iterator[Any]:
-    """The items of a JSON file that is one list, without holding all of it.
-
-    Raises FileNotFoundError or ValueError naming the file and the remedy.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"predictions file {path} does not exist: check its path")
-    decode, skip = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*").match
-    ends_item = re.compile(r"[\s,\]]").match
-    with path.open(encoding="utf-8") as file:
-        text = file.read(block)
-        at = skip(text).end()
-        if text[at : at + 1] != "[":
-            raise ValueError(
-                f"predictions file {path} must be a list of detections (COCO results format)"
-            )
-        at += 1
-        while True:
-            at = skip(text, at).end()
-            if text[at : at + 1] == "]":
-                return
-            try:
-                item, end = decode(text, at)
-                if not ends_item(text, end):
-                    raise ValueError("it ends within an item")  # or the block does
-            except ValueError as error:
-                more = file.read(max(block, len(text) - at))
-                if not more:
-                    raise ValueError(
-                        f"predictions file {path} is not valid JSON ({error}): it is truncated or "
-                        "damaged, write it again"
-                    ) from None
-                text, at = text[at:] + more, 0
-                continue
-            yield item
-            at = end
