@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.data import MetadataCatalog
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from omegaconf import DictConfig
@@ -23,7 +22,7 @@ from ..data.loader import as_sources
 from ..data.records import Mixture
 from ..evaluation import DetectionEvaluator, PredictionLog, inference_on_dataset
 from .config import ConfigError, accepts, input_errors, nearest
-from .fingerprint import fingerprint
+from .fingerprint import annotation_file, fingerprint
 from .trainer import amp_dtype, autocast
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
             )
     names = list(loaders)
     if cfg.dataloader.get("skip_missing"):
-        names = [name for name in names if _annotations_of(evaluators[name]).is_file()]
+        names = [name for name in names if annotation_file(evaluators[name].dataset_name).is_file()]
         _report_missing(cfg, [name for name in loaders if name not in names])
     device = next(model.parameters()).device.type
     # On CPU bf16 costs precision and, on most machines, wins no time.
@@ -127,15 +126,11 @@ def means(scores: Mapping[str, float], groups: Mapping[str, Sequence[str]]) -> d
     return result
 
 
-def _annotations_of(evaluator: Mapping) -> Path:
-    return Path(MetadataCatalog.get(evaluator["dataset_name"]).json_file)
-
-
 def _report_missing(cfg: DictConfig, missing: list[str]) -> None:
     evaluators = cfg.dataloader.evaluator
     if not missing:
         return
-    lines = [f"  {name}: {_annotations_of(evaluators[name])}" for name in missing]
+    lines = [f"  {name}: {annotation_file(evaluators[name].dataset_name)}" for name in missing]
     text = f"{len(missing)} of {len(cfg.dataloader.test)} test sets are missing:\n" + "\n".join(
         lines
     )

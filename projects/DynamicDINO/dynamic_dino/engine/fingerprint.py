@@ -11,6 +11,7 @@ from typing import Any
 
 import dynamic_dino_kernels
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -35,13 +36,19 @@ def fingerprint(
         return {}
     settings = {key: value for key, value in loader.items() if key not in SPEED_ONLY}
     return {
-        "data set": _hash_file(Path(get_metadata(evaluator["dataset_name"]).json_file)),
+        "data set": _hash_file(annotation_file(evaluator["dataset_name"])),
         "loader (prompts, image size)": _hash_config(settings),
         "model": _hash_config([model_config, evaluator.get("detector")]),
         "set of weights": _hash_weights(model),
         "device or precision": f"{next(model.parameters()).device.type}, {dtype or 'float32'}",
         "version of the code": _hash_code(),
     }
+
+
+def annotation_file(dataset: str) -> Path:
+    """That of a registered name, without reading it, or of a path."""
+    file = MetadataCatalog.get(dataset).get("json_file")
+    return Path(get_metadata(dataset).json_file if file is None else file)
 
 
 def _hash_config(node: Any) -> str:
