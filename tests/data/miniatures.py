@@ -311,8 +311,9 @@ def write_refcoco(
 ) -> Path:
     """One expression per object; the expressions of a picture share its file."""
     pictures, images, annotations = Pictures(rng), [], []
-    for number in range(count):
-        file_name = f"COCO_train2014_{number + 581857:012d}.jpg"
+    first = int(rng.integers(1, 500_000))  # the sets' pictures lie in the same folder
+    for number in range(first, first + count):
+        file_name = f"COCO_train2014_{number:012d}.jpg"
         width, height, objects = pictures.draw(root / "coco/train2014" / file_name)
         for label, box in objects:
             color, shape = NAMES[label].split()
@@ -323,7 +324,7 @@ def write_refcoco(
                     "height": height,
                     "width": width,
                     "id": len(images) + 1000,
-                    "original_id": number + 581857,
+                    "original_id": number,
                     "caption": caption,
                     "dataset_name": name,
                     "tokens_negative": [[0, len(caption)]],
