@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..data.datasets import get_metadata
+from ..data.datasets import get_metadata, load_datasets
 
 SPEED_ONLY = ("batch_size", "num_workers")  # of a loader
 
@@ -32,11 +32,14 @@ def fingerprint(
 
     Not in it: how many processes, workers and images a batch, what is done with the predictions.
     """
+    dataset = evaluator["dataset_name"]
+    if not annotation_file(dataset).is_file():
+        load_datasets(dataset)  # raises in every process, with the remedy, unless it has come since
     if not comm.is_main_process():
         return {}
     settings = {key: value for key, value in loader.items() if key not in SPEED_ONLY}
     return {
-        "data set": _hash_file(annotation_file(evaluator["dataset_name"])),
+        "data set": _hash_file(annotation_file(dataset)),
         "loader (prompts, image size)": _hash_config(settings),
         "model": _hash_config([model_config, evaluator.get("detector")]),
         "set of weights": _hash_weights(model),
