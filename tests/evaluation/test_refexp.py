@@ -92,5 +92,7 @@ def test_bad_input_is_named():
     truth["annotations"].append(truth["annotations"][0])
     with pytest.raises(ValueError, match="expression 1 .* has several boxes"):
         refexp_precision(truth, [])
+    with pytest.raises(ValueError, match="at least one k"):
+        refexp_precision(expressions(3), [], ks=[])
     with pytest.raises(ValueError, match="image_id 9 is not in the ground truth"):
         refexp_precision(expressions(3), found(9, TARGET))

@@ -25,6 +25,8 @@ from .tables import format_results
 
 logger = logging.getLogger(__name__)
 
+PRUNE_EVERY = 4_000_000  # detections: those that can't count any more are dropped
+
 
 class DetectionEvaluator(DatasetEvaluator):
     """Scores of a registered data set by one of the `PROTOCOLS`: COCO AP, LVIS AP or fixed AP (with
@@ -77,7 +79,7 @@ class DetectionEvaluator(DatasetEvaluator):
         Both now, so that what is wrong with them shows before hours of inference, not after.
         """
         self._parts: list[Predictions] = []
-        self._unsorted = 0  # detections since `_parts` last shrank
+        self._unpruned = 0  # detections in them that were not looked at whether they can count
         self._prompted: dict[int | str, tuple[int, ...]] = {}  # contiguous classes, by image id
         self._known_prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._routing = RoutingStatistics()
@@ -85,7 +87,7 @@ class DetectionEvaluator(DatasetEvaluator):
         kind = self._metadata.get("evaluator_type")
         self._protocol_name = self.protocol or DEFAULTS.get(kind, "coco")
         self._protocol = protocol_named(self._protocol_name)
-        self._most = self.max_dets or self._protocol.max_dets
+        self._most = self._protocol.max_dets if self.max_dets is None else self.max_dets
         self._category_ids = self._read_category_ids()
         if comm.is_main_process():
             self._truth = self._read_truth()
@@ -136,10 +138,10 @@ class DetectionEvaluator(DatasetEvaluator):
             # Most data sets ask every image for the same names: keep one tuple, not one per image.
             self._prompted[image] = self._known_prompts.setdefault(prompt, prompt)
         self._parts.append(found.predictions)
-        self._unsorted += len(found.predictions)
-        if self._unsorted > 4_000_000:
+        self._unpruned += len(found.predictions)
+        if self._unpruned > PRUNE_EVERY:
             self._parts = [self._kept(self._parts)]
-            self._unsorted = 0
+            self._unpruned = 0
         if found.routing:
             layers = len(found.routing) // 2
             part = RoutingStatistics()

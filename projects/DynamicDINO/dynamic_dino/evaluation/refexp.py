@@ -39,6 +39,8 @@ def refexp_precision(
     Raises:
         FileNotFoundError, ValueError: naming the file, the field and the remedy.
     """
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks is {list(ks)}, P@k needs at least one k of at least 1")
     truth = read_ground_truth(ground_truth)
     targets: dict = {}
     for annotation in truth["annotations"]:
