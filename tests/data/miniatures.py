@@ -148,6 +148,7 @@ def write_lvis(
     root: Path, rng: np.random.Generator, file: str = "lvis/lvis_v1_val.json", count: int = 4
 ) -> Path:
     """Images of train2017 and val2017 in turn, without file names, as LVIS v1 publishes them."""
+    first = int(rng.integers(100_000, 500_000))  # several files' pictures lie in the same folders
 
     def image(n: int, w: int, h: int) -> dict:
         folder = ("train2017", "val2017")[n % 2]
@@ -158,8 +159,8 @@ def write_lvis(
             "height": h,
             "width": w,
             "flickr_url": "http://farm8.staticflickr.com/1/1_a_z.jpg",
-            "coco_url": f"http://images.cocodataset.org/{folder}/{n + 397133:012d}.jpg",
-            "id": n + 397133,
+            "coco_url": f"http://images.cocodataset.org/{folder}/{n + first:012d}.jpg",
+            "id": n + first,
             "not_exhaustive_category_ids": [4],
         }
 
