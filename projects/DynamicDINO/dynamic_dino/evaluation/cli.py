@@ -66,11 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         results = score(args.predictions, args.dataset, args.protocol, args.max_dets)
-        print(format_results(results, args.classes))
         if args.json:
             write_text(args.json, json.dumps(results, indent=1))
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    print(format_results(results, args.classes))
     return 0
 
 
