@@ -50,6 +50,18 @@ def stream_json(
             )
 
 
+def stream_json_list(path: Path, *, progress: bool = True) -> Iterator[Any]:
+    """The items of a JSON file that holds one list; raises as `stream_json` does."""
+    with _open(path, progress) as file:
+        try:
+            yield from _Window(file).items()
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path} is not a valid JSON list ({error}): the file may be truncated; write or "
+                "download it again"
+            ) from error
+
+
 def stream_jsonl(path: Path, *, progress: bool = True) -> Iterator[tuple[int, Any]]:
     """(line number, content) of each line that isn't blank; raises as `stream_json` does."""
     with _open(path, progress) as file:
@@ -127,19 +139,22 @@ class _Window:
             key = self.value()
             self.expect(":")
             if self.next() == "[":
-                self.at += 1
                 yield key, -1, None
-                index = 0
-                while self.next() != "]":
-                    yield key, index, self.value()
-                    index += 1
-                    if self.next() != "]":
-                        self.expect(",")
-                self.at += 1
+                for index, item in enumerate(self.items()):
+                    yield key, index, item
             else:
                 yield key, None, self.value()
             if self.next() != "}":
                 self.expect(",")
+
+    def items(self) -> Iterator[Any]:
+        """Those of the list that begins here."""
+        self.expect("[")
+        while self.next() != "]":
+            yield self.value()
+            if self.next() != "]":
+                self.expect(",")
+        self.at += 1
 
     def next(self) -> str:
         """The next character that is no space."""
