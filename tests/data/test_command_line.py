@@ -124,6 +124,18 @@ def test_everything_wrong_with_a_coco_file_is_found_at_once(root, rng):
         datasets.load_file(datasets.locate(str(file), folder))
 
 
+def test_relative_boxes_are_noticed(root, rng):
+    file = miniatures.write_coco(root, rng)
+
+    def divide(content):
+        for annotation in content["annotations"]:
+            annotation["bbox"] = [v / 100 for v in annotation["bbox"]]
+
+    edit(file, divide)
+    findings = check_dataset(str(file), root / "coco/train2017")
+    assert findings.counts == Counter({"boxes not in pixels": 1})
+
+
 def test_a_truncated_file_is_one_finding(root, rng):
     file = miniatures.write_gqa(root, rng)
     text = file.read_text()

@@ -105,6 +105,7 @@ def broken(path, value, content=GOOD):
         (("categories", 0, "near_synonyms"), [77], ["'red panda'", "near_synonyms", "77"]),
         (("images", 0, "width"), None, ["images[0]", "'width'"]),
         (("images", 0, "height"), 0, ["images[0]", "60 x 0", "a.png"]),
+        (("images", 0, "width"), "wide", ["images[0]", "wide x 40", "a.png"]),
         (("images", 1, "id"), 7, ["images[1]", "7 occurs twice"]),
         (("annotations", 1, "bbox"), None, ["annotations[1]", "id 2", "'bbox'"]),
         (("annotations", 1, "category_id"), 5, ["annotations[1]", "category_id 5", "categories"]),
@@ -263,6 +264,7 @@ def test_mdetr_records(tmp_path):
     "path, value, words",
     [
         (("images", 0, "caption"), None, ["images[0]", "'caption'"]),
+        (("images", 0, "caption"), 5, ["images[0]", "caption 5 is no text"]),
         (("annotations", 1, "tokens_positive"), [[28, 99]], ["annotations[1]", "(28, 99)", "id 2"]),
         (("annotations", 1, "tokens_positive"), [[5, 4]], ["annotations[1]", "start < end"]),
         (("annotations", 1, "tokens_positive"), None, ["annotations[1]", "'tokens_positive'"]),

@@ -15,6 +15,21 @@ LAYOUT = {"xywh": "[x, y, width, height]", "xyxy": "[x1, y1, x2, y2]"}
 FAR = 0.1  # a box that reaches so much of the image's size beyond it was not drawn on it
 
 
+def read_size(item: dict, name: str) -> tuple[int, int]:
+    """(width, height) of an image, which Flickr30k writes as text; raises Fault."""
+    try:
+        size = int(item["width"]), int(item["height"])
+    except (TypeError, ValueError):
+        size = (0, 0)
+    if min(size) <= 0:
+        raise Fault(
+            "image without a size",
+            f"size {item['width']} x {item['height']} of {name!r}: write the size of the image in "
+            "pixels",
+        )
+    return size
+
+
 def read_box(value: Any, convention: Convention) -> tuple[float, float, float, float]:
     """The four finite numbers of a "bbox"; raises Fault if it isn't that."""
     try:

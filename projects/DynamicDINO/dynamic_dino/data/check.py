@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +98,7 @@ def check_dataset(
     findings.names = len(classes)
     for problem in (
         *_check_counts(findings, entry),
+        *_check_units(place.file, records),
         *_check_names(place.file, classes),
         *_check_captions(place.file, records, classes, tokenizer, max_tokens),
         *_check_images(place.file, records, images),
@@ -124,6 +125,12 @@ def _check_counts(findings: Findings, entry: Builtin | None) -> Iterator[Problem
                 f"{found:,} {what}, but {about}{expected:,} are published: is it another version "
                 f"or a part? {entry.remedy}",
             )
+
+
+def _check_units(file: Path, records: Records) -> Iterator[Problem]:
+    if len(records.boxes) and records.boxes.max() <= 1:
+        what = "all boxes lie within one pixel: these are parts of the image; write pixels"
+        yield Problem("boxes not in pixels", str(file), what)
 
 
 def _check_names(file: Path, names: list[str]) -> Iterator[Problem]:
@@ -169,7 +176,7 @@ def _check_captions(
 
 
 def _check_images(file: Path, records: Records, count: int | None) -> Iterator[Problem]:
-    chosen: Iterable[int] = range(len(records))
+    chosen: Sequence[int] = range(len(records))
     if count is not None and count < len(records):
         rng = np.random.default_rng(0)
         chosen = sorted(rng.choice(len(records), size=count, replace=False).tolist())
@@ -177,12 +184,13 @@ def _check_images(file: Path, records: Records, count: int | None) -> Iterator[P
     def look(i: int) -> Problem | None:
         return _look_at(file, records[i])
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for problem in tqdm(
-            pool.map(look, chosen), total=len(chosen), desc="images", delay=1, disable=None
-        ):
-            if problem is not None:
-                yield problem
+    bar = tqdm(total=len(chosen), desc="images", delay=1, disable=None)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+        for start in range(0, len(chosen), 1024):  # what is given to the pool takes memory
+            for problem in pool.map(look, chosen[start : start + 1024]):
+                bar.update()
+                if problem is not None:
+                    yield problem
 
 
 def _look_at(file: Path, record: Record) -> Problem | None:

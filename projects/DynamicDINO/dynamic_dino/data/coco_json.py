@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .boxes import read_box
+from .boxes import read_box, read_size
 from .catalog import replace_metadata, require_file
 from .columns import NO_ID, Columns
 from .json_stream import stream_json
@@ -163,19 +163,14 @@ class CocoFile:
     def _add_image(self, index: int, image: Any) -> None:
         require(image, "id", "width", "height")
         name, extra = self.read_image(image)
-        width, height = int(image["width"]), int(image["height"])  # Flickr30k's are text
-        if width <= 0 or height <= 0:
-            raise Fault(
-                "image without a size",
-                f"size {width} x {height} of {name!r}: write the size of the image in pixels",
-            )
+        size = read_size(image, name)
         number = self._ids.setdefault(image["id"], len(self._ids))
         if number in self._image_of:
             raise Fault(
                 "duplicate id",
                 f"image id {image['id']!r} occurs twice: give every image one of its own",
             )
-        self._image_of[number] = self.columns.add_image(name, image["id"], (width, height), extra)
+        self._image_of[number] = self.columns.add_image(name, image["id"], size, extra)
 
     def _add_annotation(self, index: int, annotation: Any) -> None:
         require(annotation, "image_id", "bbox")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .boxes import read_box
+from .boxes import read_box, read_size
 from .catalog import replace_metadata, require_file
 from .coco_json import CocoFile
 from .columns import Columns
@@ -103,7 +103,7 @@ def load_mdetr_json(
 
     def read_image(image: dict) -> tuple[str, dict]:
         require(image, "file_name", "caption")
-        return image["file_name"], {"caption": image["caption"], "phrase_spans": []}
+        return image["file_name"], {"caption": read_caption(image), "phrase_spans": []}
 
     def read_key(annotation: dict) -> Spans | None:
         if whole_caption:
@@ -155,17 +155,14 @@ def _read_line(
 ) -> None:
     """Adds a line's image and boxes; "key" is the index of the phrase or class."""
     require(line, "filename", "height", "width")
-    size = (int(line["width"]), int(line["height"]))
-    if min(size) <= 0:
-        what = f"size {size[0]} x {size[1]}: write the size of the image in pixels"
-        raise Fault("image without a size", what)
+    size = read_size(line, line["filename"])
     if "detection" in line:
         require(line["detection"], "instances")
         caption, part, items = None, "detection.instances", line["detection"]["instances"]
     else:
         require(line, "grounding")
         require(line["grounding"], "caption", "regions")
-        caption, part = line["grounding"]["caption"], "grounding.regions"
+        caption, part = read_caption(line["grounding"]), "grounding.regions"
         items = line["grounding"]["regions"]
     phrases: dict[Spans, int] = {}
     image = columns.add_image(line["filename"], number, size)
@@ -208,6 +205,12 @@ def _find_phrase(caption: str, region: dict) -> Spans:
             "caption or give tokens_positive",
         )
     return (found.span(),)
+
+
+def read_caption(item: dict) -> str:
+    if not isinstance(item["caption"], str):
+        raise Fault("bad caption", f"caption {item['caption']!r} is no text: write a sentence")
+    return item["caption"]
 
 
 def read_spans(tokens_positive: Any) -> Spans:
