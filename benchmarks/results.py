@@ -128,6 +128,43 @@ def flops(report: dict) -> str:
     return table([title, *models], rows)
 
 
+def record_memory(report: dict) -> str:
+    rows = [
+        [
+            row["source"],
+            f"{row['records']:,}",
+            f"{row['boxes']:,}",
+            f"{row['names']:,}",
+            f"{row['file_bytes'] / 1e6:,.0f}",
+            f"{row['seconds']:.0f}",
+            str(row["bytes_per_record"]),
+            str(row["bytes_pickled"]),
+            str(row["bytes_as_dict"]),
+        ]
+        for row in report["sources"]
+    ]
+    head = ["source", "records", "boxes", "names", "file, MB", "read in, s"]
+    text = table([*head, "bytes a record", "if pickled", "if dicts"], rows)
+    rows = [
+        [
+            str(row["workers"]),
+            f"{row['main_rss_bytes'] / 1e6:,.0f}",
+            f"{row['all_pss_bytes'] / 1e6:,.0f}",
+            f"{max(row['worker_private_bytes'], default=0) / 1e6:.1f}",
+            f"{max(row['worker_growth_bytes'], default=0) / 1e6:.1f}",
+            f"{row['records_per_second']:,}",
+        ]
+        for row in report["workers"]
+    ]
+    text += (
+        f"\n{report['records']:,} records take {report['bytes'] / 1e6:,.0f} MB; reading them took "
+        f"{report['peak_rss_bytes'] / 1e6:,.0f} MB at most, all told. A worker's own memory, and "
+        f"how much it grew while {report['touched']:,} records were touched, in MB:\n\n"
+    )
+    head = ["workers", "main process", "all processes", "own", "growth", "records/s"]
+    return text + table(head, rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "nano_stamps": ("AP50 of nano on Stamps, percent", nano_stamps),
     "fps": ("Images per second of the whole model", fps),
@@ -135,6 +172,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "training_step": ("A training step", training_step),
     "peers": ("Other libraries' detectors", peers),
     "flops": ("Operations and parameters", flops),
+    "record_memory": ("Memory of the training records", record_memory),
 }
 
 

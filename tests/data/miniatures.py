@@ -7,6 +7,7 @@ file are those of the published one, also those that nothing reads.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,11 @@ def write_json(path: Path, content: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
     return path
+
+
+def _first_image(name: str) -> int:
+    """Sets that share COCO's folders get images of their own."""
+    return zlib.crc32(name.encode()) % 500_000
 
 
 def _detection(
@@ -148,7 +154,8 @@ def write_lvis(
     root: Path, rng: np.random.Generator, file: str = "lvis/lvis_v1_val.json", count: int = 4
 ) -> Path:
     """Images of train2017 and val2017 in turn, without file names, as LVIS v1 publishes them."""
-    first = int(rng.integers(100_000, 500_000))  # several files' pictures lie in the same folders
+
+    first = _first_image(file)
 
     def image(n: int, w: int, h: int) -> dict:
         folder = ("train2017", "val2017")[n % 2]
@@ -159,8 +166,8 @@ def write_lvis(
             "height": h,
             "width": w,
             "flickr_url": "http://farm8.staticflickr.com/1/1_a_z.jpg",
-            "coco_url": f"http://images.cocodataset.org/{folder}/{n + first:012d}.jpg",
-            "id": n + first,
+            "coco_url": f"http://images.cocodataset.org/{folder}/{first + n:012d}.jpg",
+            "id": first + n,
             "not_exhaustive_category_ids": [4],
         }
 
@@ -312,9 +319,9 @@ def write_refcoco(
 ) -> Path:
     """One expression per object; the expressions of a picture share its file."""
     pictures, images, annotations = Pictures(rng), [], []
-    first = int(rng.integers(1, 500_000))  # the sets' pictures lie in the same folder
-    for number in range(first, first + count):
-        file_name = f"COCO_train2014_{number:012d}.jpg"
+    first = _first_image(f"{name}_{split}")
+    for number in range(count):
+        file_name = f"COCO_train2014_{first + number:012d}.jpg"
         width, height, objects = pictures.draw(root / "coco/train2014" / file_name)
         for label, box in objects:
             color, shape = NAMES[label].split()
@@ -325,7 +332,7 @@ def write_refcoco(
                     "height": height,
                     "width": width,
                     "id": len(images) + 1000,
-                    "original_id": number,
+                    "original_id": first + number,
                     "caption": caption,
                     "dataset_name": name,
                     "tokens_negative": [[0, len(caption)]],

@@ -391,3 +391,14 @@ def test_features_of_another_canvas(nano, draw):
     sample["features"] = {**features, "p5": torch.zeros(320, 5, 5)}
     with pytest.raises(ValueError, match="features p3 are 20 x 20.* 128 x 128 pixels 16 x 16"):
         nano.eval()([sample])
+
+
+def test_training_refuses_a_caption_over_the_token_limit(nano, draw, monkeypatch):
+    batch = [draw(), {**draw(), "caption": "a red circle on noise", "file_name": "second.png"}]
+    train_step(nano.train(), batch)
+    monkeypatch.setattr(nano.text_encoder, "max_tokens", 5)
+    monkeypatch.setattr(nano.text_encoder, "count_tokens", lambda prompt: len(prompt.text.split()))
+    train_step(nano, batch)  # five words
+    batch[1]["caption"] += " again"
+    with pytest.raises(ValueError, match="'second.png' has 6 tokens, but at most 5 fit"):
+        nano(batch)

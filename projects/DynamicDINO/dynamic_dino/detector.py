@@ -86,6 +86,9 @@ class OpenVocabularyDetector(nn.Module):
             return self.inference(batch)
         if self.criterion is None:
             raise ValueError("this detector was built without a criterion, so it can't be trained")
+        for sample in batch:
+            if "caption" in sample:
+                self.text_encoder.refuse_long_caption(sample["caption"], sample["file_name"])
         features, masks = self.image_features(batch)
         text = self.text_encoder([sample["prompt"] for sample in batch])
         targets = self.targets(batch)

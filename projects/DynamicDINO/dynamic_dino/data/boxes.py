@@ -18,7 +18,7 @@ FAR = 0.1  # a box that reaches so much of the image's size beyond it was not dr
 def read_box(value: Any, convention: Convention) -> tuple[float, float, float, float]:
     """The four finite numbers of a "bbox"; raises Fault if it isn't that."""
     try:
-        x, y, w, h = (float(v) for v in value)
+        x, y, w, h = map(float, value)
     except (TypeError, ValueError):
         x = y = w = h = math.nan
     if not math.isfinite(x + y + w + h):

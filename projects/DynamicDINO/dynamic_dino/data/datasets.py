@@ -8,7 +8,9 @@ COCO JSON, MDETR JSON or ODVG JSONL file can be used by its path, without code. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
@@ -27,6 +29,49 @@ LOADERS: dict[Format, Callable[..., Records]] = {
 }
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a data set lies, and how it is read. `name` is that of its metadata."""
+
+    name: str
+    file: Path
+    image_root: Path
+    format: Format
+    entry: Builtin | None = None
+
+
+def locate(
+    name: str,
+    image_root: str | Path | None = None,
+    source_format: Format | None = None,
+    root: Path | None = None,
+) -> Place:
+    """The place of a built-in name or of a path that ends in ``.json`` or ``.jsonl``, whose images
+    are in `image_root` (default: the folder of the file)."""
+    if name in BUILTIN:
+        entry = BUILTIN[name]
+        file, images = entry.locate(root or dataset_root())
+        return Place(name, file, images, source_format or entry.format_of(file), entry)
+    file = Path(name)
+    if file.suffix in (".json", ".jsonl"):
+        images = Path(image_root) if image_root else file.parent
+        return Place(name, file, images, source_format or format_of_file(file))
+    known = ", ".join(name for name in BUILTIN if not name.startswith("odinw_"))
+    raise ValueError(
+        f"unknown data set {name!r}: use a built-in name ({known}, odinw_<set>_<split>; all: "
+        "`python -m dynamic_dino.data list --all`), a name that you registered, or the path of a "
+        "COCO or MDETR .json or an ODVG .jsonl file"
+    )
+
+
+def load_file(place: Place, **options: Any) -> Records:
+    """Reads what `locate` found; `options` of the format's reader go before the built-in ones."""
+    entry = place.entry
+    built_in = {**entry.options, "remedy": entry.remedy} if entry else {}
+    reader = LOADERS[place.format]
+    return reader(place.file, place.image_root, place.name, **{**built_in, **options})
+
+
 def load_datasets(names: str | Sequence[str]) -> Records | list[Records]:
     """The records of one data set, or a list of them, one entry a data set.
 
@@ -37,14 +82,15 @@ def load_datasets(names: str | Sequence[str]) -> Records | list[Records]:
         return [load_datasets(name) for name in names]
     if names in DatasetCatalog:
         return DatasetCatalog.get(names)
-    if names.endswith((".json", ".jsonl")):
-        return LOADERS[format_of_file(Path(names))](names, Path(names).parent)
-    known = ", ".join(name for name in BUILTIN if not name.startswith("odinw_"))
-    raise ValueError(
-        f"unknown data set {names!r}: use a built-in name ({known}, odinw_<set>_<split>; all: "
-        "`python -m dynamic_dino.data list`), a name that you registered, or the path of a COCO "
-        "or MDETR .json or an ODVG .jsonl file"
-    )
+    return load_file(locate(names))
+
+
+def load_own_data(
+    file: str | Path, image_root: str | Path, extra: Sequence[str] = ()
+) -> list[Records]:
+    """A user's file, of which `file` is also the name in the mapper, and further data sets that
+    are mixed in, so that the model keeps what it knows."""
+    return [load_file(locate(str(file), image_root)), *load_datasets(list(extra))]
 
 
 def get_metadata(name: str) -> Metadata:
@@ -128,10 +174,8 @@ def register_builtin(root: str | Path | None = None) -> None:
 
 
 def _register_entry(entry: Builtin, root: Path) -> None:
-    def load() -> Records:
-        file, images = entry.locate(root)  # looked for again: it may have come since
-        load_file = LOADERS[entry.format_of(file)]
-        return load_file(file, images, entry.name, remedy=entry.remedy, **entry.options)
+    def load() -> Records:  # the file is looked for again: it may have come since
+        return load_file(locate(entry.name, root=root))
 
     kind = entry.options.get("evaluator_type")
     _register(entry.name, load, *entry.locate(root), kind or _KINDS[entry.format])

@@ -159,6 +159,9 @@ class _Window:
     def next(self) -> str:
         """The next character that is no space."""
         while True:
+            character = self.text[self.at : self.at + 1]
+            if character > " ":  # not at the end of the window, which is ""
+                return character
             self.at = _SPACE.match(self.text, self.at).end()
             if self.at < len(self.text):
                 return self.text[self.at]
@@ -171,7 +174,7 @@ class _Window:
         self.at += 1
 
     def value(self) -> Any:
-        self.next()
+        """The value that `next` has come to."""
         while True:
             try:
                 value, end = _decode(self.text, self.at)

@@ -42,6 +42,10 @@ class Texts(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
+    def size(self, index: int) -> int:
+        """In bytes."""
+        return int(self.ends[index] - (self.ends[index - 1] if index else 0))
+
     def __getitem__(self, index: int) -> str:
         start = self.ends[index - 1] if index else 0
         return self.data[start : self.ends[index]].tobytes().decode()
