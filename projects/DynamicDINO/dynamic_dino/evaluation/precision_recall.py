@@ -147,7 +147,7 @@ def _curves(
             "bbox": box,
             "area": box[2] * box[3],
             "score": score,
-            "lvis_mark": free,
+            "lvis_mark": free,  # what COCOeval_faster sets itself with lvis_style
         }
         for i, (image, box, score, free) in enumerate(zip(*columns, strict=True), start=1)
     ]
