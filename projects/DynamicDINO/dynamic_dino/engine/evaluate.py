@@ -181,7 +181,8 @@ def load_for_evaluation(cfg: DictConfig, resume: bool) -> nn.Module:
     path = last_checkpoint(cfg.train.output_dir) if resume else cfg.train.init_checkpoint
     if not path:
         raise ConfigError(
-            f"--eval-only --resume found no checkpoint in {cfg.train.output_dir}"
+            f"--eval-only --resume found no checkpoint in {cfg.train.output_dir} (an interrupted "
+            "evaluation goes on without --resume)"
             if resume
             else "--eval-only needs weights: train.init_checkpoint=FILE, or --resume for the last "
             "checkpoint of train.output_dir"
