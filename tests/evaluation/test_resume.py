@@ -44,8 +44,8 @@ class Noise(torch.nn.Module):
             rng = np.random.default_rng(seed)
             count = int(rng.integers(0, self.max_detections + 1))
             found = Instances((sample["height"], sample["width"]))
-            corner = rng.uniform(0, 16, (count, 2))
-            boxes = np.concatenate([corner, corner + rng.uniform(4, 16, (count, 2))], 1)
+            corner = rng.uniform(0, 6, (count, 2))
+            boxes = np.concatenate([corner, corner + rng.uniform(16, 26, (count, 2))], 1)
             found.pred_boxes = Boxes(torch.from_numpy(boxes).float())
             found.scores = torch.from_numpy(rng.random(count)).float()
             found.pred_classes = torch.from_numpy(rng.integers(0, 2, count))
@@ -68,7 +68,7 @@ def recipe(tmp_path):
         image = {"id": i, "file_name": f"{i}.png", "height": 32, "width": 32}
         content["images"].append(image)
         for _ in range(3):
-            box = np.concatenate([rng.uniform(0, 16, 2), rng.uniform(4, 16, 2)]).tolist()
+            box = np.concatenate([rng.uniform(0, 6, 2), rng.uniform(16, 26, 2)]).tolist()
             annotation = {"image_id": i, "category_id": int(rng.choice([3, 8])), "bbox": box}
             content["annotations"].append({"id": len(content["annotations"]) + 1, **annotation})
     file = tmp_path / "truth.json"
@@ -151,6 +151,20 @@ def test_twice_interrupted_and_a_line_cut(recipe, tmp_path):
     assert do_test(recipe("cut"), model) == whole
     assert len(model.seen) == IMAGES - 6
     assert files(tmp_path, "cut") == files(tmp_path, "whole")
+
+
+def test_sets_that_were_complete_are_not_evaluated_again(recipe):
+    def two_sets(output):
+        cfg = recipe(output)
+        for kind in ("test", "evaluator"):
+            cfg.dataloader[kind]["second"] = cfg.dataloader[kind]["val"].copy()
+        return cfg
+
+    whole = do_test(two_sets("whole"), Noise())
+    interrupt(two_sets("cut"), IMAGES + 4)
+    model = Noise()
+    assert do_test(two_sets("cut"), model) == whole
+    assert len(model.seen) == IMAGES - 4
 
 
 def test_all_done_but_the_scores(recipe, tmp_path, monkeypatch):

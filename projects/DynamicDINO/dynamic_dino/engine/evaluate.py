@@ -58,6 +58,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
     dtype = amp_dtype(cfg.train.amp, device) if cfg.train.amp.enabled and device != "cpu" else None
 
     scores: dict[str, float] = {}
+    logs: list[PredictionLog] = []
     for name in names:
         folder = Path(cfg.train.output_dir) / "evaluation" / name
         options: dict[str, Any] = dict(evaluators[name])
@@ -69,6 +70,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
             evidence = fingerprint(model, loaders[name], evaluators[name], cfg.model, dtype)
             evaluator.log = PredictionLog(folder / "unfinished", evidence)
             done = evaluator.log.done
+            logs.append(evaluator.log)
         with autocast(device, dtype), adjusted(model, getattr(evaluator, "detector", {})):
             results = inference_on_dataset(model, _load_all_but(done, loaders[name]), evaluator)
         for key, value in flatten_results_dict(results).items():
@@ -82,6 +84,8 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
         finite = {k: v if math.isfinite(v) else None for k, v in scores.items()}
         path.write_text(json.dumps(finite, indent=2) + "\n")
         logger.info("Results, also in %s\n%s", path, results_table(scores))
+    for log in logs:  # only now: who starts again after the first of 35 sets finds it done
+        log.remove()
     return scores
 
 
@@ -177,7 +181,8 @@ def load_for_evaluation(cfg: DictConfig, resume: bool) -> nn.Module:
     path = last_checkpoint(cfg.train.output_dir) if resume else cfg.train.init_checkpoint
     if not path:
         raise ConfigError(
-            f"--eval-only --resume found no checkpoint in {cfg.train.output_dir}"
+            f"--eval-only --resume found no checkpoint in {cfg.train.output_dir} (an interrupted "
+            "evaluation goes on without --resume)"
             if resume
             else "--eval-only needs weights: train.init_checkpoint=FILE, or --resume for the last "
             "checkpoint of train.output_dir"

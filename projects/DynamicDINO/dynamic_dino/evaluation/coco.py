@@ -32,7 +32,7 @@ def coco_ap(
             missing "iscrowd" is 0.
         predictions: a COCO results file, or its content: dicts with image_id, category_id,
             bbox [x, y, w, h] in pixels of the original image, and score.
-        max_dets: detections kept per image and class; COCO takes 100, LVIS 300.
+        max_dets: detections kept per image and class; COCO takes 100.
         groups: suffix of the metric -> category ids, e.g. {"r": [4, 8]} adds "APr" and "AP50r".
             Default: what the categories' own "frequency" ("r", "c", "f") and "novel" (bool) say.
         image_ids: evaluate on these images only. Default: all.
@@ -44,7 +44,7 @@ def coco_ap(
         FileNotFoundError, ValueError: naming the file, the field and the remedy.
     """
     if max_dets < 1:
-        raise ValueError(f"max_dets is {max_dets}, it must be at least 1 (COCO: 100, LVIS: 300)")
+        raise ValueError(f"max_dets is {max_dets}, it must be at least 1 (COCO: 100)")
     truth = read_ground_truth(ground_truth)
     predictions = Predictions.read(predictions)
     predictions.check_ids(*ids_of(truth))

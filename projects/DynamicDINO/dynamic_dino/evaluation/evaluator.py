@@ -166,8 +166,6 @@ class DetectionEvaluator(DatasetEvaluator):
         parts = comm.gather(mine)
         routing = comm.gather(self._routing)
         if not comm.is_main_process():
-            if self.log:
-                self.log.close()
             return OrderedDict()
 
         self._warn_of_gaps(prompted)
@@ -197,8 +195,6 @@ class DetectionEvaluator(DatasetEvaluator):
             write_text(self.output_dir / "results.json", json.dumps(results, indent=1))
             write_text(self.output_dir / "results.txt", format_results(results) + "\n")
             logger.info("Full tables: %s", self.output_dir / "results.txt")
-        if self.log:
-            self.log.remove()
         routing_scalars = {
             f"routing/layer{i}/{key}": value
             for i, layer in enumerate(results["routing"])

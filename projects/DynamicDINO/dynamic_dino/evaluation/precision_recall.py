@@ -87,7 +87,8 @@ def average_precision(
         )
         precisions.append(precision)
         recalls.append(recall)
-    precision, recall = np.stack(precisions, 2), np.stack(recalls, 1)  # [T, R, C, A, M], [T, C,..
+    # [IoU, recall, class, area, max_dets] and [IoU, class, area, max_dets]
+    precision, recall = np.stack(precisions, 2), np.stack(recalls, 1)
 
     areas = {label[0]: i for i, label in enumerate(params.areaRngLbl) if label != "all"}
     iou50, iou75 = (int(np.argmin(abs(params.iouThrs - t))) for t in (0.5, 0.75))
@@ -147,7 +148,7 @@ def _curves(
             "bbox": box,
             "area": box[2] * box[3],
             "score": score,
-            "lvis_mark": free,
+            "lvis_mark": free,  # what COCOeval_faster sets itself with lvis_style
         }
         for i, (image, box, score, free) in enumerate(zip(*columns, strict=True), start=1)
     ]

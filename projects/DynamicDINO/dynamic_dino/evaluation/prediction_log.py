@@ -102,13 +102,12 @@ class PredictionLog:
             }
         )
 
-    def close(self) -> None:
-        self._file.close()
-
     def remove(self) -> None:
-        """The evaluation is complete: its results are elsewhere."""
-        self.close()
-        shutil.rmtree(self.folder)
+        """The evaluation is complete: its results are elsewhere. Collective."""
+        self._file.close()
+        comm.synchronize()
+        if comm.is_main_process():
+            shutil.rmtree(self.folder)
 
     def _write(self, line: dict) -> None:
         self._file.write(json.dumps(line) + "\n")
