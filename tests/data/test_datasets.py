@@ -260,6 +260,14 @@ def test_mdetr_records(tmp_path):
     assert MetadataCatalog.get("test_whole").evaluator_type == "refexp"
 
 
+def test_mdetr_is_recognised_wherever_its_images_stand(tmp_path):
+    content = {key: MDETR[key] for key in reversed(MDETR)} | {"info": {"caption": "no"}}
+    (record,) = datasets.load_datasets(str(write(tmp_path / "m.json", content)))
+    assert record["caption"] == CAPTION
+    coco = {"info": [{"caption": "no"}], **GOOD}
+    assert "caption" not in datasets.load_datasets(str(write(tmp_path / "c.json", coco)))[0]
+
+
 @pytest.mark.parametrize(
     "path, value, words",
     [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from detectron2.data import MetadataCatalog
+
+from .builtin import Format
+from .json_stream import stream_json
 
 
 def dataset_root() -> Path:
@@ -30,14 +33,12 @@ def replace_metadata(name: str, **fields: Any) -> None:
     MetadataCatalog.get(name).set(**fields)
 
 
-def format_of_file(path: Path) -> Literal["coco", "mdetr", "odvg"]:
+def format_of_file(path: Path) -> Format:
     """What a file is: ODVG by its ending, MDETR's if its first image has a caption, else COCO."""
     if path.suffix == ".jsonl":
         return "odvg"
     if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            head = file.read(1 << 16)
-        first_image = re.search(r'"images"\s*:\s*\[\s*\{[^{}]*', head)
-        if first_image and re.search(r'"caption"\s*:', first_image[0]):
-            return "mdetr"
+        with contextlib.suppress(ValueError):  # the reader says what is wrong with it
+            for _, _, image in stream_json(path, ["images"], progress=False):
+                return "mdetr" if isinstance(image, dict) and "caption" in image else "coco"
     return "coco"
