@@ -40,12 +40,15 @@ PROGRESS := { grep --line-buffered -oE -e '^ *(Downloading|Using cached) .* [MG]
 
 # Runs again whenever what it installs has changed.
 $(READY): setup.py constraints.txt projects/DynamicDINO/install_detectron2.py | $(PY)
-	@echo "[1/2] Installing Dynamic-DINO and what it needs into $(VENV)"
+	@echo "[1/3] Installing Dynamic-DINO and what it needs into $(VENV)"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip  # environments of uv lack pip
 	@set -o pipefail; $(PY) -m pip --disable-pip-version-check install --progress-bar off \
 	    -c constraints.txt -e '.[nano,dev]' | $(PROGRESS)
-	@echo "[2/2] Installing Detectron2, unless there is one"
+	@echo "[2/3] Installing Detectron2, unless there is one"
 	@$(PY) projects/DynamicDINO/install_detectron2.py
+	@echo "[3/3] Installing lvis, which the tests of our LVIS AP compare it with"
+	@# without what it asks for: its second OpenCV takes the place of the one we have
+	@$(PY) -m pip --disable-pip-version-check install -q -c constraints.txt --no-deps lvis
 	@touch $@
 
 # The first Python that is neither too old nor too new.
@@ -58,7 +61,7 @@ $(PY):
 	            "apt install python3-venv" >&2; \
 	        exit 1; \
 	    fi; \
-	    echo "[0/2] Creating $(VENV) with $$("$$python" --version)"; \
+	    echo "[0/3] Creating $(VENV) with $$("$$python" --version)"; \
 	    exec "$$python" -m venv "$(VENV)"; \
 	done; \
 	echo "error: Dynamic-DINO needs Python 3.10, 3.11 or 3.12; tried: $(PYTHONS)." >&2; \

@@ -133,7 +133,8 @@ def measure_many_names(models: dict, options: argparse.Namespace) -> dict:
     """A vocabulary in one call, text cached, and piece by piece with nothing kept."""
     name, model = list(models.items())[-1]
     precision = options.precisions[-1]
-    call = served(model, precision, "eager")
+    # Two, so that what one forgets the other still has
+    call, forgetful = (served(model, precision, "eager") for _ in range(2))
     vocabulary = Prompt.from_phrases([f"object {i}" for i in range(options.many_names)])
     size = options.sizes[0]
     whole = [samples(size, device=options.device)[0] | {"prompt": vocabulary}]
@@ -141,8 +142,8 @@ def measure_many_names(models: dict, options: argparse.Namespace) -> dict:
 
     def piece_by_piece() -> None:
         for piece in pieces:
-            call.model.text_encoder.forget()
-            call([whole[0] | {"prompt": piece.prompt}])
+            forgetful.model.text_encoder.forget()
+            forgetful([whole[0] | {"prompt": piece.prompt}])
 
     ways = {"piece by piece": piece_by_piece, "in one call": lambda: call(whole)}
     for way in ways.values():

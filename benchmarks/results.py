@@ -173,6 +173,41 @@ def flops(report: dict) -> str:
     return table([title, *models], rows)
 
 
+def record_memory(report: dict) -> str:
+    rows = [
+        [
+            row["source"],
+            f"{row['records']:,}",
+            f"{row['boxes']:,}",
+            f"{row['names']:,}",
+            f"{row['file_bytes'] / 1e6:,.0f}",
+            str(row["bytes_per_record"]),
+            str(row["bytes_pickled"]),
+            str(row["bytes_as_dict"]),
+        ]
+        for row in report["sources"]
+    ]
+    head = ["source", "records", "boxes", "names", "file, MB"]
+    text = table([*head, "bytes a record", "if pickled", "if dicts"], rows)
+    rows = [
+        [
+            str(row["workers"]),
+            f"{row['main_rss_bytes'] / 1e6:,.0f}",
+            f"{row['all_pss_bytes'] / 1e6:,.0f}",
+            f"{max(row['worker_private_bytes'], default=0) / 1e6:.1f}",
+            f"{max(row['worker_growth_bytes'], default=0) / 1e6:.1f}",
+        ]
+        for row in report["workers"]
+    ]
+    text += (
+        f"\n{report['records']:,} records take {report['bytes'] / 1e6:,.0f} MB; reading them took "
+        f"{report['peak_rss_bytes'] / 1e6:,.0f} MB at most, all told. A worker's own memory, and "
+        f"how much it grew while {report['touched']:,} records were touched, in MB:\n\n"
+    )
+    head = ["workers", "main process", "all processes", "own", "growth"]
+    return text + table(head, rows)
+
+
 # name: title, file in results/<machine>/, and what makes a table of it
 TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "nano_stamps": ("AP50 of nano on Stamps, percent", "nano_stamps", nano_stamps),
@@ -184,6 +219,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "training_step": ("A training step", "training_step", training_step),
     "peers": ("Other libraries' detectors", "peers", peers),
     "flops": ("Operations and parameters", "flops", flops),
+    "record_memory": ("Memory of the training records", "record_memory", record_memory),
 }
 
 

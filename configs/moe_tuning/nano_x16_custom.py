@@ -1,4 +1,4 @@
-"""nano x16-Top2, MoE-tuned on your own COCO-format data; see common/data/custom.py."""
+"""nano x16-Top2, MoE-tuned on your own data; see common/data/custom.py."""
 
 from ..common.data.custom import data, dataloader  # noqa: F401
 from .nano_x16_stamps import inference, lr_multiplier, model, optimizer, train  # noqa: F401

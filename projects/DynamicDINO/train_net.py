@@ -17,7 +17,7 @@ DEFAULT_CONFIG = Path(__file__).parents[2] / "configs/moe_tuning/dynamic_dino_x1
 
 
 def main(args: argparse.Namespace) -> None:
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, args.model)
     setup(cfg)
     if args.eval_only:
         do_test(cfg, load_for_evaluation(cfg, args.resume))
@@ -28,8 +28,14 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argument_parser(DEFAULT_CONFIG)
     args = parser.parse_args()
+    if args.model and not args.eval_only:
+        parser.error(
+            "--model goes with --eval-only; to train a model on other data, write a recipe"
+        )
     try:
-        load_config(args.config_file, args.opts)  # a mistake is reported once, not by every process
+        load_config(
+            args.config_file, args.opts, args.model
+        )  # a mistake is reported once, not by every process
         launch(main, args)
     except ConfigError as error:
         parser.error(str(error))

@@ -1,6 +1,7 @@
 import itertools
 import json
 
+import miniatures
 import numpy as np
 import pytest
 import torch
@@ -174,3 +175,29 @@ def test_detection_and_grounding_mix(name, tmp_path):
     )
     prompts = {sample["prompt"].text for sample in next(iter(instantiate(node)))}
     assert "the small corner of a picture" in prompts and len(prompts) > 1
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Miniatures of the four sources of the paper, by their names."""
+    root = tmp_path_factory.mktemp("mixture")
+    miniatures.write_all(root, seed=int(np.random.default_rng().integers(1 << 30)))
+    datasets.register_builtin(root)
+    yield ["objects365_v1_train", "v3det_train", "gqa_train", "flickr30k_train"]
+    datasets.register_builtin()
+
+
+def mixed_batches(names, count, **options):
+    mapper = TrainMapper(
+        names, 64, augmentations=[color_jitter()], phrase_prompts=0.5, phrase_dropout=0.3
+    )
+    options = {"total_batch_size": 4, "seed": 3, "weights": [4, 1, 2, 2], **options}
+    loader = build_train_loader(load_datasets(names), mapper, **options)
+    return list(itertools.islice(loader, count))
+
+
+def test_the_mixture_is_the_same_for_any_workers_and_after_resuming(mixture):
+    reference = mixed_batches(mixture, 10)
+    assert len({sample["prompt"].text for batch in reference for sample in batch}) > 20
+    assert_equal(mixed_batches(mixture, 10, num_workers=3), reference)
+    assert_equal(mixed_batches(mixture, 6, num_workers=2, start_iter=4), reference[4:])

@@ -284,3 +284,72 @@ def test_extreme_aspect_ratio(data):
     Image.new("RGB", (600, 1)).save(record["file_name"])
     thin = {**record, "height": 1, "width": 600, "annotations": []}
     assert TestMapper(name, 60)(thin)["image"].shape == (3, 1, 60)
+
+
+@pytest.fixture
+def grounding(tmp_path):
+    """A picture of two pandas, a mill and a cloud, with their caption."""
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    caption = "A red panda and a black panda at a windmill under a cloud"
+    regions = [
+        {"bbox": [0, 0, 10, 10], "phrase": "red panda"},
+        {"bbox": [20, 0, 30, 10], "phrase": "black panda"},
+        {"bbox": [40, 0, 50, 10], "phrase": "windmill"},
+        {"bbox": [0, 20, 10, 30], "phrase": "cloud"},
+        {"bbox": [20, 20, 30, 30], "phrase": "cloud"},
+    ]
+    line = {"filename": "a.png", "height": 40, "width": 60}
+    line["grounding"] = {"caption": caption, "regions": regions}
+    name = str(tmp_path / "g.jsonl")
+    (tmp_path / "g.jsonl").write_text(json.dumps(line))
+    return name, load_odvg_jsonl(name, tmp_path)[0]
+
+
+WHERE = {"red panda": [(0, 0)], "black panda": [(20, 0)], "windmill": [(40, 0)]} | {
+    "cloud": [(0, 20), (20, 20)]
+}
+
+
+def corners_by_phrase(sample):
+    phrases, found = sample["prompt"].phrases, {}
+    instances = sample["instances"]
+    for label, box in zip(instances.gt_classes, instances.gt_boxes.tensor.tolist(), strict=True):
+        found.setdefault(phrases[label], []).append((box[0], box[1]))
+    return found
+
+
+def test_a_caption_or_its_phrases(grounding):
+    name, record = grounding
+    mapper = TrainMapper(name, 60, flip=0.0, phrase_prompts=0.5)
+    texts = {}
+    for seed in range(60):
+        sample = mapper(record, np.random.default_rng(seed))
+        assert corners_by_phrase(sample) == WHERE and sample["caption"] == record["caption"]
+        texts[sample["prompt"].text] = texts.get(sample["prompt"].text, 0) + 1
+    assert 15 < texts.pop(record["caption"]) < 45  # half of them, more or less
+    assert len(texts) > 10  # the others in many orders
+    assert all(set(text.rstrip(".").split(". ")) == set(WHERE) for text in texts)
+
+
+def test_dropped_phrases_take_their_boxes_along(grounding):
+    name, record = grounding
+    mapper = TrainMapper(name, 60, flip=0.0, phrase_prompts=1.0, phrase_dropout=0.5)
+    seen = set()
+    for seed in range(80):
+        sample = mapper(record, np.random.default_rng(seed))
+        found = corners_by_phrase(sample)
+        assert set(found) == set(sample["prompt"].phrases)  # nothing is asked for in vain
+        assert all(found[phrase] == WHERE[phrase] for phrase in found)
+        assert ("red panda" in found) == ("black panda" in found)
+        seen.add(frozenset(found))
+    assert len(seen) == 7
+
+
+def test_runs_without_phrase_prompts_keep_their_random_numbers(grounding, data):
+    name, record = grounding
+    generators = [np.random.default_rng(5) for _ in range(2)]
+    TrainMapper(name, 60)(record, generators[0])
+    TrainMapper([name, [data[0]]], 60, phrase_dropout=0.5)(record, generators[1])
+    assert generators[0].random() == generators[1].random()
+    with pytest.raises(ValueError, match=r"phrase_prompts=1\.5"):
+        TrainMapper(name, 60, phrase_prompts=1.5)

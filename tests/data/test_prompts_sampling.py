@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from dynamic_dino.data.prompts import PromptSampler, evaluation_prompt
+from dynamic_dino.data.prompts import PromptSampler, caption_phrases, evaluation_prompt
 
 NAMES = [f"thing {i}" for i in range(30)]
 
@@ -91,3 +91,68 @@ def test_impossible_lengths(sizes):
 def test_a_class_of_another_data_set(rng):
     with pytest.raises(ValueError, match="category_id 30 .* 30 classes"):
         PromptSampler(NAMES, 5)([30], [30], rng)
+
+
+CAPTION = "A man in red and a dog watch two Dogs and the  man near a lake."
+
+
+def span(text, start=0):
+    at = CAPTION.index(text, start)
+    return [at, at + len(text)]
+
+
+SPANS = [
+    [span("man in red")],
+    [span("a dog")],
+    [span("two Dogs")],
+    [span("the  man")],
+    [span("a lake")],
+]
+
+
+def test_phrases_of_a_caption_in_random_order(rng):
+    orders = set()
+    for _ in range(100):
+        phrases = caption_phrases(CAPTION, SPANS, range(5), 0.0, rng)
+        assert sorted(phrases) == ["a dog", "a lake", "man in red", "the man", "two Dogs"]
+        assert {text: said for text, said in phrases.items() if text == "the man"} == {
+            "the man": [3]
+        }
+        orders.add(tuple(phrases))
+    assert len(orders) > 40
+
+
+def test_only_phrases_with_a_box_are_asked_for(rng):
+    assert set(caption_phrases(CAPTION, SPANS, [4, 1, 1], 0.0, rng)) == {"a dog", "a lake"}
+    assert caption_phrases(CAPTION, SPANS, [], 0.5, rng) == {}
+
+
+def test_phrases_that_may_mean_the_same_object_are_left_out_together(rng):
+    seen = set()
+    for _ in range(300):
+        kept = frozenset(caption_phrases(CAPTION, SPANS, range(5), 0.5, rng))
+        assert kept
+        assert ("man in red" in kept) == ("the man" in kept)
+        assert ("a dog" in kept) == ("two Dogs" in kept)
+        seen.add(kept)
+    assert len(seen) == 7  # every choice of the three groups but none at all
+
+
+def test_words_connect_over_a_third_phrase(rng):
+    caption = "red car. car door. door handle. tree"
+    spans = [[[0, 7]], [[9, 17]], [[19, 30]], [[32, 36]]]
+    seen = {frozenset(caption_phrases(caption, spans, range(4), 0.5, rng)) for _ in range(100)}
+    three = {"red car", "car door", "door handle"}
+    assert seen == {frozenset(three), frozenset({"tree"}), frozenset(three | {"tree"})}
+
+
+def test_same_words_are_one_phrase_and_several_spans_give_one(rng):
+    caption = "a cat, A  cat and the animal, !"
+    spans = [[[0, 5]], [[7, 13]], [[18, 28], [0, 5]], [[30, 31]]]
+    said = [caption_phrases(caption, spans, range(4), 0.0, rng) for _ in range(60)]
+    assert {
+        tuple(sorted(s.items())) for s in map(lambda d: {k: tuple(v) for k, v in d.items()}, said)
+    } == {
+        (("a cat", (0, 1)), ("the animal", (2,))),
+        (("a cat", (0, 1, 2)),),
+    }

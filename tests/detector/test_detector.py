@@ -4,9 +4,11 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
+from detectron2.structures import Instances
 from dynamic_dino.backbone import Backbone
 from dynamic_dino.losses.boxes import cxcywh_to_xyxy
 from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.prompt import Prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -238,6 +240,46 @@ def test_pieces_are_merged_by_score(nano, draw):
 
 
 @torch.no_grad()
+def test_1203_names_in_chunks_equal_one_chunk_at_a_time(nano, draw):
+    """LVIS: 31 chunks of 40 names, those of several images at once, and no cap per image."""
+    nano.canvas = 64  # quicker
+    model = use_every_token(nano)
+    model.max_phrases, model.max_detections_per, model.chunk_batch = 40, "piece", 8
+    model.text_encoder._run_frozen = model.text_encoder._run  # many phrases at once
+    names = [f"thing {i}" for i in range(1203)]
+    prompt = Prompt.from_phrases(names)
+    samples = [draw(4) | {"prompt": prompt, "image_size": (64, 64)} for _ in range(2)]
+    for sample in samples:
+        sample["image"] = sample["image"][:, 30:94, 30:94]
+    together = [result["instances"] for result in model(samples)]
+    for sample, found in zip(samples, together, strict=True):
+        alone = []
+        for first in range(0, 1203, 40):
+            part = list(range(first, min(first + 40, 1203)))
+            [result] = model([sample | {"prompt": prompt.select(part)}])
+            result["instances"].remove("phrases")
+            result["instances"].pred_classes += first
+            alone.append(result["instances"])
+        alone = Instances.cat(alone)
+        assert len(found) == len(alone) == 1203 * model.query_selection.num_queries
+        assert found.phrases == [names[i] for i in found.pred_classes]
+        found.remove("phrases")
+        table = [
+            torch.stack([d.scores[d.pred_classes == i].sort().values for i in range(1203)])
+            for d in (found, alone)
+        ]
+        torch.testing.assert_close(*table, atol=1e-5, rtol=0)
+        some = torch.randint(1203, (5,))
+        alone = alone[alone.scores.argsort(descending=True, stable=True)]
+        chosen = [d[torch.isin(d.pred_classes, some)] for d in (found, alone)]
+        assert_same_detections(*chosen)
+
+    model.max_detections = 50
+    [capped] = model(samples[:1])
+    assert len(capped["instances"]) == 31 * 50
+
+
+@torch.no_grad()
 def test_score_is_the_mean_probability_of_the_phrase(nano, draw):
     sample = draw(5)
     nano.eval()
@@ -349,3 +391,14 @@ def test_features_of_another_canvas(nano, draw):
     sample["features"] = {**features, "p5": torch.zeros(320, 5, 5)}
     with pytest.raises(ValueError, match="features p3 are 20 x 20.* 128 x 128 pixels 16 x 16"):
         nano.eval()([sample])
+
+
+def test_training_refuses_a_caption_over_the_token_limit(nano, draw, monkeypatch):
+    batch = [draw(), {**draw(), "caption": "a red circle on noise", "file_name": "second.png"}]
+    train_step(nano.train(), batch)
+    monkeypatch.setattr(nano.text_encoder, "max_tokens", 5)
+    monkeypatch.setattr(nano.text_encoder, "count_tokens", lambda prompt: len(prompt.text.split()))
+    train_step(nano, batch)  # five words
+    batch[1]["caption"] += " again"
+    with pytest.raises(ValueError, match="'second.png' has 6 tokens, but at most 5 fit"):
+        nano(batch)

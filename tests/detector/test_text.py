@@ -347,3 +347,14 @@ def test_missing_package():
         TextEncoder("package:no_such_package/model")
     with pytest.raises(FileNotFoundError, match="no such file.*modle"):
         TextEncoder(MINILM.replace("model", "modle"))
+
+
+def test_too_long_a_caption_is_refused_and_never_cut(fresh):
+    encoder = fresh(max_tokens=11)
+    encoder.refuse_long_caption("a red panda near a lake, at rest", "a.jpg")  # 9 + the two ends
+    caption = "a red panda near a lake, at rest now"
+    assert encoder.count_tokens(Prompt.from_caption(caption, [[(0, 5)]])) == 12
+    with pytest.raises(ValueError) as error:
+        encoder.refuse_long_caption(caption, "a.jpg")
+    for word in ("'a.jpg'", "12 tokens", "at most 11", caption, "max_tokens", "data check"):
+        assert word in str(error.value)

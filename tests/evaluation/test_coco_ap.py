@@ -31,6 +31,7 @@ def random_truth(rng, images=30, classes=9):
                     "bbox": [float(v) for v in (*corner, *size)],
                     "area": float(size.prod() * fill),
                     "iscrowd": int(rng.random() < 0.1),
+                    "ignore": int(rng.random() < 0.1),  # which COCO's evaluation doesn't heed
                 }
             )
     return {

@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing as mp
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
-from dynamic_dino.evaluation import DetectionEvaluator, coco_ap, inference_on_dataset
+from dynamic_dino.evaluation import DetectionEvaluator, coco_ap, inference_on_dataset, lvis_ap
 from dynamic_dino.moe.routing import Routing
 
 CATEGORY_IDS = [11, 4, 30, 7]  # contiguous class -> id of the JSON file
@@ -273,6 +273,40 @@ def test_two_processes_give_the_same_numbers(tmp_path):
     assert layer["load"] == pytest.approx([0.25] * 4)
     metrics = {key: value for key, value in metrics.items() if "routing" not in key}
     assert metrics == pytest.approx(coco_ap(truth, as_predictions(batches)).metrics)
+
+
+def test_fixed_ap_keeps_no_more_than_can_count(tmp_path, monkeypatch):
+    """In any order of the images, and with ties, the same detections are kept."""
+    rng = np.random.default_rng()
+    truth = scene(rng, images=30)
+    for category, letter in zip(truth["categories"], "rcff", strict=True):
+        category["frequency"] = letter
+    for image in truth["images"]:
+        image["neg_category_ids"] = [int(c) for c in rng.choice(CATEGORY_IDS, 2, replace=False)]
+        image["not_exhaustive_category_ids"] = []
+    batches = detect(rng, truth)
+    for _, [output] in batches:
+        output["instances"].scores = (output["instances"].scores * 4).round() / 4
+    expected = lvis_ap(truth, as_predictions(batches), fixed=True, max_dets=10)
+    monkeypatch.setattr("dynamic_dino.evaluation.evaluator.PRUNE_EVERY", 20)
+    name = register(truth, tmp_path, evaluator_type="lvis", frequency=list("rcff"))
+    for n in range(3):
+        evaluator = DetectionEvaluator(name, tmp_path / "out", max_dets=10)
+        evaluator.reset()
+        for i in rng.permutation(len(batches)) if n else range(len(batches)):
+            evaluator.process(*batches[i])
+        assert sum(map(len, evaluator._parts)) <= 4 * 10 + 20 + 5
+        assert dict(evaluator.evaluate()) == pytest.approx(expected.metrics)
+        found = [p["category_id"] for p in as_predictions(batches)]
+        kept = sum(min(found.count(c), 10) for c in CATEGORY_IDS)
+        assert len(json.loads((tmp_path / "out/predictions.json").read_text())) == kept
+    text = (tmp_path / "out/results.txt").read_text()
+    assert "fixed AP: at most 10 detections per class" in text and "rare" in text
+
+
+def test_an_unknown_protocol_is_named():
+    with pytest.raises(ValueError, match="unknown protocol 'voc': use one of coco, lvis"):
+        DetectionEvaluator("any", protocol="voc")
 
 
 def test_bad_input_is_named(tmp_path):

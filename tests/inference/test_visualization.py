@@ -139,3 +139,13 @@ def test_contact_sheet_refuses_nonsense():
         contact_sheet([])
     with pytest.raises(ValueError, match="1 captions for 2 images"):
         contact_sheet([image, image], captions=["a"])
+
+
+def test_boxes_of_any_size_and_place_can_be_drawn():
+    rng = np.random.default_rng()
+    image = np.zeros((90, 120, 3), dtype=np.uint8)
+    for width in [0.2, *rng.uniform(0, 30, 60)]:
+        for height in (0.3, float(rng.uniform(0, 30)), 80.0):
+            x, y = rng.uniform(-5, 121), rng.uniform(-5, 91)
+            picture = visualization.draw_boxes(image, [[x, y, x + width, y + height]], ["harp"])
+            assert picture.shape == (480, 640, 3) and picture.any()

@@ -1,10 +1,13 @@
-"""Your own COCO-format data: give four paths on the command line, as ``data.train_json=...``.
+"""Your own data: COCO JSON, or grounding data as MDETR JSON or ODVG JSONL. Give the paths on the
+command line, as ``data.train_json=...``.
 
-Category names are the phrases that the detector learns, so let them read like English.
+Category names and phrases are what the detector learns, so let them read like English. To keep
+what the model knows, mix other data sets in, ``data.extra=[coco_2017_train,gqa_train]``, and say
+how many of the samples come from each, yours first: ``data.weights=[2,1,1]`` (default: by size).
 """
 
 from detectron2.config import LazyCall as L
-from dynamic_dino.data.datasets import load_coco_json
+from dynamic_dino.data.datasets import load_own_data
 from dynamic_dino.data.loader import build_test_loader, build_train_loader
 from dynamic_dino.data.mapper import TestMapper, TrainMapper
 from dynamic_dino.evaluation.evaluator import DetectionEvaluator
@@ -14,25 +17,29 @@ data = dict(
     train_images="data/train",
     val_json="data/val.json",
     val_images="data/val",
+    extra=[],
+    weights=None,
 )
 
 dataloader = dict(
     train=L(build_train_loader)(
-        dataset=L(load_coco_json)(
-            json_file="${data.train_json}", image_root="${data.train_images}"
+        dataset=L(load_own_data)(
+            file="${data.train_json}", image_root="${data.train_images}", extra="${data.extra}"
         ),
         mapper=L(TrainMapper)(
-            dataset="${data.train_json}", size="${inference.size}", min_phrases=1, max_phrases=30
+            dataset=["${data.train_json}", "${data.extra}"],
+            size="${inference.size}",
+            min_phrases=1,
+            max_phrases=30,
         ),
         total_batch_size=8,
         num_workers=1,
         seed=0,
+        weights="${data.weights}",
     ),
     test=dict(
         val=L(build_test_loader)(
-            dataset=L(load_coco_json)(
-                json_file="${data.val_json}", image_root="${data.val_images}"
-            ),
+            dataset=L(load_own_data)(file="${data.val_json}", image_root="${data.val_images}"),
             mapper=L(TestMapper)(dataset="${data.val_json}", size="${inference.size}"),
             batch_size=8,
         )

@@ -1,6 +1,9 @@
 """The paper's 1.56M training images (Table 7), zero-shot evaluation on COCO.
 
-Objects365 v1 609k, V3Det 184k, GQA 621k, Flickr30k 149k.
+Objects365 v1 609k, V3Det 184k, GQA 621k, Flickr30k 149k: each image as often as any other. The
+papers say nothing of prompts and augmentation; these are mmdetection's Grounding DINO's, with the
+canvas fixed: DETR's crop without its scales, the names of an image and negatives up to 85, captions
+as they are.
 """
 
 from detectron2.config import LazyCall as L
@@ -18,16 +21,18 @@ dataloader = dict(
         mapper=L(TrainMapper)(
             dataset="${..dataset.names}",
             size="${inference.size}",
-            # DETR's crop, without its scales: the canvas is fixed
             augmentations=L(T.RandomApply)(
                 tfm_or_aug=L(T.RandomCrop)(crop_type="relative_range", crop_size=[0.5, 0.5]),
                 prob=0.5,
             ),
             max_phrases=85,
+            phrase_prompts=0.0,  # of captions, how many become their phrases in random order
+            phrase_dropout=0.0,  # of these phrases, how many are left out
         ),
         total_batch_size=64,
         num_workers=8,
         seed=0,
+        weights=None,  # by size; else one number for each data set
     ),
     test=dict(
         coco=L(build_test_loader)(

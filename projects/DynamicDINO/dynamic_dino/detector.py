@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,8 @@ class OpenVocabularyDetector(nn.Module):
             image. A square canvas makes the result independent of what else is in the batch.
         max_phrases: longest prompt, in phrases, that is looked at in one piece at test time.
         max_detections: kept per image.
+        max_detections_per: "piece" keeps that many of every piece of a split prompt, in an image
+            as many as come together so (fixed AP: 300 per 40 names, and no cap per image).
         chunk_batch: how many (image, prompt piece) pairs go through the decoder at once.
         return_routings: in evaluation, adds the batch's `Routing`s to the first result.
     """
@@ -55,6 +58,7 @@ class OpenVocabularyDetector(nn.Module):
         canvas: int | None = None,
         max_phrases: int | None = None,
         max_detections: int = 300,
+        max_detections_per: Literal["image", "piece"] = "image",
         chunk_batch: int = 8,
         return_routings: bool = True,
     ) -> None:
@@ -64,7 +68,8 @@ class OpenVocabularyDetector(nn.Module):
         self.criterion, self.denoising = criterion, denoising
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), False)
-        self.canvas, self.max_phrases, self.max_detections = canvas, max_phrases, max_detections
+        self.canvas, self.max_phrases = canvas, max_phrases
+        self.max_detections, self.max_detections_per = max_detections, max_detections_per
         self.chunk_batch, self.return_routings = chunk_batch, return_routings
 
     @property
@@ -82,6 +87,9 @@ class OpenVocabularyDetector(nn.Module):
             return self.inference(batch)
         if self.criterion is None:
             raise ValueError("this detector was built without a criterion, so it can't be trained")
+        for sample in batch:
+            if "caption" in sample:
+                self.text_encoder.refuse_long_caption(sample["caption"], sample["file_name"])
         features, masks = self.image_features(batch)
         text = self.text_encoder([sample["prompt"] for sample in batch])
         targets = self.targets(batch)
@@ -215,7 +223,8 @@ class OpenVocabularyDetector(nn.Module):
             routings.append(chunk_routings)
             for row, (i, piece) in enumerate(chunk):
                 found[i].append(best.of_image(row, piece))
-        results = to_instances(batch, found, self.max_detections)
+        most = self.max_detections if self.max_detections_per == "image" else None
+        results = to_instances(batch, found, most)
         if self.return_routings and results:
             results[0]["routings"] = [Routing.cat(layer) for layer in zip(*routings, strict=True)]
         return results

@@ -52,8 +52,9 @@ def best_pairs(last: Predictions, phrase_map: Tensor, most: int) -> Detections:
     return Detections(scores, flat % phrases, boxes, queries)
 
 
-def to_instances(batch: list[dict], found: list[list[Detections]], most: int) -> list[dict]:
-    """Merges the pieces of each image, and scales boxes to its original size.
+def to_instances(batch: list[dict], found: list[list[Detections]], most: int | None) -> list[dict]:
+    """Merges the pieces of each image, keeps the `most` best (None: all), and scales boxes to its
+    original size.
 
     Returns {"instances": Instances} for each sample, with pred_boxes (XYXY, pixels), scores,
     pred_classes (index of the phrase) and phrases: to read those, the host waits for the device.

@@ -77,7 +77,8 @@ class TextEncoder(nn.Module):
             one token per word piece (Grounding DINO).
         norm: layer norm after the projection, for an enhancer without text layers, whose norms
             otherwise give the class head vectors of a known length.
-        max_tokens: longest prompt, in tokens, that is looked at in one piece at test time.
+        max_tokens: longest prompt, in tokens, that is looked at in one piece at test time, and
+            longest caption to train on.
         cache_size: phrases whose features are kept; cached_prompts: batches of prompts whose
             finished `TextFeatures` are kept in inference.
         config: overrides of the encoder's configuration, e.g. ``{"num_hidden_layers": 2}``.
@@ -171,6 +172,20 @@ class TextEncoder(nn.Module):
         if self.pooled:
             return len(prompt.spans)
         return 2 + sum(len(self._tokenize(b.text)["input_ids"]) for b in self.blocks(prompt))
+
+    def refuse_long_caption(self, caption: str, file_name: str) -> None:
+        """Raises ValueError for a caption that `max_tokens` doesn't hold: a piece of a sentence
+        means something else, so that it isn't cut."""
+        if len(caption) + 2 <= self.max_tokens:  # a token is at least a character
+            return
+        count = self.count_tokens(Prompt(caption, (((0, len(caption)),),)))
+        if count > self.max_tokens:
+            raise ValueError(
+                f"the caption of {file_name!r} has {count} tokens, but at most {self.max_tokens} "
+                f"fit: {caption[:80]!r} ...; shorten or split it or leave it out (`python -m "
+                "dynamic_dino.data check` lists all of a data set), or raise "
+                "model.text_encoder.max_tokens"
+            )
 
     def split(self, prompt: Prompt, max_phrases: int | None = None) -> list[list[int]]:
         """Splits the phrases of a prompt so that each part fits `max_tokens` and `max_phrases`.

@@ -50,17 +50,42 @@ def draw_detections(
     Returns:
         uint8 [H', W', 3], RGB, of the image's aspect ratio.
     """
+    detections = detections[detections.scores >= threshold]
+    order = detections.scores.argsort(descending=True).tolist()
+    return draw_boxes(
+        image,
+        detections.pred_boxes.tensor[order].tolist(),
+        [detections.phrases[i] for i in order],
+        detections.scores[order].tolist(),
+        min_size,
+    )
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes: Sequence[Sequence[float]],
+    phrases: Sequence[str],
+    scores: Sequence[float] | None = None,
+    min_size: int = 640,
+) -> np.ndarray:
+    """The image with a box and a label, phrase and score if there are scores, for each object.
+
+    Args:
+        image: uint8 [H, W, 3], RGB.
+        boxes: x0, y0, x1, y1 in pixels of the image, the most important first.
+        min_size: see `draw_detections`.
+
+    Returns:
+        uint8 [H', W', 3], RGB, of the image's aspect ratio.
+    """
     canvas = Image.fromarray(image).convert("RGB")
     scale = max(1.0, min_size / max(canvas.size))
     if scale > 1:
         size = (max(round(canvas.width * scale), 1), max(round(canvas.height * scale), 1))
         canvas = canvas.resize(size, Image.Resampling.BICUBIC)
-    detections = detections[detections.scores >= threshold]
-    order = detections.scores.argsort(descending=True).tolist()
-    boxes = [[v * scale for v in detections.pred_boxes.tensor[i].tolist()] for i in order]
-    phrases = [detections.phrases[i] for i in order]
-    scores = [float(detections.scores[i]) for i in order]
-    colors = phrase_colors(detections.phrases)
+    boxes = [[v * scale for v in box] for box in boxes]
+    endings = [""] * len(boxes) if scores is None else [f" {score:.2f}" for score in scores]
+    colors = phrase_colors(phrases)
 
     unit = max(canvas.size) / 640  # line widths and letters grow with the picture
     line = max(2, round(2.6 * unit))
@@ -71,9 +96,9 @@ def draw_detections(
     font = _font(max(10, round(14 * unit * crowding)))
     tags: list[Rect] = []
     texts = []
-    for box, phrase, score in zip(boxes, phrases, scores, strict=True):
+    for box, phrase, ending in zip(boxes, phrases, endings, strict=True):
         others = [b for b in boxes if b is not box]
-        texts.append(_shorten(phrase, f" {score:.2f}", font, canvas.width - 2 * line))
+        texts.append(_shorten(phrase, ending, font, canvas.width - 2 * line))
         tags.append(_place(_text_size(texts[-1], font), box, tags, others, line, canvas.size))
     # The best last, so that where labels can't but overlap, theirs are on top.
     for tag, text, phrase in reversed(list(zip(tags, texts, phrases, strict=True))):
@@ -153,11 +178,14 @@ def _draw_box(pen: ImageDraw.ImageDraw, box: Rect, color: Color, line: int, size
     width, height = size
     x0, y0 = max(box[0], 0), max(box[1], 0)
     x1, y1 = max(min(box[2], width - 1), x0), max(min(box[3], height - 1), y0)
-    radius = min(1.5 * line, (x1 - x0) / 2, (y1 - y0) / 2)
     # A dark seam outside the line keeps it visible on a background of its own colour.
-    seam = (x0 - 1, y0 - 1, x1 + 1, y1 + 1)
-    pen.rounded_rectangle(seam, radius, outline=(0, 0, 0, 110), width=line + 2)
-    pen.rounded_rectangle((x0, y0, x1, y1), radius, outline=(*color, 255), width=line)
+    for grow, ink, width in ((1, (0, 0, 0, 110), line + 2), (0, (*color, 255), line)):
+        corners = (x0 - grow, y0 - grow, x1 + grow, y1 + grow)
+        side = min(x1 - x0, y1 - y0) + 2 * grow
+        if side > 3 * line + 6:
+            pen.rounded_rectangle(corners, 1.5 * line, outline=ink, width=width)
+        else:  # too small for round corners: lines that meet in the middle at most
+            pen.rectangle(corners, outline=ink, width=max(1, min(width, int(side / 2))))
 
 
 def _draw_tag(pen: ImageDraw.ImageDraw, tag: Rect, text: str, color: Color, font) -> None:

@@ -204,7 +204,7 @@ def cache_features(cfg: Any, model: nn.Module | None = None, **options: Any) -> 
     ``features`` set to a folder. `options` go to `build_feature_cache`."""
     from detectron2.config import instantiate
 
-    from .loader import _is_flat
+    from .loader import as_sources
 
     nodes = cfg.dataloader
     loaders = [*filter(None, [nodes.get("train")]), *nodes.get("test", {}).values()]
@@ -216,7 +216,7 @@ def cache_features(cfg: Any, model: nn.Module | None = None, **options: Any) -> 
             continue
         root = root if isinstance(root, str) else root.root
         dataset = instantiate(loader.dataset)
-        records = dataset if _is_flat(dataset) else [r for source in dataset for r in source]
+        records = [record for source in as_sources(dataset) for record in source]
         size, collected = wanted.setdefault(root, (mapper.size, []))
         if size != mapper.size:
             raise ValueError(f"{root!r} is asked for at sizes {size}, {mapper.size}")

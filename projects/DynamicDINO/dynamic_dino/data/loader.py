@@ -5,17 +5,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
-from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-logger = logging.getLogger(__name__)
+from .records import Mixture, Record, Records, share_on_machine
 
-Record = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
 class TrainBatches:
@@ -73,10 +71,10 @@ class TrainBatches:
 
 
 class MappedRecords(Dataset):
-    """Records, kept serialised so that workers share their memory, mapped when asked for."""
+    """Records, in memory that workers share, mapped when asked for."""
 
-    def __init__(self, records: Sequence[Record], mapper: Callable, seed: int | None = None):
-        self.records = DatasetFromList(list(records), copy=True, serialize=True)
+    def __init__(self, records: Mixture, mapper: Callable, seed: int | None = None):
+        self.records = records
         self.mapper = mapper
         self.seed = seed
 
@@ -112,11 +110,10 @@ def build_train_loader(
 
     Raises ValueError if nothing is left to train on.
     """
-    sources = [list(dataset)] if _is_flat(dataset) else [list(source) for source in dataset]
-    if filter_empty:
-        sources = [_without_empty(source) for source in sources]
-    records = [record for source in sources for record in source]
-    if not records:
+    sources = as_sources(dataset)
+    keep = [_with_objects(source) if filter_empty else None for source in sources]
+    records = Mixture([_shared(source) for source in sources], keep)
+    if not len(records):
         raise ValueError(
             "dataloader.train.dataset has no image with a box: check its annotations, or set "
             "dataloader.train.filter_empty=False to train on images without objects"
@@ -126,7 +123,7 @@ def build_train_loader(
         total_batch_size,
         seed=seed,
         start_iter=start_iter,
-        weights=None if weights is None else _record_weights(sources, weights),
+        weights=None if weights is None else _record_weights(records.sizes, weights),
         rank=comm.get_rank(),
         world_size=comm.get_world_size(),
     )
@@ -146,9 +143,8 @@ def build_test_loader(
 ) -> DataLoader:
     """Every record exactly once and in order, each rank its contiguous part; `batch_size` is per
     rank. Batches are lists of mapped samples."""
-    sources = [dataset] if _is_flat(dataset) else dataset
-    records = [record for source in sources for record in source]
-    if not records:
+    records = Mixture(as_sources(dataset))
+    if not len(records):
         raise ValueError("the data set of this test loader is empty: check its annotation file")
     return DataLoader(
         MappedRecords(records, mapper),
@@ -162,34 +158,42 @@ def _as_list(samples: list[dict]) -> list[dict]:
     return samples
 
 
-def _is_flat(dataset: Sequence) -> bool:
-    return len(dataset) == 0 or isinstance(dataset[0], dict)
+def as_sources(dataset: Sequence) -> list[Sequence[Record]]:
+    """A loader's `dataset` as a list of sources, of which it may be the only one."""
+    if isinstance(dataset, Records) or len(dataset) == 0 or isinstance(dataset[0], dict):
+        return [dataset]
+    return list(dataset)
 
 
-def _without_empty(source: list[Record]) -> list[Record]:
-    kept = [
-        record
-        for record in source
-        if any(not annotation.get("iscrowd", 0) for annotation in record.get("annotations", ()))
-    ]
+def _shared(source: Sequence[Record]) -> Sequence[Record]:
+    return share_on_machine(source) if isinstance(source, Records) else source
+
+
+def _with_objects(source: Sequence[Record]) -> np.ndarray:
+    """Indices of the records that have a box of no crowd."""
+    if isinstance(source, Records):
+        kept = np.flatnonzero(source.with_objects())
+    else:
+        objects = (
+            any(not annotation.get("iscrowd", 0) for annotation in record.get("annotations", ()))
+            for record in source
+        )
+        kept = np.flatnonzero(np.fromiter(objects, dtype=bool))
     if len(kept) < len(source):
         logger.info("left out %d of %d images without boxes", len(source) - len(kept), len(source))
     return kept
 
 
-def _record_weights(sources: list[list[Record]], weights: Sequence[float]) -> np.ndarray:
-    if len(weights) != len(sources) or min(weights) < 0 or not sum(weights) > 0:
+def _record_weights(sizes: Sequence[int], weights: Sequence[float]) -> np.ndarray:
+    """float64 [N], the probability of each record; `weights` is a source's share of the samples."""
+    if len(weights) != len(sizes) or min(weights) < 0 or not sum(weights) > 0:
         raise ValueError(
             f"dataloader.train.weights={list(weights)}: give one non-negative number for each of "
-            f"the {len(sources)} data sets"
+            f"the {len(sizes)} data sets"
         )
-    for i, (source, weight) in enumerate(zip(sources, weights, strict=True)):
-        if weight and not source:
+    for i, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        if weight and not size:
             raise ValueError(f"data set {i} of dataloader.train has weight {weight} but no images")
-    per_record = np.concatenate(
-        [
-            np.full(len(source), weight / max(len(source), 1))
-            for source, weight in zip(sources, weights, strict=True)
-        ]
-    )
+    shares = np.asarray(weights, dtype=np.float64) / np.maximum(sizes, 1)
+    per_record = np.repeat(shares, sizes)
     return per_record / per_record.sum()

@@ -15,18 +15,20 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from ..prompt import Prompt
 from .datasets import get_metadata
 from .images import Size, read_image, resize_transform, to_tensor
-from .prompts import PromptSampler, evaluation_prompt
+from .prompts import PromptSampler, caption_phrases, evaluation_prompt
 
 if TYPE_CHECKING:
     from .feature_cache import FeatureCache
 
 Record = dict[str, Any]
+Names = str | Sequence["Names"]
 
 
 class TrainMapper:
     """A record and a random generator -> an augmented sample with a sampled prompt.
 
-    dataset        name (or names) of the data sets whose records come, for their class names
+    dataset        name of the data set whose records come, for its class names, or a list of
+                   names or of such lists
     size           int: the longest edge is scaled to it; (short, long): the shortest edge is
                    scaled to `short` unless the longest would pass `long`; None: as `augmentations`
                    leave it
@@ -37,15 +39,22 @@ class TrainMapper:
     features       cached backbone features to be used in the place of the image, or the folder
                    of the cache; `size` must be its canvas and `augmentations` empty
     min_box_size   boxes narrower or lower than this, in pixels of the network, are left out
+    phrase_prompts   probability that the prompt of a caption is, in its place, its phrases in
+                   random order, as in detection; phrase_dropout: probability that one of them is
+                   left out, see `caption_phrases`
+
+    Captions get no negatives from elsewhere, which nobody does (mmdetection's vg_aug): what else
+    the picture shows is unknown.
 
     The sample: "image" uint8 [3, h, w] RGB, or "features" {level: float16 [C, H, W]};
     "image_size" (h, w); "prompt"; "instances" with gt_boxes (XYXY, pixels of the network) and
-    gt_classes (index into the phrases of the prompt); "height", "width", "file_name", "image_id".
+    gt_classes (index into the phrases of the prompt); "height", "width", "file_name", "image_id";
+    "caption" of grounding records.
     """
 
     def __init__(
         self,
-        dataset: str | Sequence[str],
+        dataset: Names,
         size: Size,
         *,
         augmentations: T.Augmentation | Sequence[T.Augmentation] = (),
@@ -54,7 +63,15 @@ class TrainMapper:
         min_phrases: int | None = None,
         features: FeatureCache | str | None = None,
         min_box_size: float = 1.0,
+        phrase_prompts: float = 0.0,
+        phrase_dropout: float = 0.0,
     ) -> None:
+        for option, value in (
+            ("phrase_prompts", phrase_prompts),
+            ("phrase_dropout", phrase_dropout),
+        ):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{option}={value} of the mapper must be a probability")
         if isinstance(augmentations, T.Augmentation):
             augmentations = [augmentations]
         features = _open_features(features, size)
@@ -64,7 +81,7 @@ class TrainMapper:
                 "empty or features unset"
             )
         self.samplers = {}
-        for name in [dataset] if isinstance(dataset, str) else dataset:
+        for name in _flat_names(dataset):
             metadata = get_metadata(name)
             novel = getattr(metadata, "novel", None) or []
             self.samplers[name] = PromptSampler(
@@ -79,6 +96,8 @@ class TrainMapper:
         self.flip = flip
         self.features = features
         self.min_box_size = min_box_size
+        self.phrase_prompts = phrase_prompts
+        self.phrase_dropout = phrase_dropout
 
     def __call__(self, record: Record, rng: np.random.Generator) -> dict:
         boxes, classes = _boxes_and_classes(record)
@@ -109,15 +128,28 @@ class TrainMapper:
         keep = ((boxes[:, 2:] - boxes[:, :2]) >= self.min_box_size).all(axis=1)
         boxes, classes = boxes[keep], classes[keep]
         if "caption" in record:
-            sample["prompt"] = Prompt.from_caption(record["caption"], record["phrase_spans"])
-            phrases = range(len(record["phrase_spans"]))
+            sample["prompt"], position = self._caption_prompt(record, classes, rng)
         else:
             sampler = _sampler_of(record, self.samplers)
             present = [annotation["category_id"] for annotation in record["annotations"]]
             phrases = sampler(classes.tolist(), present, rng)
             sample["prompt"] = Prompt.from_phrases([sampler.names[i] for i in phrases])
-        sample["instances"] = _instances(boxes, classes, phrases, sample["image_size"])
+            position = {c: i for i, c in enumerate(phrases)}
+        sample["instances"] = _instances(boxes, classes, position, sample["image_size"])
         return sample
+
+    def _caption_prompt(
+        self, record: Record, classes: np.ndarray, rng: np.random.Generator
+    ) -> tuple[Prompt, dict[int, int]]:
+        """The caption, or its phrases; and the place of each class of the record in it."""
+        caption, spans = record["caption"], record["phrase_spans"]
+        # drawn only where it is wanted: runs without it keep their random numbers
+        if self.phrase_prompts and rng.random() < self.phrase_prompts:
+            phrases = caption_phrases(caption, spans, classes.tolist(), self.phrase_dropout, rng)
+            if phrases:
+                position = {c: i for i, said in enumerate(phrases.values()) for c in said}
+                return Prompt.from_phrases(list(phrases)), position
+        return Prompt.from_caption(caption, spans), {i: i for i in range(len(spans))}
 
 
 class TestMapper:
@@ -134,7 +166,7 @@ class TestMapper:
 
     def __init__(
         self,
-        dataset: str | Sequence[str],
+        dataset: Names,
         size: Size,
         *,
         prompt_names: str | int = "all",
@@ -144,7 +176,7 @@ class TestMapper:
             raise ValueError(f"prompt_names={prompt_names!r}: use 'all' or a positive number")
         features = _open_features(features, size)
         self.samplers, self.fixed = {}, {}
-        for name in [dataset] if isinstance(dataset, str) else dataset:
+        for name in _flat_names(dataset):
             metadata = get_metadata(name)
             names = metadata.thing_classes
             related = getattr(metadata, "near_synonyms", None)
@@ -177,8 +209,9 @@ class TestMapper:
                 phrases = evaluation_prompt(sampler, present, self.prompt_names, record["image_id"])
                 sample["prompt"] = Prompt.from_phrases([sampler.names[i] for i in phrases])
         sample["prompt_classes"] = phrases
+        position = {c: i for i, c in enumerate(phrases)}
         sample["instances"] = _instances(
-            resize.apply_box(boxes), classes, phrases, sample["image_size"]
+            resize.apply_box(boxes), classes, position, sample["image_size"]
         )
         return sample
 
@@ -255,8 +288,13 @@ def numpy_seed(seed: int) -> Iterator[None]:
 # ---- parts of a sample --------------------------------------------------------------------------
 
 
+def _flat_names(names: Names) -> list[str]:
+    return [names] if isinstance(names, str) else [n for part in names for n in _flat_names(part)]
+
+
 def _describe(record: Record) -> dict:
-    return {key: record[key] for key in ("file_name", "image_id", "height", "width")}
+    keys = ("file_name", "image_id", "height", "width", "caption")
+    return {key: record[key] for key in keys if key in record}
 
 
 def _boxes_and_classes(record: Record) -> tuple[np.ndarray, np.ndarray]:
@@ -271,10 +309,9 @@ def _boxes_and_classes(record: Record) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _instances(
-    boxes: np.ndarray, classes: np.ndarray, phrases: Sequence[int], image_size: tuple[int, int]
+    boxes: np.ndarray, classes: np.ndarray, position: dict[int, int], image_size: tuple[int, int]
 ) -> Instances:
     """Relabels classes as positions in the prompt; boxes of classes that it lacks are dropped."""
-    position = {c: i for i, c in enumerate(phrases)}
     keep = [i for i, c in enumerate(classes.tolist()) if c in position]
     instances = Instances(image_size)
     instances.gt_boxes = Boxes(torch.as_tensor(boxes[keep], dtype=torch.float32).reshape(-1, 4))

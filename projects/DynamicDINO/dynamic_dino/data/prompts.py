@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -99,6 +100,65 @@ def evaluation_prompt(
     present = set(present)
     rng = np.random.default_rng(zlib.crc32(str(image_id).encode()))
     return sampler.sample(present, present, max(length, len(present)), rng)
+
+
+def caption_phrases(
+    caption: str,
+    phrase_spans: Sequence[Sequence[Sequence[int]]],
+    present: Iterable[int],
+    dropout: float,
+    rng: np.random.Generator,
+) -> dict[str, list[int]]:
+    """The phrases of a caption in random order, for a detection prompt: text -> the phrases of the
+    caption that say it, some of them left out.
+
+    A phrase of several spans is said by one of them. Phrases of the same words become one, which
+    has the boxes of all. With probability `dropout` a phrase is left out; its objects stay in the
+    picture, so that no phrase that may mean them may stay without their boxes: phrases that share
+    a word ("man", "man in red") are left out together. At least one stays.
+
+    present: phrases that have a box.
+    """
+    texts: dict[str, list[int]] = {}
+    spelling: dict[str, str] = {}
+    for i in sorted(set(present)):
+        start, end = phrase_spans[i][int(rng.integers(len(phrase_spans[i])))]
+        text = " ".join(caption[start:end].split())
+        if re.search(r"\w", text):
+            text = spelling.setdefault(text.casefold(), text)
+            texts.setdefault(text, []).append(i)
+    kin = _phrases_that_share_words(list(texts))
+    kept = [group for group in kin if rng.random() >= dropout]
+    if kin and not kept:
+        kept = [kin[int(rng.integers(len(kin)))]]
+    phrases = sorted(text for group in kept for text in group)
+    return {phrases[i]: texts[phrases[i]] for i in rng.permutation(len(phrases))}
+
+
+# words that tell nothing about what a phrase means
+_LITTLE_WORDS = frozenset(
+    "a an and another at by each for from her his in is it its of on one or other over some that "
+    "the their this to two under with".split()
+)
+
+
+def _phrases_that_share_words(phrases: list[str]) -> list[list[str]]:
+    """Groups of phrases that are connected by common words, singular or plural."""
+    groups: list[tuple[set[str], list[str]]] = []
+    for phrase in phrases:
+        words = {
+            word[:-1] if len(word) > 3 and word.endswith("s") else word
+            for word in re.findall(r"\w+", phrase.casefold())
+        } - _LITTLE_WORDS
+        members = [phrase]
+        apart = []
+        for other_words, others in groups:
+            if words & other_words:
+                words, members = words | other_words, others + members
+            else:
+                apart.append((other_words, others))
+        groups = [*apart, (words, members)]
+    return [members for _, members in groups]
 
 
 def _related_classes(

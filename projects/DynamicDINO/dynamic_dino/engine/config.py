@@ -51,8 +51,13 @@ def input_errors() -> Iterator[None]:
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), model: str | Path | None = None
+) -> DictConfig:
     """Loads a LazyConfig file, fills in `TRAIN_DEFAULTS` and applies ``key=value`` overrides.
+
+    `model` is another recipe, whose detector, input size and last weights take the place of those
+    of the file, before the overrides are applied.
 
     Raises `ConfigError` for a missing file, an unknown key, or a value of the wrong kind.
     """
@@ -67,6 +72,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         )
     _check_train_keys(cfg.get("train", {}), path)
     cfg.train = OmegaConf.merge(TRAIN_DEFAULTS, cfg.get("train", {}))
+    if model is not None:
+        other = load_config(model)
+        cfg.model, cfg.inference = other.model, other.inference
+        cfg.train.init_checkpoint = f"{other.train.output_dir}/model_final.pth"
     return apply_overrides(cfg, overrides)
 
 

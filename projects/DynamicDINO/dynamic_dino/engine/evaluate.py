@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
-from ..evaluation import inference_on_dataset
+from ..data.loader import as_sources
+from ..data.records import Mixture
+from ..evaluation import DetectionEvaluator, PredictionLog, inference_on_dataset
 from .config import ConfigError, accepts, input_errors, nearest
+from .fingerprint import annotation_file, fingerprint
 from .trainer import amp_dtype, autocast
 
 logger = logging.getLogger(__name__)
@@ -28,6 +33,13 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
 
     Details go to ``output_dir/evaluation/<name>/``, all scores to ``output_dir/results.json``.
     Returns {"<name>/<metric>": value} on the main process, {} on the others. Collective.
+
+    What is found is also written down as it comes (`PredictionLog`): an evaluation that was
+    interrupted goes on where it stopped, if weights, recipe, data and code are the same.
+
+    With ``dataloader.skip_missing``, test sets whose annotations don't exist are left out and
+    named. ``dataloader.means``, title -> names of test sets, adds the mean over them of each metric
+    that all have; where some are missing, its title says over how many of them it is.
     """
     loaders, evaluators = cfg.dataloader.get("test") or {}, cfg.dataloader.get("evaluator") or {}
     for name in loaders:
@@ -37,30 +49,108 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
                 f"dataloader.test.{name} has no evaluator of that name in dataloader.evaluator"
                 + (f"; did you mean {' or '.join(near)}?" if near else "")
             )
+    names = list(loaders)
+    if cfg.dataloader.get("skip_missing"):
+        names = [name for name in names if annotation_file(evaluators[name].dataset_name).is_file()]
+        _report_missing(cfg, [name for name in loaders if name not in names])
     device = next(model.parameters()).device.type
     # On CPU bf16 costs precision and, on most machines, wins no time.
     dtype = amp_dtype(cfg.train.amp, device) if cfg.train.amp.enabled and device != "cpu" else None
 
     scores: dict[str, float] = {}
-    for name in loaders:
+    logs: list[PredictionLog] = []
+    for name in names:
         folder = Path(cfg.train.output_dir) / "evaluation" / name
         options: dict[str, Any] = dict(evaluators[name])
         if accepts(options, "output_dir") and not options.get("output_dir"):
             options["output_dir"] = str(folder)
         evaluator = instantiate(options)
-        with autocast(device, dtype):
-            results = inference_on_dataset(model, instantiate(loaders[name]), evaluator)
+        done: Collection = ()
+        if isinstance(evaluator, DetectionEvaluator):
+            evidence = fingerprint(model, loaders[name], evaluators[name], cfg.model, dtype)
+            evaluator.log = PredictionLog(folder / "unfinished", evidence)
+            done = evaluator.log.done
+            logs.append(evaluator.log)
+        with autocast(device, dtype), adjusted(model, getattr(evaluator, "detector", {})):
+            results = inference_on_dataset(model, _load_all_but(done, loaders[name]), evaluator)
         for key, value in flatten_results_dict(results).items():
             if isinstance(value, Real):
                 scores[f"{name}/{key}"] = float(value)
         comm.synchronize()
     if comm.is_main_process() and scores:
+        scores |= means(scores, cfg.dataloader.get("means") or {})
         path = Path(cfg.train.output_dir) / "results.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         finite = {k: v if math.isfinite(v) else None for k, v in scores.items()}
         path.write_text(json.dumps(finite, indent=2) + "\n")
         logger.info("Results, also in %s\n%s", path, results_table(scores))
+    for log in logs:  # only now: who starts again after the first of 35 sets finds it done
+        log.remove()
     return scores
+
+
+@contextmanager
+def adjusted(model: nn.Module, settings: Mapping[str, Any]) -> Iterator[None]:
+    """The model with other settings for a while, such as ``max_detections``: its attributes."""
+    unknown = [key for key in settings if not hasattr(model, key)]
+    if unknown:
+        raise ConfigError(
+            f"the evaluator's detector.{unknown[0]}: {type(model).__name__} has no such setting"
+        )
+    before = {key: getattr(model, key) for key in settings}
+    try:
+        for key, value in settings.items():
+            setattr(model, key, value)
+        yield
+    finally:
+        for key, value in before.items():
+            setattr(model, key, value)
+
+
+def means(scores: Mapping[str, float], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """{"<title>/<metric>": mean over the test sets of the group}, of the metrics that all have.
+
+    Of a group of which some sets have no scores, the title becomes "<title> (7 of 13 sets)".
+    """
+    by_name: dict[str, dict[str, float]] = {}
+    for key, value in scores.items():
+        name, _, metric = key.partition("/")
+        by_name.setdefault(name, {})[metric] = value
+    result = {}
+    for title, names in groups.items():
+        rows = [by_name[name] for name in names if name in by_name]
+        if not rows:
+            continue
+        if len(rows) < len(names):
+            title = f"{title} ({len(rows)} of {len(names)} sets)"
+        for metric in rows[0]:
+            values = [row.get(metric, -1.0) for row in rows]
+            if "/" not in metric and min(values) >= 0:  # -1: no ground truth to score
+                result[f"{title}/{metric}"] = sum(values) / len(values)
+    return result
+
+
+def _report_missing(cfg: DictConfig, missing: list[str]) -> None:
+    evaluators = cfg.dataloader.evaluator
+    if not missing:
+        return
+    lines = [f"  {name}: {annotation_file(evaluators[name].dataset_name)}" for name in missing]
+    text = f"{len(missing)} of {len(cfg.dataloader.test)} test sets are missing:\n" + "\n".join(
+        lines
+    )
+    if len(missing) == len(cfg.dataloader.test):
+        raise ConfigError(f"{text}\nset DETECTRON2_DATASETS to the folder that has them")
+    logger.warning("%s\nThe others are evaluated.", text)
+
+
+def _load_all_but(done: Collection, loader: Mapping) -> Iterable[list[dict]]:
+    """The loader, without the images of these ids: they aren't even read."""
+    if not done:
+        return instantiate(loader)
+    records = Mixture(as_sources(instantiate(loader["dataset"])))
+    left = [record for record in records if record["image_id"] not in done]
+    logger.info("%d of %d images were evaluated before", len(records) - len(left), len(records))
+    return instantiate({**loader, "dataset": left}) if left else []
 
 
 def results_table(scores: dict[str, float]) -> str:
@@ -91,7 +181,8 @@ def load_for_evaluation(cfg: DictConfig, resume: bool) -> nn.Module:
     path = last_checkpoint(cfg.train.output_dir) if resume else cfg.train.init_checkpoint
     if not path:
         raise ConfigError(
-            f"--eval-only --resume found no checkpoint in {cfg.train.output_dir}"
+            f"--eval-only --resume found no checkpoint in {cfg.train.output_dir} (an interrupted "
+            "evaluation goes on without --resume)"
             if resume
             else "--eval-only needs weights: train.init_checkpoint=FILE, or --resume for the last "
             "checkpoint of train.output_dir"

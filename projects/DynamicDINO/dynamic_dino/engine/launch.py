@@ -30,6 +30,10 @@ examples:
   evaluate weights, or the last checkpoint of a run
     train_net.py --config-file CONFIG --eval-only train.init_checkpoint=model.pth
     train_net.py --config-file CONFIG --eval-only --resume
+  evaluate on a benchmark (configs/eval): the paper's model, or that of another recipe; interrupted
+  and started again, it goes on where it stopped, unless weights, recipe, data or code have changed
+    train_net.py --eval-only --config-file configs/eval/coco.py train.init_checkpoint=model.pth
+    train_net.py --eval-only --config-file configs/eval/coco.py --model RECIPE
   change anything of the recipe; wrong names are reported with the nearest right one
     train_net.py --config-file CONFIG train.output_dir=out optimizer.lr=2e-4 train.amp.enabled=true
   two machines (started once on each)
@@ -61,6 +65,12 @@ def argument_parser(default_config: str | Path) -> argparse.ArgumentParser:
     parser = default_argument_parser(EXAMPLES)
     parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, width=100)
     parser.description = "Train or evaluate a detector by a LazyConfig recipe."
+    parser.add_argument(
+        "--model",
+        metavar="RECIPE",
+        help="with --eval-only: evaluate the model of this recipe, by default with the last "
+        "weights of its run, on the test sets of --config-file",
+    )
     parser.set_defaults(config_file=os.path.relpath(default_config), num_gpus=None)
     help_texts = {
         "config_file": "the recipe (default: %(default)s)",

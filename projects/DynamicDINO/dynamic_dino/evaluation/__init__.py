@@ -1,13 +1,24 @@
-from .coco import DetectionResult, class_groups, coco_ap
+from .coco import class_groups, coco_ap
 from .evaluator import DetectionEvaluator
 from .loop import inference_on_dataset
+from .lvis import lvis_ap
+from .precision_recall import DetectionResult
+from .prediction_log import PredictionLog
+from .predictions import Predictions
+from .protocols import PROTOCOLS
+from .refexp import refexp_precision
 from .tables import format_results
 
 __all__ = [
     "DetectionEvaluator",
     "DetectionResult",
+    "PROTOCOLS",
+    "PredictionLog",
+    "Predictions",
     "class_groups",
     "coco_ap",
     "format_results",
     "inference_on_dataset",
+    "lvis_ap",
+    "refexp_precision",
 ]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -14,14 +17,20 @@ from detectron2.utils import comm
 from ..data.datasets import get_metadata
 from ..files import writable_folder, write_text
 from ..moe.statistics import RoutingStatistics
-from .coco import class_groups, coco_ap, read_ground_truth
+from .coco import class_groups, read_ground_truth
+from .prediction_log import Found, PredictionLog
+from .predictions import Predictions
+from .protocols import DEFAULTS, protocol_named
 from .tables import format_results
 
 logger = logging.getLogger(__name__)
 
+PRUNE_EVERY = 4_000_000  # detections: those that can't count any more are dropped
+
 
 class DetectionEvaluator(DatasetEvaluator):
-    """COCO AP of a registered data set, with rare / common / frequent and seen / novel classes.
+    """Scores of a registered data set by one of the `PROTOCOLS`: COCO AP, LVIS AP or fixed AP (with
+    rare / common / frequent and seen / novel classes), or P@k of referring expressions.
 
     Each input needs "image_id" and "prompt_classes", the contiguous data set class of every phrase
     of its prompt (`TestMapper` gives both). Each output has "instances" with pred_boxes (XYXY,
@@ -32,110 +41,157 @@ class DetectionEvaluator(DatasetEvaluator):
 
     Args:
         dataset_name: registered name; its metadata gives json_file, thing_classes,
-            thing_dataset_id_to_contiguous_id, and optionally frequency and novel.
+            thing_dataset_id_to_contiguous_id, and optionally frequency, novel and evaluator_type.
         output_dir: where predictions.json (COCO results format), results.json and results.txt go;
             None writes nothing.
-        max_dets: detections per image and class that count (COCO: 100, LVIS: 300).
+        protocol: "coco", "lvis", "lvis-fixed" or "refexp". Default: "lvis-fixed" for LVIS,
+            "refexp" for RefCOCO, "coco" for all others.
+        max_dets: detections that count, per image and class ("coco": 100), per image ("lvis": 300)
+            or per class ("lvis-fixed": 10,000, of which no more are kept either).
+        detector: settings of the detector that belong to the protocol, such as max_phrases;
+            whoever runs the evaluation makes them (`dynamic_dino.engine.evaluate.do_test`).
+
+    `log`, if set before `reset`, keeps what was found and gives back what an interrupted evaluation
+    had found.
     """
+
+    log: PredictionLog | None = None
 
     def __init__(
         self,
         dataset_name: str,
         output_dir: str | Path | None = None,
         *,
-        max_dets: int = 100,
+        protocol: str | None = None,
+        max_dets: int | None = None,
+        detector: Mapping[str, Any] | None = None,
     ) -> None:
         self.dataset_name = dataset_name
         self.output_dir = Path(output_dir) if output_dir else None
-        self.max_dets = max_dets
+        self.protocol, self.max_dets = protocol, max_dets
+        if protocol is not None:
+            protocol_named(protocol)
+        self.detector = dict(detector or {})
 
     def reset(self) -> None:
         """Forgets all predictions; reads the ground truth and checks that results can be written.
 
         Both now, so that what is wrong with them shows before hours of inference, not after.
         """
-        self._predictions: dict[int, list[dict]] = {}  # by image id
-        self._prompted: dict[int, tuple[int, ...]] = {}  # by image id, contiguous classes asked for
+        self._parts: list[Predictions] = []
+        self._unpruned = 0  # detections in them that were not looked at whether they can count
+        self._prompted: dict[int | str, tuple[int, ...]] = {}  # contiguous classes, by image id
         self._known_prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._routing = RoutingStatistics()
         self._metadata = get_metadata(self.dataset_name)
+        kind = self._metadata.get("evaluator_type")
+        self._protocol_name = self.protocol or DEFAULTS.get(kind, "coco")
+        self._protocol = protocol_named(self._protocol_name)
+        self._most = self._protocol.max_dets if self.max_dets is None else self.max_dets
         self._category_ids = self._read_category_ids()
         if comm.is_main_process():
             self._truth = self._read_truth()
             if self.output_dir:
                 writable_folder(self.output_dir, "set the evaluator's output_dir to another folder")
+        for found in self.log.earlier() if self.log else ():
+            self._add(found)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        images, prompts, parts = [], [], []
         for sample, output in zip(inputs, outputs, strict=True):
-            self._process_image(sample, output["instances"])
+            where = f"{sample.get('file_name')} of {self.dataset_name}"
+            if "prompt_classes" not in sample:
+                raise ValueError(
+                    f"the sample of {where} has no 'prompt_classes', so its phrases can't be "
+                    "scored: evaluate with TestMapper"
+                )
+            if sample["image_id"] in self._prompted or sample["image_id"] in images:
+                raise ValueError(f"image {sample['image_id']} was evaluated twice: {where}")
+            images.append(sample["image_id"])
+            prompts.append(tuple(sample["prompt_classes"]))
+            parts.append(self._predictions(sample, output["instances"], where))
+        statistics = RoutingStatistics()
         if outputs and outputs[0].get("routings"):
-            self._routing.update(outputs[0]["routings"])
+            statistics.update(outputs[0]["routings"])
+        routing = [row.tolist() for row in statistics.counts + statistics.sums]
+        counts = [len(part) for part in parts]
+        found = Found(images, prompts, counts, Predictions.cat(parts), routing)
+        if self.log:
+            self.log.append(found)
+        self._add(found)
 
-    def _process_image(self, sample: dict, instances) -> None:
-        image_id, where = sample["image_id"], f"{sample.get('file_name')} of {self.dataset_name}"
-        if "prompt_classes" not in sample:
-            raise ValueError(
-                f"the sample of {where} has no 'prompt_classes', so its phrases can't be scored: "
-                "evaluate with TestMapper"
-            )
-        if image_id in self._predictions:
-            raise ValueError(f"image {image_id} was evaluated twice: {where}")
-
-        prompt = tuple(sample["prompt_classes"])
-        # Most data sets ask every image for the same names: keep one tuple, not one per image.
-        self._prompted[image_id] = prompt = self._known_prompts.setdefault(prompt, prompt)
-
-        boxes = instances.pred_boxes.tensor.detach().cpu().double()
-        scores = instances.scores.detach().cpu().double()
-        if not (torch.isfinite(boxes).all() and torch.isfinite(scores).all()):
+    def _predictions(self, sample: dict, instances, where: str) -> Predictions:
+        boxes = instances.pred_boxes.tensor.detach().float().cpu().numpy()
+        scores = instances.scores.detach().float().cpu().numpy()
+        if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
             raise ValueError(f"the detector's boxes or scores are not finite on {where}")
-        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
-        self._predictions[image_id] = [
-            {
-                "image_id": image_id,
-                "category_id": self._category_ids[prompt[phrase]],
-                "bbox": box,
-                "score": score,
-            }
-            for box, score, phrase in zip(
-                boxes.tolist(), scores.tolist(), instances.pred_classes.tolist(), strict=True
-            )
-        ]
+        asked = np.array([self._category_ids[c] for c in sample["prompt_classes"]], np.int64)
+        return Predictions(
+            np.array([sample["image_id"]] * len(scores)),
+            asked[instances.pred_classes.long().cpu().numpy()],
+            np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1),
+            scores,
+        )
+
+    def _add(self, found: Found) -> None:
+        for image, prompt in zip(found.images, found.prompts, strict=True):
+            # Most data sets ask every image for the same names: keep one tuple, not one per image.
+            self._prompted[image] = self._known_prompts.setdefault(prompt, prompt)
+        self._parts.append(found.predictions)
+        self._unpruned += len(found.predictions)
+        if self._unpruned > PRUNE_EVERY:
+            self._parts = [self._kept(self._parts)]
+            self._unpruned = 0
+        if found.routing:
+            layers = len(found.routing) // 2
+            part = RoutingStatistics()
+            part.counts = [torch.tensor(row) for row in found.routing[:layers]]
+            part.sums = [torch.tensor(row) for row in found.routing[layers:]]
+            self._routing = RoutingStatistics.merged([self._routing, part])
+
+    def _kept(self, parts: list[Predictions]) -> Predictions:
+        """In the order of the images, so that of equal scores the same ones are kept however the
+        images were divided between processes and runs."""
+        predictions = Predictions.cat(parts)
+        predictions = predictions[np.argsort(predictions.image_ids, kind="stable")]
+        return self._protocol.keep(predictions, self._most)
 
     def evaluate(self) -> OrderedDict[str, float]:
         """Flat metrics in percent on the main process (-1: no ground truth), {} on the others.
 
         Collective: every process must call it.
         """
-        predictions = _merge(comm.gather(self._predictions))
+        mine = self._kept(self._parts)
         prompted = _merge(comm.gather(self._prompted))
+        parts = comm.gather(mine)
         routing = comm.gather(self._routing)
         if not comm.is_main_process():
             return OrderedDict()
 
         self._warn_of_gaps(prompted)
-        detections = [d for image_id in sorted(predictions) for d in predictions[image_id]]
+        predictions = self._kept(parts)
         frequency, novel = self._metadata.get("frequency"), self._metadata.get("novel")
-        result = coco_ap(
+        result = self._protocol.score(
             self._truth,
-            detections,
-            max_dets=self.max_dets,
+            predictions,
+            max_dets=self._most,
             groups=class_groups(self._category_ids, frequency, novel),
-            image_ids=predictions.keys(),
+            image_ids=prompted.keys(),
         )
 
         results = {
             "dataset": self.dataset_name,
-            "images": len(predictions),
+            "protocol": self._protocol_name,
+            "images": len(prompted),
             "objects": sum(c["objects"] for c in result.per_class),
-            "max_dets": self.max_dets,
+            "max_dets": self._most,
             "metrics": result.metrics,
             "routing": RoutingStatistics.merged(routing).summary(),
             "per_class": self._label(result.per_class, frequency, novel),
         }
         logger.info(format_results(results, max_classes=60))
         if self.output_dir:
-            write_text(self.output_dir / "predictions.json", json.dumps(detections))
+            predictions.write(self.output_dir / "predictions.json")
             write_text(self.output_dir / "results.json", json.dumps(results, indent=1))
             write_text(self.output_dir / "results.txt", format_results(results) + "\n")
             logger.info("Full tables: %s", self.output_dir / "results.txt")
@@ -149,6 +205,8 @@ class DetectionEvaluator(DatasetEvaluator):
 
     def _read_category_ids(self) -> list[int]:
         """Contiguous class -> category id of the JSON file."""
+        if self._protocol_name == "refexp":
+            return [1]  # the one phrase; MDETR's files have one category, and P@k heeds none
         mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if not mapping:
             raise ValueError(
@@ -159,6 +217,8 @@ class DetectionEvaluator(DatasetEvaluator):
 
     def _read_truth(self) -> dict:
         truth = read_ground_truth(self._metadata.json_file)
+        if self._protocol_name == "refexp":
+            return truth
         strangers = {c["id"] for c in truth["categories"]} ^ set(self._category_ids)
         if strangers:
             raise ValueError(
@@ -173,6 +233,8 @@ class DetectionEvaluator(DatasetEvaluator):
                 f"{self.dataset_name}: {len(prompted)} of {len(self._truth['images'])} images were "
                 "processed; the others are left out of the scores"
             )
+        if self._protocol_name == "refexp":
+            return
         asked = {
             prompt: {self._category_ids[c] for c in prompt} for prompt in set(prompted.values())
         }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tabulate import tabulate
 
+from .protocols import protocol_named
+
 _SIZES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _GROUPS = {"r": "rare", "c": "common", "f": "frequent", "_seen": "seen", "_novel": "novel"}
 
@@ -17,12 +19,13 @@ def format_results(results: dict, max_classes: int | None = None) -> str:
     """
     metrics, per_class = results["metrics"], results["per_class"]
     scored = [row for row in per_class if row["objects"]]
-    recall = f"AR{results['max_dets']}"
+    columns = [k for k in metrics if k in (*_SIZES, "AR", f"AR{results['max_dets']}") or "@" in k]
+    counted = protocol_named(results["protocol"]).counted.format(results["max_dets"])
+    objects = f"{results['objects']} objects of {len(scored)} classes" if per_class else ""
+    images = f"{results['images']} {'images' if per_class else 'expressions'}"
     parts = [
-        f"{results['dataset']}: {results['images']} images, {results['objects']} objects of "
-        f"{len(scored)} classes; percent, at most {results['max_dets']} detections per image and "
-        "class",
-        _table([[_number(metrics[k]) for k in (*_SIZES, recall)]], [*_SIZES, recall]),
+        f"{results['dataset']}: {', '.join(filter(None, [images, objects]))}; percent, {counted}",
+        _table([[_number(metrics[k]) for k in columns]], columns),
     ]
     groups = {s: name for s, name in _GROUPS.items() if f"AP{s}" in metrics}
     if groups:
@@ -37,7 +40,8 @@ def format_results(results: dict, max_classes: int | None = None) -> str:
         parts.append(_table(rows, ["classes", "number", "AP", "AP50"]))
     if results["routing"]:
         parts.append(_routing_table(results["routing"]))
-    parts.append(_class_table(scored, max_classes))
+    if per_class:
+        parts.append(_class_table(scored, max_classes))
     return "\n\n".join(parts)
 
 

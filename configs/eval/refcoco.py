@@ -1,0 +1,13 @@
+"""P@1, P@5 and P@10 on RefCOCO, RefCOCO+ and RefCOCOg. Splits that aren't there are left out."""
+
+from ..common.evaluation import evaluate, evaluation, train  # noqa: F401
+from ..moe_tuning.dynamic_dino_x16_top2 import inference, model  # noqa: F401
+
+SPLITS = {
+    "refcoco": ("val", "testA", "testB"),
+    "refcoco+": ("val", "testA", "testB"),
+    "refcocog": ("val", "test"),
+}
+names = [f"{name}_{split}" for name, splits in SPLITS.items() for split in splits]
+dataloader = evaluate({name: name for name in names}) | dict(skip_missing=True)
+train.output_dir = "output/eval/refcoco"

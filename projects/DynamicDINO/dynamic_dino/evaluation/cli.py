@@ -1,0 +1,120 @@
+"""The command that scores saved predictions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..data import datasets  # noqa: F401  registers the built-in names
+from ..files import write_text
+from .coco import groups_of, ids_of, read_ground_truth
+from .predictions import Predictions
+from .protocols import DEFAULTS, PROTOCOLS, protocol_named
+from .tables import format_results
+
+DESCRIPTION = """
+Scores saved detections, of this project or of any other, against a data set.
+
+PREDICTIONS is a COCO results file: a list of {"image_id", "category_id", "bbox": [x, y, width,
+height] in pixels of the original image, "score"}. Evaluations of train_net.py write one to
+OUTPUT/evaluation/NAME/predictions.json.
+
+protocols
+  coco        COCO AP: the 100 best detections of each image and class
+  lvis        LVIS AP: federated; the 300 best detections of each image
+  lvis-fixed  fixed AP: federated; the 10,000 best detections of each class over all images. Give it
+              all detections, not 300 an image
+  refexp      P@1, P@5, P@10 of referring expressions
+"""
+
+EXAMPLES = """
+examples
+  python -m dynamic_dino.evaluation predictions.json --dataset coco_2017_val
+  python -m dynamic_dino.evaluation predictions.json --dataset lvis_v1_minival --protocol lvis
+  python -m dynamic_dino.evaluation predictions.json --dataset my/annotations.json --json out.json
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dynamic_dino.evaluation",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("predictions", metavar="PREDICTIONS", type=Path)
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        metavar="NAME_OR_JSON",
+        help="a registered data set, under DETECTRON2_DATASETS, or an annotation file",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="default: lvis-fixed for LVIS's files, refexp for referring expressions, else coco",
+    )
+    parser.add_argument(
+        "--max-dets", type=int, help="detections that count, in place of the protocol's own number"
+    )
+    parser.add_argument("--classes", type=int, default=60, help="show this many (default: 60)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
+    args = parser.parse_args(arguments)
+    try:
+        results = score(args.predictions, args.dataset, args.protocol, args.max_dets)
+        if args.json:
+            write_text(args.json, json.dumps(results, indent=1))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(format_results(results, args.classes))
+    return 0
+
+
+def score(
+    predictions: str | Path, dataset: str, protocol: str | None = None, max_dets: int | None = None
+) -> dict:
+    """The content of an evaluation's results.json, of saved predictions. All images count.
+
+    Raises FileNotFoundError or ValueError naming the file, the field and the remedy.
+    """
+    file = dataset
+    if dataset in DatasetCatalog:
+        file = MetadataCatalog.get(dataset).json_file
+    elif not dataset.endswith(".json"):
+        raise ValueError(
+            f"unknown data set {dataset!r}: use a registered name or the path of a .json file"
+        )
+    truth = read_ground_truth(file)
+    name = protocol or DEFAULTS.get(_kind(truth), "coco")
+    chosen = protocol_named(name)
+    max_dets = chosen.max_dets if max_dets is None else max_dets
+    result = chosen.score(
+        truth,
+        Predictions.read(predictions),
+        max_dets=max_dets,
+        groups=groups_of(truth),
+        image_ids=None,
+    )
+    marks = {
+        c["id"]: {k: c[k] for k in ("frequency", "novel") if k in c} for c in truth["categories"]
+    }
+    return {
+        "dataset": dataset,
+        "protocol": name,
+        "images": len(ids_of(truth)[0]),
+        "objects": sum(row["objects"] for row in result.per_class),
+        "max_dets": max_dets,
+        "metrics": result.metrics,
+        "routing": [],
+        "per_class": [row | marks[row["id"]] for row in result.per_class],
+    }
+
+
+def _kind(truth: dict) -> str:
+    """What a data set with this annotation file is called in metadata ("evaluator_type")."""
+    first = truth["images"][0] if truth["images"] else {}
+    return "lvis" if "neg_category_ids" in first else "refexp" if "caption" in first else "coco"

@@ -1,0 +1,93 @@
+"""LVIS average precision of saved predictions, as its authors define it, and fixed AP.
+
+LVIS (Gupta et al., CVPR 2019) is federated: an image is known to show some classes, known not to
+show others ("neg_category_ids"), and nothing is known of the rest. Detections of the rest count
+nowhere. Where the objects of a class are not all annotated ("not_exhaustive_category_ids"),
+detections that find none of them are no mistakes. There are no crowds.
+
+Two caps on the detections are in use, and their numbers must not be compared:
+- LVIS's own: the 300 best of each *image* over all classes. Frequent classes push rare ones out.
+- fixed AP (Dave et al., "Evaluating Large-Vocabulary Object Detectors: The Devil is in the
+  Details", 2021; MDETR, GLIP, Grounding DINO): the 10,000 best of each *class* over the data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from .coco import groups_of, ids_of, read_ground_truth
+from .precision_recall import DetectionResult, average_precision
+from .predictions import Predictions
+
+PER_IMAGE, PER_CLASS = 300, 10_000
+
+
+def lvis_ap(
+    ground_truth: str | Path | dict,
+    predictions: str | Path | Iterable[dict] | Predictions,
+    *,
+    fixed: bool = False,
+    max_dets: int | None = None,
+    groups: Mapping[str, Collection[int]] | None = None,
+    image_ids: Collection[int] | None = None,
+) -> DetectionResult:
+    """LVIS AP of boxes; with `fixed`, fixed AP.
+
+    Args:
+        ground_truth, predictions, groups, image_ids: as in `coco_ap`. The images of the annotation
+            file have neg_category_ids and not_exhaustive_category_ids; objects marked "ignore"
+            must not be found.
+        max_dets: detections kept, of each image (default 300) or, with `fixed`, of each class over
+            the data set (default 10,000).
+
+    Returns the metrics AP, AP50, AP75, APs, APm, APl, AR<max_dets> (fixed AP: AR), ARs, ARm, ARl,
+    APr, APc, APf, AP50r, AP50c, AP50f.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file, the field and the remedy.
+    """
+    max_dets = (PER_CLASS if fixed else PER_IMAGE) if max_dets is None else max_dets
+    if max_dets < 1:
+        raise ValueError(f"max_dets is {max_dets}, it must be at least 1 (LVIS: 300 per image)")
+    truth = read_ground_truth(ground_truth)
+    for i, image in enumerate(truth["images"]):
+        for field in ("neg_category_ids", "not_exhaustive_category_ids"):
+            if field not in image:
+                raise ValueError(
+                    f"images[{i}] of the ground truth has no {field!r}: it is no LVIS annotation "
+                    "file; evaluate it as COCO's"
+                )
+    predictions = Predictions.read(predictions)
+    predictions.check_ids(*ids_of(truth))
+    cap = predictions.best_per_class if fixed else predictions.best_per_image
+    predictions = cap(max_dets)
+
+    known = {(a["image_id"], a["category_id"]) for a in truth["annotations"]}
+    known |= {(i["id"], c) for i in truth["images"] for c in i["neg_category_ids"]}
+    open_ended = {(i["id"], c) for i in truth["images"] for c in i["not_exhaustive_category_ids"]}
+    predictions = predictions[_are_among(known, predictions)]
+    return average_precision(
+        truth,
+        predictions,
+        max_dets={"AR" if fixed else f"AR{max_dets}": None},
+        groups=groups_of(truth) if groups is None else groups,
+        image_ids=image_ids,
+        ignored="ignore",
+        unpunished=_are_among(open_ended, predictions),
+    )
+
+
+def _are_among(pairs: set[tuple], predictions: Predictions) -> np.ndarray:
+    """bool [N]: whether (image, class) of each detection is one of the pairs."""
+    images, image = np.unique(predictions.image_ids, return_inverse=True)
+    classes, category = np.unique(predictions.category_ids, return_inverse=True)
+    table = np.zeros((len(images), len(classes)), dtype=bool)
+    row = {value: i for i, value in enumerate(images.tolist())}
+    column = {value: i for i, value in enumerate(classes.tolist())}
+    for image_id, category_id in pairs:
+        if image_id in row and category_id in column:
+            table[row[image_id], column[category_id]] = True
+    return table[image, category]

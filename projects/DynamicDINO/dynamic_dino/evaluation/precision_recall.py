@@ -1,0 +1,173 @@
+"""Precision and recall of detections by class, the part that the COCO and LVIS protocols share.
+
+faster-coco-eval matches and accumulates, one class at a time: a class needs only its own boxes, so
+that no more of a data set's detections than those of one class are Python objects at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
+
+from .predictions import Predictions
+
+NOTHING = -1.0  # the value of a metric without ground truth, as in pycocotools
+
+
+@dataclass
+class DetectionResult:
+    """What an evaluation found; every number is a percentage, -1 where there is no ground truth.
+
+    metrics    by name; which there are, `coco_ap`, `lvis_ap` and `refexp_precision` say
+    per_class  one dict per class of the data set, by category id: id, name, objects, AP, AP50;
+               empty where classes mean nothing (referring expressions)
+    """
+
+    metrics: dict[str, float]
+    per_class: list[dict]
+
+
+def average_precision(
+    truth: dict,
+    predictions: Predictions,
+    *,
+    max_dets: Mapping[str, int | None],
+    groups: Mapping[str, Collection[int]],
+    image_ids: Collection | None = None,
+    ignored: Literal["iscrowd", "ignore"] = "iscrowd",
+    unpunished: np.ndarray | None = None,
+) -> DetectionResult:
+    """Mean over IoU 0.50:0.95 and classes of the precision at 101 recalls, and of the recall.
+
+    Args:
+        truth: what `read_ground_truth` returns.
+        max_dets: name of a recall metric -> detections kept per image and class (None: all), in
+            ascending order; the last one is that of all other metrics.
+        groups: suffix of the metrics -> category ids.
+        image_ids: evaluate on these images only. Default: all.
+        ignored: which objects must not be found but may be: "iscrowd" ones, any number of times
+            and by any box inside them, as in COCO, or "ignore" ones, like objects, as in LVIS.
+        unpunished: bool [N], predictions that are no mistake where they find nothing.
+
+    Returns AP, AP50, AP75, APs, APm, APl, the recalls, ARs, ARm, ARl, AP<group>, AP50<group>.
+    """
+    images = sorted({image["id"] for image in truth["images"]} if image_ids is None else image_ids)
+    number = {image: i for i, image in enumerate(images, start=1)}
+    objects = defaultdict(list)
+    for annotation in truth["annotations"]:
+        if annotation["image_id"] in number:
+            objects[annotation["category_id"]].append(annotation)
+
+    if unpunished is None:
+        unpunished = np.zeros(len(predictions), dtype=bool)
+    unique, inverse = np.unique(predictions.image_ids, return_inverse=True)
+    numbers = np.array([number.get(image, 0) for image in unique.tolist()], dtype=int)[inverse]
+    by_class = np.argsort(predictions.category_ids, kind="stable")
+    sorted_ids = predictions.category_ids[by_class]
+
+    categories = sorted(truth["categories"], key=lambda category: category["id"])
+    precisions, recalls = [], []
+    for category in categories:
+        first, last = np.searchsorted(sorted_ids, [category["id"], category["id"] + 1])
+        rows = by_class[first:last]
+        rows = rows[numbers[rows] > 0]
+        precision, recall, params = _curves(
+            objects[category["id"]],
+            number,
+            predictions[rows],
+            numbers[rows],
+            unpunished[rows],
+            list(max_dets.values()),
+            ignored,
+        )
+        precisions.append(precision)
+        recalls.append(recall)
+    # [IoU, recall, class, area, max_dets] and [IoU, class, area, max_dets]
+    precision, recall = np.stack(precisions, 2), np.stack(recalls, 1)
+
+    areas = {label[0]: i for i, label in enumerate(params.areaRngLbl) if label != "all"}
+    iou50, iou75 = (int(np.argmin(abs(params.iouThrs - t))) for t in (0.5, 0.75))
+    best = precision[:, :, :, 0, -1]
+    metrics = {"AP": _mean(best), "AP50": _mean(best[iou50]), "AP75": _mean(best[iou75])}
+    metrics |= {f"AP{size}": _mean(precision[:, :, :, i, -1]) for size, i in areas.items()}
+    metrics |= {name: _mean(recall[:, :, 0, i]) for i, name in enumerate(max_dets)}
+    metrics |= {f"AR{size}": _mean(recall[:, :, i, -1]) for size, i in areas.items()}
+    column = {category["id"]: k for k, category in enumerate(categories)}
+    for suffix, members in groups.items():
+        columns = sorted(column[category] for category in members)
+        metrics[f"AP{suffix}"] = _mean(best[:, :, columns])
+        metrics[f"AP50{suffix}"] = _mean(best[iou50][:, columns])
+
+    counts = Counter({c: sum(not a[ignored] for a in found) for c, found in objects.items()})
+    per_class = [
+        {
+            "id": category["id"],
+            "name": category["name"],
+            "objects": counts[category["id"]],
+            "AP": _mean(best[:, :, k]),
+            "AP50": _mean(best[iou50][:, k]),
+        }
+        for k, category in enumerate(categories)
+    ]
+    return DetectionResult(metrics, per_class)
+
+
+def _curves(
+    objects: list[dict],
+    number: dict,
+    found: Predictions,
+    found_in: np.ndarray,
+    unpunished: np.ndarray,
+    max_dets: list[int | None],
+    ignored: str,
+) -> tuple[np.ndarray, np.ndarray, object]:
+    """Of one class: precision [IoU, recall, area, max_dets], recall [IoU, area, max_dets]."""
+    annotations = [
+        {
+            "id": i,  # from 1: the matching takes 0 for "unmatched"
+            "image_id": number[a["image_id"]],
+            "category_id": 1,
+            "bbox": a["bbox"],
+            # an area of no range: ignored in each, and otherwise matched like an object
+            "area": -1.0 if ignored == "ignore" and a["ignore"] else a["area"],
+            "iscrowd": a["iscrowd"] if ignored == "iscrowd" else 0,
+        }
+        for i, a in enumerate(objects, start=1)
+    ]
+    columns = (found_in.tolist(), found.boxes.tolist(), found.scores.tolist(), unpunished.tolist())
+    detections = [
+        {
+            "id": i,
+            "image_id": image,
+            "category_id": 1,
+            "bbox": box,
+            "area": box[2] * box[3],
+            "score": score,
+            "lvis_mark": free,  # what COCOeval_faster sets itself with lvis_style
+        }
+        for i, (image, box, score, free) in enumerate(zip(*columns, strict=True), start=1)
+    ]
+    images = {a["image_id"] for a in annotations} | set(found_in.tolist())
+    content = {"images": [{"id": i} for i in sorted(images)], "categories": [{"id": 1}]}
+    evaluator = COCOeval_faster(
+        COCO(content | {"annotations": annotations}),
+        COCO(content | {"annotations": detections}),
+        iouType="bbox",
+    )
+    params = evaluator.params
+    most = int(np.bincount(found_in, minlength=1).max())  # nothing is allocated for more
+    params.maxDets = [max(most, 1) if n is None else n for n in max_dets]
+    evaluator.evaluate()
+    evaluator.accumulate()
+    return evaluator.eval["precision"][:, :, 0], evaluator.eval["recall"][:, 0], params
+
+
+def _mean(values: np.ndarray) -> float:
+    """Percentage; entries of -1 have no ground truth and don't count."""
+    valid = values[values > -1]
+    return 100 * float(valid.mean()) if valid.size else NOTHING

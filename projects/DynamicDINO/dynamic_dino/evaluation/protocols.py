@@ -1,0 +1,55 @@
+"""The protocols by their names, for configs and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from .coco import coco_ap
+from .lvis import PER_CLASS, PER_IMAGE, lvis_ap
+from .precision_recall import DetectionResult
+from .predictions import Predictions
+from .refexp import KS, refexp_precision
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How predictions are scored.
+
+    score     (truth, predictions, max_dets=, groups=, image_ids=) -> DetectionResult
+    max_dets  detections that count by default, and of what: "{} per image and class"
+    keep      what of the predictions can count at all, where they would be too many to keep
+    """
+
+    score: Callable[..., DetectionResult]
+    max_dets: int
+    counted: str
+    keep: Callable[[Predictions, int], Predictions] = lambda predictions, max_dets: predictions
+
+
+def _refexp(truth, predictions, *, max_dets, groups, image_ids) -> DetectionResult:
+    ks = [k for k in KS if k <= max_dets]
+    return refexp_precision(truth, predictions, ks=ks, image_ids=image_ids)
+
+
+PROTOCOLS = {
+    "coco": Protocol(coco_ap, 100, "at most {} detections per image and class"),
+    "lvis": Protocol(lvis_ap, PER_IMAGE, "federated, at most {} detections per image"),
+    "lvis-fixed": Protocol(
+        partial(lvis_ap, fixed=True),
+        PER_CLASS,
+        "federated, fixed AP: at most {:,} detections per class over all images",
+        Predictions.best_per_class,
+    ),
+    "refexp": Protocol(_refexp, max(KS), "one of the k best boxes, k up to {}, has IoU 0.5"),
+}
+# by what the metadata of a data set call "evaluator_type"
+DEFAULTS = {"lvis": "lvis-fixed", "refexp": "refexp"}
+
+
+def protocol_named(name: str) -> Protocol:
+    """Raises ValueError for an unknown name."""
+    if name not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {name!r}: use one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]

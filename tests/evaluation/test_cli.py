@@ -1,0 +1,73 @@
+"""``python -m dynamic_dino.evaluation``: tables of saved predictions, and its errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from dynamic_dino.evaluation import coco_ap
+from dynamic_dino.evaluation.cli import main
+
+
+@pytest.fixture
+def saved(tmp_path):
+    box = [10.0, 10.0, 50.0, 50.0]
+    truth = {
+        "images": [{"id": 1, "neg_category_ids": [], "not_exhaustive_category_ids": []}],
+        "categories": [
+            {"id": 2, "name": "acorn", "frequency": "r"},
+            {"id": 1, "name": "mug", "frequency": "f"},
+        ],
+        "annotations": [{"id": c, "image_id": 1, "category_id": c, "bbox": box} for c in (1, 2)],
+    }
+    found = [{"image_id": 1, "category_id": 2, "bbox": box, "score": 0.5}]
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "predictions.json").write_text(json.dumps(found))
+    return str(tmp_path / "predictions.json"), str(tmp_path / "truth.json")
+
+
+def test_the_command(saved, tmp_path):
+    predictions, truth = saved
+    command = [sys.executable, "-m", "dynamic_dino.evaluation", predictions, "--dataset", truth]
+    run = subprocess.run(
+        [*command, "--json", tmp_path / "out.json"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "fixed AP" in run.stdout and "acorn (r)" in run.stdout
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert (results["metrics"]["APr"], results["metrics"]["APf"]) == (pytest.approx(100), 0)
+
+
+def test_protocols(saved, tmp_path, capsys):
+    predictions, truth = saved
+    for protocol, text in (("coco", "per image and class"), ("lvis", "at most 300 detections")):
+        out = tmp_path / f"{protocol}.json"
+        assert main(
+            [predictions, "--dataset", truth, "--protocol", protocol, "--json", str(out)]
+        ) == 0  # fmt: skip
+        assert text in capsys.readouterr().out
+    coco = json.loads((tmp_path / "coco.json").read_text())
+    assert coco["metrics"] == coco_ap(truth, predictions).metrics
+    assert coco["max_dets"] == 100
+    main([predictions, "--dataset", truth, "--protocol", "coco", "--max-dets", "7"])
+    assert "at most 7 detections" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nowhere.json", "--dataset", "TRUTH"], "nowhere.json does not exist"),
+        (["PREDICTIONS", "--dataset", "nowhere.json"], "nowhere.json does not exist"),
+        (["PREDICTIONS", "--dataset", "lvis_v1_vall"], "unknown data set 'lvis_v1_vall'"),
+        (["TRUTH", "--dataset", "TRUTH"], "not a valid JSON list"),
+        (["PREDICTIONS", "--dataset", "TRUTH", "--protocol", "refexp"], "several boxes"),
+        (["PREDICTIONS", "--dataset", "TRUTH", "--max-dets", "0"], "at least 1"),
+    ],
+)
+def test_errors(saved, capsys, arguments, message):
+    names = dict(zip(("PREDICTIONS", "TRUTH"), saved, strict=True))
+    with pytest.raises(SystemExit) as stop:
+        main([names.get(a, a) for a in arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error

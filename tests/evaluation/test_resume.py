@@ -1,0 +1,244 @@
+"""An interrupted evaluation goes on where it stopped, to the same numbers."""
+
+import json
+import logging
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from detectron2.config import LazyCall as L
+from detectron2.structures import Boxes, Instances
+from dynamic_dino.data.datasets import load_coco_json, register_coco_json
+from dynamic_dino.data.loader import build_test_loader
+from dynamic_dino.data.mapper import TestMapper
+from dynamic_dino.engine.config import TRAIN_DEFAULTS
+from dynamic_dino.engine.evaluate import do_test
+from dynamic_dino.evaluation import DetectionEvaluator
+from dynamic_dino.moe.routing import Routing
+from omegaconf import OmegaConf
+from PIL import Image
+
+IMAGES = 14
+
+
+class Noise(torch.nn.Module):
+    """A detector whose boxes are noise that depends on the pixels and on its weight only."""
+
+    def __init__(self, stop_after=None, die=False):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.max_detections = 5
+        self.seen, self.stop_after, self.die = [], stop_after, die
+
+    def forward(self, batch):
+        if self.stop_after is not None and len(self.seen) >= self.stop_after:
+            if self.die:
+                os._exit(9)
+            raise KeyboardInterrupt
+        self.seen += [sample["image_id"] for sample in batch]
+        results, experts = [], []
+        for sample in batch:
+            seed = int(sample["image"].long().sum()) + int(self.weight)
+            rng = np.random.default_rng(seed)
+            count = int(rng.integers(0, self.max_detections + 1))
+            found = Instances((sample["height"], sample["width"]))
+            corner = rng.uniform(0, 6, (count, 2))
+            boxes = np.concatenate([corner, corner + rng.uniform(16, 26, (count, 2))], 1)
+            found.pred_boxes = Boxes(torch.from_numpy(boxes).float())
+            found.scores = torch.from_numpy(rng.random(count)).float()
+            found.pred_classes = torch.from_numpy(rng.integers(0, 2, count))
+            results.append({"instances": found})
+            experts.append(torch.from_numpy(rng.integers(0, 4, (3, 2))).int())
+        ids = torch.cat(experts)
+        results[0]["routings"] = [Routing(ids, torch.ones(ids.shape), torch.ones(len(ids), 4) / 4)]
+        return results
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """recipe("output folder") evaluates a data set of noisy images with random boxes."""
+    rng = np.random.default_rng()
+    content = {"images": [], "annotations": [], "categories": []}
+    content["categories"] = [{"id": i, "name": name} for i, name in ((3, "mug"), (8, "acorn"))]
+    for i in rng.permutation(IMAGES).tolist():
+        pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        image = {"id": i, "file_name": f"{i}.png", "height": 32, "width": 32}
+        content["images"].append(image)
+        for _ in range(3):
+            box = np.concatenate([rng.uniform(0, 6, 2), rng.uniform(16, 26, 2)]).tolist()
+            annotation = {"image_id": i, "category_id": int(rng.choice([3, 8])), "bbox": box}
+            content["annotations"].append({"id": len(content["annotations"]) + 1, **annotation})
+    file = tmp_path / "truth.json"
+    file.write_text(json.dumps(content))
+    register_coco_json("resume_test", file, tmp_path)
+
+    def make(output, **evaluator):
+        loader = L(build_test_loader)(
+            dataset=L(load_coco_json)(
+                json_file=str(file), image_root=str(tmp_path), name="resume_test"
+            ),
+            mapper=L(TestMapper)(dataset="resume_test", size=32),
+            batch_size=2,
+        )
+        return OmegaConf.create(
+            {
+                "model": {"_target_": "unused"},
+                "train": TRAIN_DEFAULTS | {"output_dir": str(tmp_path / output)},
+                "dataloader": {
+                    "test": {"val": loader},
+                    "evaluator": {
+                        "val": L(DetectionEvaluator)(dataset_name="resume_test", **evaluator)
+                    },
+                },
+            },
+            flags={"allow_objects": True},
+        )
+
+    return make
+
+
+def files(tmp_path, output):
+    folder = tmp_path / output / "evaluation" / "val"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "predictions.json",
+        "results.json",
+        "results.txt",
+    ]
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def interrupt(cfg, after):
+    model = Noise(stop_after=after)
+    with pytest.raises(KeyboardInterrupt):
+        do_test(cfg, model)
+    return model.seen
+
+
+def test_it_goes_on_without_loading_what_is_done(recipe, tmp_path, caplog):
+    whole = do_test(recipe("whole"), Noise())
+    assert 0 < whole["val/AP50"] < 100
+    done = interrupt(recipe("cut"), 6)
+    assert len(done) == 6
+    for image in done:
+        (tmp_path / f"{image}.png").rename(tmp_path / f"{image}.hidden")
+    model = Noise()
+    caplog.set_level(logging.INFO)
+    assert do_test(recipe("cut"), model) == whole
+    assert sorted(done + model.seen) == list(range(IMAGES))
+    assert "6 of 14 images were evaluated before" in caplog.text
+    assert files(tmp_path, "cut") == files(tmp_path, "whole")
+
+    for image in done:
+        (tmp_path / f"{image}.hidden").rename(tmp_path / f"{image}.png")
+    again = Noise()
+    assert do_test(recipe("cut"), again) == whole
+    assert len(again.seen) == IMAGES, "a complete evaluation leaves nothing to go on from"
+
+
+def test_twice_interrupted_and_a_line_cut(recipe, tmp_path):
+    whole = do_test(recipe("whole"), Noise())
+    interrupt(recipe("cut"), 4)
+    interrupt(recipe("cut"), 4)
+    logs = sorted((tmp_path / "cut/evaluation/val/unfinished").iterdir())
+    assert [log.name for log in logs] == ["00000.jsonl", "00001.jsonl"]
+    # the last two images, of four, are lost; an empty file is what a process left that died early
+    logs[0].write_bytes(logs[0].read_bytes()[:-40])
+    (logs[0].parent / "00002.jsonl").write_text("")
+    model = Noise()
+    assert do_test(recipe("cut"), model) == whole
+    assert len(model.seen) == IMAGES - 6
+    assert files(tmp_path, "cut") == files(tmp_path, "whole")
+
+
+def test_sets_that_were_complete_are_not_evaluated_again(recipe):
+    def two_sets(output):
+        cfg = recipe(output)
+        for kind in ("test", "evaluator"):
+            cfg.dataloader[kind]["second"] = cfg.dataloader[kind]["val"].copy()
+        return cfg
+
+    whole = do_test(two_sets("whole"), Noise())
+    interrupt(two_sets("cut"), IMAGES + 4)
+    model = Noise()
+    assert do_test(two_sets("cut"), model) == whole
+    assert len(model.seen) == IMAGES - 4
+
+
+def test_all_done_but_the_scores(recipe, tmp_path, monkeypatch):
+    whole = do_test(recipe("whole"), Noise())
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(
+            DetectionEvaluator, "evaluate", lambda self: (_ for _ in ()).throw(MemoryError)
+        )
+        do_test(recipe("cut"), Noise())
+    model = Noise()
+    assert do_test(recipe("cut"), model) == whole and not model.seen
+
+
+@pytest.mark.parametrize("change", ["set of weights", "model", "data set", "loader"])
+def test_another_evaluation_starts_afresh_and_says_so(recipe, tmp_path, caplog, change):
+    interrupt(recipe("cut"), 6)
+    cfg, model = recipe("cut"), Noise()
+    if change == "set of weights":
+        model.weight.data += 1
+    elif change == "model":
+        cfg = recipe("cut", detector={"max_detections": 3})
+    elif change == "data set":
+        file = tmp_path / "truth.json"
+        file.write_text(file.read_text() + " ")
+    else:
+        cfg.dataloader.test.val.mapper.prompt_names = 2
+    caplog.set_level(logging.WARNING)
+    do_test(cfg, model)
+    assert len(model.seen) == IMAGES
+    assert f"found with another {change}" in caplog.text
+    assert model.max_detections == 5, "the detector's settings are its own again"
+
+
+def test_batch_size_and_workers_are_no_other_evaluation(recipe):
+    interrupt(recipe("cut"), 6)
+    cfg, model = recipe("cut"), Noise()
+    cfg.dataloader.test.val.batch_size = 3
+    do_test(cfg, model)
+    assert len(model.seen) == IMAGES - 6
+
+
+def run_rank(rank, world, store, cfg, die, seen):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world
+    )
+    model = Noise(stop_after=4 if die and rank == 1 else None, die=die)
+    do_test(cfg, model)
+    (seen / f"rank{rank}.json").write_text(json.dumps(model.seen))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("first, second", [(1, 2), (2, 2), (2, 1)])
+def test_with_another_number_of_processes(recipe, tmp_path, first, second):
+    whole = do_test(recipe("whole"), Noise())
+    cfg, done = recipe("cut"), 6
+    if first == 1:
+        interrupt(cfg, 6)
+    else:  # rank 1 is killed in the middle of its part
+        with pytest.raises(mp.ProcessExitedException):
+            mp.start_processes(
+                run_rank, (2, tmp_path / "s1", cfg, True, tmp_path), 2, start_method="fork"
+            )
+        logs = (tmp_path / "cut/evaluation/val/unfinished").glob("*.jsonl")
+        lines = [line for log in logs for line in log.read_text().splitlines()[1:]]
+        done = sum(len(json.loads(line)["images"]) for line in lines)
+        assert 4 <= done <= 11
+    if second == 1:
+        model = Noise()
+        assert do_test(cfg, model) == whole
+        seen = model.seen
+    else:
+        mp.start_processes(
+            run_rank, (2, tmp_path / "s2", cfg, False, tmp_path), 2, start_method="fork"
+        )
+        seen = [i for r in (0, 1) for i in json.loads((tmp_path / f"rank{r}.json").read_text())]
+    assert len(seen) == IMAGES - done
+    assert files(tmp_path, "cut") == files(tmp_path, "whole")
