@@ -2,6 +2,7 @@ import copy
 import json
 import logging
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,11 @@ def broken(path, value, content=GOOD):
         (("annotations", 1, "bbox"), [-9, 5, 9, 9], ["id 2", "outside the image", "a.png"]),
         (("annotations", 1, "bbox"), [7, 5, 0, 9], ["id 2", "positive width and height"]),
         (("annotations", 1, "bbox"), [7, 5, 9, -1], ["id 2", "positive width and height"]),
+        (  # [x1, y1, x2, y2]
+            ("annotations", 1, "bbox"),
+            [30, 20, 55, 40],
+            ["id 2", "[30, 20, 55, 40]", "fits the image as [x1, y1, x2, y2]", "a.png"],
+        ),
         (("annotations", 1, "bbox"), [7, 5, 9], ["id 2", "four finite numbers"]),
         (("annotations", 1, "bbox"), [7, 5, 9, float("nan")], ["id 2", "four finite numbers"]),
     ],
@@ -205,6 +211,9 @@ def test_grounding_records(tmp_path):
         ({"tokens_positive": None, "phrase": "ant"}, ["regions[3]", "'ant'", "does not occur"]),
         ({"tokens_positive": None, "phrase": " "}, ["regions[3]", "phrase is ' '"]),
         ({"bbox": [9, 9, 5, 20]}, ["regions[3]", "[9, 9, 5, 20]", "positive width"]),
+        ({"bbox": [30, 20, 25, 15]}, ["regions[3]", "fits the image as [x, y, width, height]"]),
+        ({"bbox": [5, 9, 5, 20]}, ["regions[3]", "positive width"]),
+        ({"tokens_positive": [[9, 9]]}, ["regions[3]", "[[9, 9]]", "start < end"]),
         ({"bbox": [61, 9, 70, 20]}, ["regions[3]", "outside the image", "60 x 40"]),
         ({"bbox": None}, ["regions[3]", "'bbox'"]),
     ],
@@ -222,6 +231,83 @@ def test_truncated_grounding_file(tmp_path):
     file = write(tmp_path / "g.jsonl", json.dumps(odvg()) + "\n" + json.dumps(odvg())[:30])
     with pytest.raises(ValueError, match="line 2: not valid JSON"):
         datasets.load_odvg_jsonl(file, tmp_path)
+
+
+MDETR = {
+    "images": [
+        {"id": 7, "file_name": "a.png", "width": "60", "height": "40", "caption": CAPTION},
+    ],
+    "annotations": [
+        {"id": 1, "image_id": 7, "bbox": [1, 2, 10, 20], "tokens_positive": [[2, 11]]},
+        {"id": 2, "image_id": 7, "bbox": [20, 0, 40, 40], "tokens_positive": [[28, 40]]},
+    ],
+}
+
+
+def test_mdetr_records(tmp_path):
+    file = write(tmp_path / "m.json", MDETR)
+    (record,) = datasets.load_datasets(str(file))
+    assert [[CAPTION[s:e] for s, e in spans] for spans in record["phrase_spans"]] == [
+        ["red panda"],
+        ["old windmill"],
+    ]
+    assert (record["width"], record["height"], record["image_id"]) == (60, 40, 7)
+    datasets.register_mdetr_json("test_whole", file, tmp_path, whole_caption=True)
+    (record,) = datasets.load_datasets("test_whole")
+    assert record["phrase_spans"] == [[[0, len(CAPTION)]]]
+    assert [a["category_id"] for a in record["annotations"]] == [0, 0]
+    assert MetadataCatalog.get("test_whole").evaluator_type == "refexp"
+
+
+@pytest.mark.parametrize(
+    "path, value, words",
+    [
+        (("images", 0, "caption"), None, ["images[0]", "'caption'"]),
+        (("annotations", 1, "tokens_positive"), [[28, 99]], ["annotations[1]", "(28, 99)", "id 2"]),
+        (("annotations", 1, "tokens_positive"), [[5, 4]], ["annotations[1]", "start < end"]),
+        (("annotations", 1, "tokens_positive"), None, ["annotations[1]", "'tokens_positive'"]),
+        (("annotations", 1, "bbox"), [9, 9, 0, 4], ["annotations[1]", "positive width", "a.png"]),
+        (("annotations", 1, "bbox"), [-9, 9, 4, 4], ["annotations[1]", "outside the image"]),
+        (("annotations", 1, "image_id"), 8, ["annotations[1]", "image_id 8"]),
+        (("annotations", 1, "id"), 1, ["annotations[1]", "twice"]),
+        (("annotations",), None, ["no list 'annotations'"]),
+    ],
+)
+def test_mdetr_errors(tmp_path, path, value, words):
+    file = write(tmp_path / "m.json", broken(path, value, MDETR))
+    with pytest.raises(ValueError) as error:
+        datasets.load_mdetr_json(file, tmp_path)
+    for word in [str(file), *words]:
+        assert word in str(error.value)
+
+
+def test_bad_phrases_of_published_files_are_dropped_and_counted(tmp_path, caplog):
+    file = write(
+        tmp_path / "m.json", broken(("annotations", 1, "tokens_positive"), [[28, 99]], MDETR)
+    )
+    with caplog.at_level(logging.WARNING):
+        (record,) = datasets.load_mdetr_json(file, tmp_path, bad_boxes="drop")
+    assert len(record["annotations"]) == len(record["phrase_spans"]) == 1
+    assert "dropped 1 boxes (phrase outside the caption: 1)" in caplog.text
+
+
+def test_annotations_may_come_before_their_images(tmp_path):
+    file = write(tmp_path / "a.json", {key: GOOD[key] for key in reversed(GOOD)})
+    other = write(tmp_path / "b.json", GOOD)
+    for a, b in zip(*datasets.load_datasets([str(file), str(other)]), strict=True):
+        assert {**a, "dataset_name": 0} == {**b, "dataset_name": 0}
+
+
+def test_names_are_kept_once_and_not_in_records(tmp_path):
+    """V3Det has 13,204."""
+    content = copy.deepcopy(GOOD)
+    content["categories"] += [{"id": i, "name": f"thing number {i}"} for i in range(20, 13_222)]
+    content["annotations"][0]["category_id"] = 13_221
+    name = str(write(tmp_path / "many.json", content))
+    records = datasets.load_datasets(name)
+    assert len(datasets.get_metadata(name).thing_classes) == 13_204
+    assert records[0]["annotations"][0]["category_id"] == 13_203
+    assert len(pickle.dumps(records)) < 2000 and b"thing" not in pickle.dumps(records)
 
 
 def test_drawn_is_deterministic_and_its_boxes_fit(tmp_path):

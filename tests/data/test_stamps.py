@@ -17,7 +17,6 @@ from dynamic_dino.data.stamps import build as build_module
 from dynamic_dino.data.stamps import cli, compose, sources
 from dynamic_dino.data.stamps.build import Settings, build, is_complete
 from dynamic_dino.data.stamps.library import Cutout, Library, prepare_cutout
-from dynamic_dino.data.stamps.sheet import draw_sheet
 from dynamic_dino.data.stamps.vocabulary import load_vocabulary, make_vocabulary
 
 SEEN = ["disc", "red disc", "square", "cross", "ring", "bar"]
@@ -336,11 +335,6 @@ def test_annotations_are_valid_coco_with_one_list_of_categories(tmp_path, librar
     mapped = [names[a["category_id"]] for a in documents["val_real"]["annotations"]]
     assert mapped == ["cross", "windmill"]
 
-    assert cv2.imread(str(draw_sheet(tmp_path, "val"))).shape[2] == 3
-    (tmp_path / "val" / "000000.jpg").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="000000.jpg"):
-        draw_sheet(tmp_path, "val")
-
 
 def test_command_line_skips_a_complete_set(tmp_path, library, vocabulary, monkeypatch, capsys):
     arguments = ["--out", str(tmp_path), "--num-train", "3", "--num-val", "2"]
@@ -352,6 +346,7 @@ def test_command_line_skips_a_complete_set(tmp_path, library, vocabulary, monkey
     real.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
     monkeypatch.setattr(cli, "VAL_REAL", real)
     assert cli.main(arguments) == 0
+    assert cv2.imread(str(tmp_path / "stamps/sheet_train.png")).shape[1] == 1600
     first = contents(tmp_path / "stamps")
     assert "train" in capsys.readouterr().out and "sheet_train.png" in first
 

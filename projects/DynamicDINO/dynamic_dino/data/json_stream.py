@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from detectron2.utils import comm
 from tqdm import tqdm
 
 CHUNK = 1 << 20  # characters
@@ -100,7 +101,7 @@ def _open(path: Path, progress: bool) -> Iterator[IO[str]]:
             unit="B",
             unit_scale=True,
             delay=1,  # small files need no bar
-            disable=None if progress else True,
+            disable=None if progress and comm.is_main_process() else True,
         ) as bar,
     ):
         yield _Counted(file, bar)
@@ -154,7 +155,7 @@ class _Window:
             yield self.value()
             if self.next() != "]":
                 self.expect(",")
-        self.expect("]")
+        self.at += 1
 
     def next(self) -> str:
         """The next character that is no space."""

@@ -27,6 +27,8 @@ def draw_samples(
     phrase, and under it its caption or its file's name."""
     place = locate(name, image_folder)
     records = load_file(place)
+    if not len(records):
+        raise ValueError(f"{place.file} has no images, so there is nothing to draw")
     names = get_metadata(place.name).thing_classes
     rng = np.random.default_rng(seed)
     chosen = sorted(rng.choice(len(records), size=min(count, len(records)), replace=False).tolist())

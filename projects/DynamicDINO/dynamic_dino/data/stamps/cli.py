@@ -11,9 +11,9 @@ from pathlib import Path
 
 import cv2
 
+from ..show import draw_samples
 from .build import Settings, build, is_complete
 from .library import load_library
-from .sheet import draw_sheet
 from .sources import PACKAGES, SourceError, locate
 from .vocabulary import VOCABULARY_FILE, load_vocabulary
 
@@ -70,11 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
             _make(folder, settings, args)
         if args.sheet:
             for split in ("train", "val", "val_novel", "val_real"):
-                if (folder / "annotations" / f"{split}.json").exists():
-                    print(f"drew {draw_sheet(folder, split)}")
+                annotations = folder / "annotations" / f"{split}.json"
+                if annotations.exists() and json.loads(annotations.read_text())["images"]:
+                    sheet = folder / f"sheet_{split}.png"
+                    draw_samples(str(annotations), sheet, folder / split, count=24)
+                    print(f"drew {sheet}")
     except PermissionError as error:
         return _fail(f"{error}. Choose a folder you may write to with --out.")
-    except (SourceError, OSError) as error:
+    except (SourceError, OSError, ValueError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here.", file=sys.stderr)
