@@ -68,8 +68,8 @@ def lvis_ap(
     fullest = np.unique(predictions.image_ids, return_counts=True)[1].max(initial=0)
     if fixed and fullest == PER_IMAGE:
         logger.warning(
-            f"no image has more than {PER_IMAGE} detections, as if they had been cut there: fixed AP "
-            'is defined without a cap per image (detector: max_detections_per="piece")'
+            f"no image has more than {PER_IMAGE} detections, as if they had been cut there: fixed "
+            'AP is defined without a cap per image (detector: max_detections_per="piece")'
         )
     cap = predictions.best_per_class if fixed else predictions.best_per_image
     predictions = cap(max_dets)
