@@ -4,8 +4,9 @@ import pickle
 import numpy as np
 import pytest
 from detectron2.structures import BoxMode
-from dynamic_dino.data.json_stream import stream_json, written_whole
+from dynamic_dino.data.json_stream import stream_json, stream_json_list
 from dynamic_dino.data.records import Mixture, Records, Texts
+from dynamic_dino.files import written_whole
 
 
 def random_records(rng, count, extra=False, ids=int):
@@ -106,9 +107,9 @@ def random_value(rng, depth=0):
     }
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 20])
+@pytest.mark.parametrize("chunk", [7, 64, 1 << 18])
 def test_streaming_equals_json(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr("dynamic_dino.data.json_stream.CHUNK", chunk)
+    monkeypatch.setattr("dynamic_dino.data.json_stream.BUFFER", chunk)
     rng = np.random.default_rng()
     for indent in (None, 2):
         content = {f"list{i}": [random_value(rng) for _ in range(6)] for i in range(3)}
@@ -123,7 +124,7 @@ def test_streaming_equals_json(tmp_path, monkeypatch, chunk):
 
 
 def test_streaming_notices_every_truncation(tmp_path, monkeypatch):
-    monkeypatch.setattr("dynamic_dino.data.json_stream.CHUNK", 16)
+    monkeypatch.setattr("dynamic_dino.data.json_stream.BUFFER", 16)
     text = json.dumps({"images": [{"id": 1, "file_name": "a"}], "n": 12, "annotations": [1.5, 22]})
     file = tmp_path / "a.json"
     for end in range(len(text)):
@@ -136,6 +137,16 @@ def test_streaming_notices_every_truncation(tmp_path, monkeypatch):
     file.write_text(text)
     with pytest.raises(ValueError, match="has no list 'categories'"):
         list(stream_json(file, ["images", "categories"]))
+
+
+def test_a_list_by_itself(tmp_path):
+    file = tmp_path / "a.json"
+    for content in ([], [1, {"item": [2]}, []]):
+        file.write_text(json.dumps(content))
+        assert list(stream_json_list(file)) == content
+    file.write_text('{"a": [1]}')
+    with pytest.raises(ValueError, match="not a valid JSON list"):
+        list(stream_json_list(file))
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

@@ -64,7 +64,7 @@ def test_written_and_read_again(tmp_path):
 def test_a_truncated_file_is_named(tmp_path, cut):
     text = json.dumps(random_rows(np.random.default_rng(), 20))
     (tmp_path / "cut.json").write_text(text[:cut])
-    with pytest.raises(ValueError, match="cut.json is not a valid JSON list .* truncated"):
+    with pytest.raises(ValueError, match="cut.json is not valid JSON .* truncated"):
         Predictions.read(tmp_path / "cut.json")
     (tmp_path / "other.json").write_text('{"annotations": []}')
     with pytest.raises(ValueError, match="other.json is not a valid JSON list.*COCO results"):

@@ -15,9 +15,9 @@ from typing import IO, Any
 import numpy as np
 from tqdm import tqdm
 
+from ..files import written_whole
 from .builtin import Format
 from .datasets import get_metadata, load_file, locate
-from .json_stream import written_whole
 from .problems import BadBoxes
 from .records import Record, Records
 

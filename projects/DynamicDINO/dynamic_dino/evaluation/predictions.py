@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.json_stream import stream_json_list, written_whole
+from ..data.json_stream import stream_json_list
+from ..files import written_whole
 
 
 @dataclass
