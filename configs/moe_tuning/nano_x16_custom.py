@@ -6,4 +6,5 @@ from .nano_x16_stamps import inference, lr_multiplier, model, optimizer, train  
 # 8 images * 1,000 iterations
 train.max_iter = 1000
 train.output_dir = "output/nano_x16_custom"
+train.eval_first = True  # the gain is seen at the end
 train.best_metric = "val/AP"

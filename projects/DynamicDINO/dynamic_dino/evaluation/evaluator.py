@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from PIL import Image
 
 from ..data.datasets import get_metadata
 from ..files import writable_folder, write_text
 from ..moe.statistics import RoutingStatistics
 from .coco import class_groups, read_ground_truth
+from .pictures import results_sheet
 from .prediction_log import Found, PredictionLog
 from .predictions import Predictions
 from .protocols import DEFAULTS, protocol_named
@@ -42,8 +44,8 @@ class DetectionEvaluator(DatasetEvaluator):
     Args:
         dataset_name: registered name; its metadata gives json_file, thing_classes,
             thing_dataset_id_to_contiguous_id, and optionally frequency, novel and evaluator_type.
-        output_dir: where predictions.json (COCO results format), results.json and results.txt go;
-            None writes nothing.
+        output_dir: where predictions.json (COCO results format), results.json, results.txt and
+            pictures.jpg, see `results_sheet`, go; None writes nothing.
         protocol: "coco", "lvis", "lvis-fixed" or "refexp". Default: "lvis-fixed" for LVIS,
             "refexp" for RefCOCO, "coco" for all others.
         max_dets: detections that count, per image and class ("coco": 100), per image ("lvis": 300)
@@ -81,6 +83,7 @@ class DetectionEvaluator(DatasetEvaluator):
         self._parts: list[Predictions] = []
         self._unpruned = 0  # detections in them that were not looked at whether they can count
         self._prompted: dict[int | str, tuple[int, ...]] = {}  # contiguous classes, by image id
+        self._files: dict[int | str, str] = {}  # by image id, of this process
         self._known_prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._routing = RoutingStatistics()
         self._metadata = get_metadata(self.dataset_name)
@@ -108,6 +111,7 @@ class DetectionEvaluator(DatasetEvaluator):
             if sample["image_id"] in self._prompted or sample["image_id"] in images:
                 raise ValueError(f"image {sample['image_id']} was evaluated twice: {where}")
             images.append(sample["image_id"])
+            self._files[sample["image_id"]] = sample.get("file_name", "")
             prompts.append(tuple(sample["prompt_classes"]))
             parts.append(self._predictions(sample, output["instances"], where))
         statistics = RoutingStatistics()
@@ -195,6 +199,7 @@ class DetectionEvaluator(DatasetEvaluator):
             write_text(self.output_dir / "results.json", json.dumps(results, indent=1))
             write_text(self.output_dir / "results.txt", format_results(results) + "\n")
             logger.info("Full tables: %s", self.output_dir / "results.txt")
+            self._draw(predictions)
         routing_scalars = {
             f"routing/layer{i}/{key}": value
             for i, layer in enumerate(results["routing"])
@@ -202,6 +207,14 @@ class DetectionEvaluator(DatasetEvaluator):
             if isinstance(value, int | float)
         }
         return OrderedDict(result.metrics | routing_scalars)
+
+    def _draw(self, predictions: Predictions) -> None:
+        names = dict(zip(self._category_ids, self._metadata.thing_classes, strict=False))
+        sheet = results_sheet(self._truth, predictions, self._files, names)
+        if sheet is not None:
+            path = self.output_dir / "pictures.jpg"
+            Image.fromarray(sheet).save(path, quality=90)
+            logger.info("Pictures: %s", path)
 
     def _read_category_ids(self) -> list[int]:
         """Contiguous class -> category id of the JSON file."""
