@@ -273,6 +273,18 @@ def test_what_each_cap_keeps():
     assert lvis_ap(truth, found, fixed=True, max_dets=1).metrics["APf"] == 0
 
 
+def test_a_cap_per_image_is_noticed_where_fixed_ap_forbids_it(caplog):
+    rng = np.random.default_rng()
+    truth = random_truth(rng)
+    image = truth["images"][0]["id"]
+    found = [p | {"image_id": image} for p in random_predictions(rng, truth, clutter=40)][:301]
+    lvis_ap(truth, found, fixed=True)
+    lvis_ap(truth, found[:300])
+    assert not caplog.text
+    lvis_ap(truth, found[:300], fixed=True)
+    assert "no image has more than 300 detections" in caplog.text
+
+
 def test_a_subset_of_the_images_is_the_data_set_without_the_others():
     rng = np.random.default_rng()
     truth = random_truth(rng)

@@ -13,6 +13,7 @@ Two caps on the detections are in use, and their numbers must not be compared:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import numpy as np
 from .coco import groups_of, ids_of, read_ground_truth
 from .precision_recall import DetectionResult, average_precision
 from .predictions import Predictions
+
+logger = logging.getLogger(__name__)
 
 PER_IMAGE, PER_CLASS = 300, 10_000
 
@@ -62,6 +65,12 @@ def lvis_ap(
                 )
     predictions = Predictions.read(predictions)
     predictions.check_ids(*ids_of(truth))
+    fullest = np.unique(predictions.image_ids, return_counts=True)[1].max(initial=0)
+    if fixed and fullest == PER_IMAGE:
+        logger.warning(
+            f"no image has more than {PER_IMAGE} detections, as if they had been cut there: fixed "
+            'AP is defined without a cap per image (detector: max_detections_per="piece")'
+        )
     cap = predictions.best_per_class if fixed else predictions.best_per_image
     predictions = cap(max_dets)
 
