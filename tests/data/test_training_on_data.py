@@ -48,8 +48,7 @@ def test_nano_trains_on_the_mixture(root, tmp_path):
     cfg.dataloader.train, cfg.dataloader.test = paper.train, paper.test
     cfg.dataloader.evaluator = paper.evaluator
     cfg.train.best_metric = "coco/AP"
-    for loader in (paper.train, paper.test.coco):
-        loader.num_workers = 0
+    cfg.dataloader.train.num_workers = cfg.dataloader.test.coco.num_workers = 0
     cfg.dataloader.train.total_batch_size = 4
     cfg.dataloader.train.weights = [1, 1, 1, 1]
     cfg.dataloader.train.mapper.phrase_prompts = 0.5
