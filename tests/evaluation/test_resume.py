@@ -102,12 +102,9 @@ def recipe(tmp_path):
 
 def files(tmp_path, output):
     folder = tmp_path / output / "evaluation" / "val"
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "predictions.json",
-        "results.json",
-        "results.txt",
-    ]
-    return {path.name: path.read_text() for path in folder.iterdir()}
+    texts = ["predictions.json", "results.json", "results.txt"]
+    assert sorted(p.name for p in folder.iterdir()) == ["pictures.jpg", *texts]
+    return {name: (folder / name).read_text() for name in texts}
 
 
 def interrupt(cfg, after):

@@ -45,7 +45,8 @@ class DetectionEvaluator(DatasetEvaluator):
         dataset_name: registered name; its metadata gives json_file, thing_classes,
             thing_dataset_id_to_contiguous_id, and optionally frequency, novel and evaluator_type.
         output_dir: where predictions.json (COCO results format), results.json, results.txt and
-            pictures.jpg, see `results_sheet`, go; None writes nothing.
+            pictures.jpg (`results_sheet`, of images that the main process saw) go; None writes
+            nothing.
         protocol: "coco", "lvis", "lvis-fixed" or "refexp". Default: "lvis-fixed" for LVIS,
             "refexp" for RefCOCO, "coco" for all others.
         max_dets: detections that count, per image and class ("coco": 100), per image ("lvis": 300)
