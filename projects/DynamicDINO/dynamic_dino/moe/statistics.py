@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .losses import expert_counts, expert_load
+from .losses import entropy, expert_counts, expert_load
 from .routing import Routing
 
 UNDEFINED = -1.0  # as in COCO's metrics; tables show a dash
@@ -115,10 +115,9 @@ def sibling_tokens(ids: Tensor, parts: int | None = None) -> tuple[Tensor, Tenso
 def normalised_entropy(load: Tensor, active: Tensor | None = None) -> Tensor:
     """Entropy of a distribution over that of the even one: 1 = even, 0 = one expert does it all.
     Even over the active experts, if they are given."""
-    entropy = -(load * load.clamp(min=1e-12).log()).sum(-1)
     if active is None:
-        return entropy / math.log(max(load.shape[-1], 2))
-    return entropy / active.sum().clamp(min=2).log()
+        return entropy(load) / math.log(max(load.shape[-1], 2))
+    return entropy(load) / active.sum().clamp(min=2).log()
 
 
 def training_metrics(routings: list[Routing]) -> dict[str, Tensor]:
