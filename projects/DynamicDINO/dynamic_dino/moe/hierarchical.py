@@ -73,9 +73,10 @@ class HierarchicalRouter(Router):
         width = {"full": dim + num_routes, "instance": dim, "scene": num_routes}[variant]
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         if variant != "instance":
-            pools = route_pools(num_experts, num_routes, route_experts)
-            check_pools(pools, active_routes, top_k)
-            self.register_buffer("pools", pools, persistent=False)
+            owned = owned_experts(num_experts, num_routes, route_experts)
+            check_pools(owned, active_routes, top_k)
+            pools = torch.tensor([[e in experts for e in range(num_experts)] for experts in owned])
+            self.register_buffer("pools", pools, persistent=False)  # [R, E]
             self.scene_weight = nn.Parameter(torch.empty(num_routes, dim))
         self.reset_parameters()
 
@@ -116,10 +117,10 @@ class HierarchicalRouter(Router):
         return Routing(ids.int(), allowed.gather(1, ids).softmax(-1), logits.softmax(-1))
 
 
-def route_pools(
+def owned_experts(
     num_experts: int, num_routes: int, route_experts: Sequence[Sequence[int]] | None
-) -> Tensor:
-    """Which experts each route owns: bool [R, E]. Raises ValueError unless every expert has one."""
+) -> list[set[int]]:
+    """The experts of each route. Raises ValueError unless every expert has a route."""
     if route_experts is None:
         if num_routes < 1 or num_experts % num_routes:
             raise ValueError(
@@ -128,23 +129,23 @@ def route_pools(
             )
         share = num_experts // num_routes
         route_experts = [range(r * share, (r + 1) * share) for r in range(num_routes)]
-    named = sorted({e for experts in route_experts for e in experts})
-    if len(route_experts) != num_routes or named != list(range(num_experts)):
+    owned = [set(experts) for experts in route_experts]
+    named = sorted(set().union(*owned))
+    if len(owned) != num_routes or named != list(range(num_experts)):
         raise ValueError(
-            f"route_experts names experts {named} for {len(route_experts)} routes; it must name "
-            f"each of 0 to {num_experts - 1}, for num_routes={num_routes} routes"
+            f"route_experts names experts {named} for {len(owned)} routes; it must name each of "
+            f"0 to {num_experts - 1}, for num_routes={num_routes} routes"
         )
-    return torch.tensor([[e in experts for e in range(num_experts)] for experts in route_experts])
+    return owned
 
 
-def check_pools(pools: Tensor, active_routes: int, top_k: int) -> None:
+def check_pools(owned: list[set[int]], active_routes: int, top_k: int) -> None:
     """Raises ValueError if some choice of routes gives fewer than k experts."""
-    if not 1 <= active_routes <= len(pools):
+    if not 1 <= active_routes <= len(owned):
         raise ValueError(
-            f"active_routes={active_routes} must lie between 1 and num_routes={len(pools)}"
+            f"active_routes={active_routes} must lie between 1 and num_routes={len(owned)}"
         )
-    rows = [{e for e, mine in enumerate(row) if mine} for row in pools.tolist()]
-    smallest = min(len(set().union(*chosen)) for chosen in combinations(rows, active_routes))
+    smallest = min(len(set().union(*chosen)) for chosen in combinations(owned, active_routes))
     if smallest < top_k:
         raise ValueError(
             f"top_k={top_k}, but {active_routes} routes may give a pool of only {smallest} "
