@@ -72,7 +72,7 @@ class DiversityLoss:
                     "DiversityLoss needs the experts' responses: set response_tokens of "
                     "MoEFeedForward, e.g. to 32"
                 )
-            used = (expert_load(routing) > 0).to(routing.responses.dtype)
+            used = (expert_load(routing) > 0).float()
             count = used.sum().clamp(min=1)
             p = routing.responses.float().softmax(-1)
             mean = (p * used[:, None]).sum(0) / count
