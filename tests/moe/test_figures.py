@@ -54,6 +54,17 @@ def test_what_a_checkpoint_shows():
     assert heights == pytest.approx(layers[1].router.thresholds[:3].tolist())
 
 
+def test_what_the_log_shows():
+    rows = [
+        {"iteration": i, "moe/layer0/active_experts": 4 + i, "val/routing/layer0/active_experts": 9}
+        for i in range(3)
+    ]
+    axes = figures.over_training([*rows, {"iteration": 3}]).axes
+    assert [len(axis.lines) for axis in axes] == [1, 0, 0]
+    assert axes[0].lines[0].get_xydata().tolist() == [[0, 4], [1, 5], [2, 6]]
+    assert figures.over_training([{"iteration": 0, "lr": 1}]) is None
+
+
 def test_command(tmp_path, capsys):
     run = tmp_path / "run"
     (run / "evaluation/val").mkdir(parents=True)

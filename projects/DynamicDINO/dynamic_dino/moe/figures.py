@@ -90,7 +90,8 @@ def thresholds(routers: list[dict[str, Tensor]]) -> Figure:
 def over_training(rows: list[dict]) -> Figure | None:
     """Active experts and experts per token by iteration, from metrics.json; None if not logged."""
     names = ("active_experts", "experts_per_token", "unrouted_tokens")
-    keys = sorted({k for row in rows for k in row if k.split("/")[-1] in names})
+    logged = {k for row in rows for k in row if k.startswith("moe/")}  # not those of evaluations
+    keys = sorted(k for k in logged if k.split("/")[-1] in names)
     if not keys:
         return None
     figure, axes = _row(len(names), 3)
