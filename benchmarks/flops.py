@@ -11,7 +11,8 @@ Counted as fvcore does: one multiply-add is one, an element of a norm is 2 (batc
 a bilinear sample 4. Sums of products that aren't matrix products count one per element: the samples
 of deformable attention, the k experts of a token, means. Biases, activations, softmax and other
 elementwise operators don't count; NOT_COUNTED names them. An operator that is neither counted nor
-named there is an error. The count depends on shapes, not on weights or on the kernels' back-end.
+named there is an error. The count depends on shapes, not on weights or on the kernels' back-end;
+but where tokens take as many experts as they like, it is of those that this image's tokens take.
 
 The image is one; its sides are padded to multiples of 32. The text encoder is counted as if it had
 cached no name. Parameters are "active" where one token uses them, k of E experts, and "trainable"
@@ -60,7 +61,7 @@ def attention(inputs: list, outputs: list) -> int:
 
 
 def experts(inputs: list, outputs: list) -> Counter:
-    """Slots are taken as filled: how many a top-any router leaves empty isn't in the shapes."""
+    """Slots are taken as filled: which of them are empty isn't in the shapes; see `empty_slots`."""
     (_, hidden, dim), (tokens, top_k) = get_shape(inputs[1]), get_shape(inputs[5])
     slots = tokens * top_k
     return Counter(expert_ffn=2 * slots * hidden * dim, gated_sum=slots * dim)
@@ -123,7 +124,8 @@ NOT_COUNTED = {
     *("add", "addcmul", "sub", "rsub", "mul", "div", "neg", "pow", "ceil", "sin", "cos", "logit"),
     *("cumsum", "gelu", "hardtanh_", "nan_to_num", "sigmoid", "silu", "silu_", "softmax"),
     # comparisons, choices, orders
-    *("all", "amax", "clamp_min", "cummax", "lt", "minimum", "ne", "sort", "topk", "where"),
+    *("all", "amax", "any", "clamp_min", "cummax", "lt", "minimum", "ne", "scatter", "sort"),
+    *("topk", "where"),
     # look-ups, constants, layouts
     *("embedding", "expand_as", "eye", "fill_", "movedim", "new_ones", "numel", "numpy_T"),
     *("ones_like", "pad", "pad_sequence", "repeat", "repeat_interleave", "unflatten", "view_as"),
@@ -215,21 +217,39 @@ class OneImage(nn.Module):
         return found.scores, found.pred_classes, found.pred_boxes.tensor
 
 
-def own_counts(analysis: FlopCountAnalysis) -> dict[str, Counter]:
-    """What each module does itself, without its children: added up, the total."""
+def empty_slots(detector: nn.Module, sample: dict) -> dict[str, Counter]:
+    """What `experts` counts for slots that a router leaves empty: by module of a `OneImage`."""
+    with torch.no_grad():
+        routings = detector([sample])[0].get("routings", [])
+    mixtures = [(n, m) for n, m in detector.named_modules() if isinstance(m, MoEFeedForward)]
+    found = {}
+    for (name, layer), routing in zip(mixtures, routings, strict=True):
+        slots = int((routing.expert_ids < 0).sum())
+        _, hidden, dim = layer.experts.w1.shape
+        if slots:
+            found[f"detector.{name}.experts"] = Counter(
+                expert_ffn=2 * slots * hidden * dim, gated_sum=slots * dim
+            )
+    return found
+
+
+def own_counts(analysis: FlopCountAnalysis, empty: dict[str, Counter]) -> dict[str, Counter]:
+    """What each module does itself, without its children and `empty_slots`: added up, the total."""
     counts = analysis.by_module_and_operator()
     own = {module: Counter(operators) for module, operators in counts.items()}
     for module, operators in counts.items():
         if module:
             own[module.rpartition(".")[0]].subtract(operators)
+    for module, operators in empty.items():
+        own[module].subtract(operators)
     return own
 
 
-def by_part(analysis: FlopCountAnalysis) -> dict:
+def by_part(analysis: FlopCountAnalysis, empty: dict[str, Counter]) -> dict:
     """{"total", "stages", "decoder", "routers"}: of all, of each stage, of each part of the
     decoder, and of all routers wherever they are; of a `OneImage`."""
     stages, decoder, routers = Counter(), Counter(), 0
-    for module, operators in own_counts(analysis).items():
+    for module, operators in own_counts(analysis, empty).items():
         stage, _, inner = module.removeprefix("detector").removeprefix(".").partition(".")
         stages[stage if stage in STAGES else "post-processing"] += sum(operators.values())
         routers += sum(operators.values()) if fnmatch(module, "*.router*") else 0
@@ -237,7 +257,7 @@ def by_part(analysis: FlopCountAnalysis) -> dict:
             for operator, number in operators.items():
                 decoder[_part(inner, operator)] += number
     return {
-        "total": int(analysis.total()),
+        "total": int(sum(stages.values())),
         "stages": {name: int(stages[name]) for name in (*STAGES, "post-processing")},
         "decoder": {name: int(decoder[name]) for name in PARTS},
         "routers": int(routers),
@@ -275,12 +295,18 @@ def measure(
     detector.canvas = None
     (sample,) = samples(size, names=names)
     analysis = count(OneImage(use_backend(detector, "grouped"), sample), sample["image"])
+    empty = empty_slots(detector, sample)
+    modules = analysis.by_module()
+    for module, operators in empty.items():
+        for name in modules:
+            if f"{module}.".startswith(f"{name}."):
+                modules[name] -= operators.total()
     modules = {
         name.removeprefix("detector."): int(number)
-        for name, number in analysis.by_module().items()
+        for name, number in modules.items()
         if 0 < name.count(".") <= depth and number
     }
-    return {"flops": by_part(analysis), "parameters": parameters, "modules": modules}
+    return {"flops": by_part(analysis, empty), "parameters": parameters, "modules": modules}
 
 
 # ---- the script ---------------------------------------------------------------------------------
@@ -290,11 +316,12 @@ def models(options: argparse.Namespace) -> Iterator[tuple[str, DictConfig, list[
     """Name, config and trainable patterns of each column."""
     model = load_model_config(options.config_file, options.overrides)
     trainable = load_config(ROOT / options.config_file, options.overrides).train.trainable
-    ffn = model.decoder.layer.ffn
+    ffn, dense = model.decoder.layer.ffn, dense_of(model)
+    if dense != model:
+        yield "dense", dense, None
     if "num_experts" not in ffn:
         yield "recipe", model, trainable
         return
-    yield "dense", dense_of(model), None
     for number in options.experts or sorted({4, 8, 16, ffn.num_experts}):
         ffn.num_experts = number
         yield f"x{number}", model, trainable

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from dynamic_dino.attention import DeformableAttention, MultiHeadAttention
 from dynamic_dino.feed_forward import FeedForward
 from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.moe.top_any import TopAnyRouter
 from dynamic_dino_kernels.moe import route_any
 from torch import nn
 
@@ -66,6 +67,39 @@ def test_experts_cost_a_dense_ffn_the_router_and_the_gated_sum(monkeypatch, back
     assert experts["gated_sum"] == 14 * 2 * 16
     assert experts["expert_ffn"] == 14 * 2 * 16 * 32  # k experts of hidden / k
     assert counted.total() == 14 * (2 * 16 * 32 + 5 * 16 + 8 * 16 + 2 * 16)
+
+
+class TopAny(nn.Module):
+    """Answers as a detector does: each batch's routings with its first result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = MoEFeedForward(16, 32, router=TopAnyRouter(16, 6))
+
+    def forward(self, batch: list[dict]) -> list[dict]:
+        y, routing = self.ffn(batch[0]["image"])
+        return [{"routings": [routing], "y": y}]
+
+
+class OfImage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.detector = TopAny()
+
+    def forward(self, image):
+        return self.detector([{"image": image}])[0]["y"]
+
+
+def test_empty_slots_cost_nothing():
+    model, x = OfImage().eval(), torch.randn(2, 30, 16)
+    [routing] = model.detector([{"image": x}])[0]["routings"]
+    filled = int((routing.expert_ids >= 0).sum())
+    assert 60 <= filled < 6 * 60
+    analysis = flops.count(model, x)
+    own = flops.own_counts(analysis, flops.empty_slots(model.detector, {"image": x}))
+    experts = own["detector.ffn.experts"]
+    assert experts["expert_ffn"] == filled * 2 * 16 * 32 and experts["gated_sum"] == filled * 16
+    assert sum(c.total() for c in own.values()) == analysis.total() - (360 - filled) * (1024 + 16)
 
 
 @both_backends

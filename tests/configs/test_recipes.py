@@ -22,6 +22,10 @@ RECIPES = sorted(
     if path.relative_to(CONFIGS).parts[0] not in ("common", "eval")  # see test_eval.py
 )
 TOWERS = ("backbone", "text_encoder")
+ROUTER_LOSSES = {
+    "himoe": ["SquaredBalanceLoss", "DiversityLoss"],
+    "dynmoe": ["SparseGatingLoss"],
+}
 NODES = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "inference")
 
 
@@ -69,7 +73,7 @@ def nodes(cfg, path: str = ""):
 
 def test_there_are_recipes():
     families = {Path(recipe).parts[0] for recipe in RECIPES}
-    assert {"pretrain", "moe_tuning"} <= families and len(RECIPES) > 10
+    assert {"pretrain", "moe_tuning", "himoe", "dynmoe"} <= families and len(RECIPES) > 40
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -108,11 +112,23 @@ def test_recipe(recipe):
     assert rates[0] < 0.5 and rates[-1] < 0.1
 
     mixtures = {n: m for n, m in model.named_modules() if isinstance(m, MoEFeedForward)}
-    if recipe.startswith(("moe_tuning", "demo")) and "control" not in recipe:
-        assert {n for n in mixtures if n.startswith("decoder.")} == {
-            f"decoder.layers.{i}.ffn" for i in range(cfg.model.decoder.num_layers)
+    if not recipe.startswith("pretrain") and not recipe.endswith(("control_stamps.py", "dense.py")):
+        places = {
+            f"decoder.layers.{i}.ffn": "decoder" for i in range(cfg.model.decoder.num_layers)
+        } | {
+            f"enhancer.layers.{i}.image.ffn": "enhancer"
+            for i in range(cfg.model.enhancer.num_layers)
         }
-        assert len(model.criterion.router_losses) == 1
+        placed = {places[name] for name in mixtures}
+        assert set(mixtures) == {name for name, place in places.items() if place in placed}
+        both, enhancer = "encoder_decoder" in recipe or "table9" in recipe, "enhancer"
+        alone = recipe.endswith(("edge_encoder.py", "token_moe.py", "token_moe_stamps.py"))
+        assert placed == ({enhancer} if alone else {"decoder", enhancer} if both else {"decoder"})
+        family = recipe.split("/")[0]
+        losses = [type(loss).__name__ for loss in model.criterion.router_losses]
+        assert losses == ROUTER_LOSSES.get(family, ["LoadBalanceLoss"])
+        adaptive = family == "dynmoe" and "fixed" not in recipe
+        assert cfg.train.adaptive_experts.enabled == adaptive
         assert cfg.train.init_checkpoint
         for name in mixtures:
             assert {f"{name}.router.weight", f"{name}.experts.w1"} <= trained

@@ -22,6 +22,7 @@ def train_step(model, batch, seed: int = 0):
     torch.manual_seed(seed)  # denoising queries, stochastic depth
     model.zero_grad()
     losses = model(batch)
+    losses.pop("routings", None)
     sum(v for k, v in losses.items() if k.startswith("loss")).backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     missing = [n for n, g in gradients.items() if g is None]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamic_dino.engine.config import ConfigError
+from dynamic_dino.engine.config import ConfigError, load_config
 from dynamic_dino.engine.launch import Placement, first_host, placement_from_environment
 from dynamic_dino.engine.train import do_train
 
@@ -98,3 +98,22 @@ def test_placement_from_slurm():
 )
 def test_first_host(nodes, first):
     assert first_host(nodes) == first
+
+
+# DynMoE ------------------------------------------------------------------------------------------
+def test_two_ranks_choose_the_same_experts(metrics, two_ranks):
+    """Each rank sees half of the tokens; both end with the same experts, and so does one process
+    that sees all of them."""
+    first, second = (torch.load(two_ranks / f"adaptive{rank}.pth") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    cfg = [f"train.output_dir={two_ranks / 'adaptive_single'}", "model.dropout=0", "model.noise=0"]
+    do_train(load_config(HERE / "adaptive_recipe.py", cfg))
+    single, double = metrics("adaptive_single"), metrics("adaptive")
+    keys = {"moe/layer0/removed", "moe/layer0/added", "moe/experts"}
+    changes = [{k: row[k] for k in keys & row.keys()} for row in single.values()]
+    assert changes == [{k: row[k] for k in keys & row.keys()} for row in double.values()]
+    assert sum(len(change) > 1 for change in changes) >= 1
+
+
+def test_two_ranks_resume_across_a_change_of_experts(metrics):
+    assert metrics("adaptive_cut") == metrics("adaptive_random")

@@ -1,9 +1,10 @@
-"""Run by torchrun in test_distributed.py: a whole run, an interrupted one, and a poisoned one."""
+"""Run by torchrun in test_distributed.py: whole runs, interrupted ones, and a poisoned one."""
 
 import argparse
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from detectron2.utils import comm
 from dynamic_dino.engine.config import load_config
 from dynamic_dino.engine.launch import launch
@@ -12,14 +13,15 @@ from dynamic_dino.engine.train import do_train
 from dynamic_dino.engine.trainer import NonFiniteLossError
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
+ADAPTIVE = Path(__file__).with_name("adaptive_recipe.py")
 
 
 def main(args: argparse.Namespace) -> None:
-    def train(folder: str, *overrides: str, resume: bool = False) -> None:
+    def train(folder: str, *overrides: str, resume: bool = False, recipe: Path = RECIPE):
         output = args.output / folder
-        cfg = load_config(RECIPE, [*args.opts, f"train.output_dir={output}", *overrides])
+        cfg = load_config(recipe, [*args.opts, f"train.output_dir={output}", *overrides])
         setup(cfg)
-        do_train(cfg, resume)
+        return do_train(cfg, resume)
 
     train("whole", "model.dropout=0", "model.noise=0")
     train("random")
@@ -30,6 +32,13 @@ def main(args: argparse.Namespace) -> None:
         train("poisoned", f"model.poison={args.poison}")
     except NonFiniteLossError as error:
         (args.output / f"error{comm.get_rank()}.txt").write_text(str(error))
+
+    model = train("adaptive", "model.dropout=0", "model.noise=0", recipe=ADAPTIVE)
+    torch.save(model.state_dict(), args.output / f"adaptive{comm.get_rank()}.pth")
+    with suppress(InterruptedError):
+        train("adaptive_cut", "dataloader.train.stop_at=10", recipe=ADAPTIVE)
+    train("adaptive_cut", resume=True, recipe=ADAPTIVE)
+    train("adaptive_random", recipe=ADAPTIVE)
 
 
 if __name__ == "__main__":

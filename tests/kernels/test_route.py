@@ -143,6 +143,24 @@ def test_any_with_nothing_on_and_with_nothing_to_route(backend):
 
 
 @both
+def test_any_with_thresholds_of_minus_infinity_takes_the_best(backend):
+    """How k is forced: every expert that isn't switched off would do, and the best k are taken."""
+    x, weight = draw()
+    thresholds = torch.full((10,), -torch.inf)
+    thresholds[3] = torch.inf
+    cosine = torch.nn.functional.cosine_similarity(x[:, None], weight[None], dim=-1)
+    best = cosine.masked_fill(thresholds == torch.inf, -2).sort(1, descending=True).indices
+    for k in (1, 4, 10):
+        ids, gates, _, _ = route_any(x, weight, thresholds, max_k=k, backend=backend)
+        filled = min(k, 9)
+        assert torch.equal(ids[:, :filled].long(), best[:, :filled])
+        assert (ids[:, filled:] == -1).all()
+        torch.testing.assert_close(gates[:, :filled], torch.full((37, filled), 1 / filled))
+        grads = torch.autograd.grad(gates.sum(), (x, weight), allow_unused=True)
+        assert all(grad.isfinite().all() for grad in grads)
+
+
+@both
 def test_any_gives_a_nan_token_nothing_or_one_expert(backend):
     x, weight = draw()
     with torch.no_grad():

@@ -144,6 +144,7 @@ def test_training_a_converted_model(nano):
         torch.testing.assert_close(moe_losses.pop(name), value, rtol=1e-4, atol=1e-4)
     balance = moe_losses.pop("loss_load_balance")
     assert 0.0099 < balance < 0.05 and balance.requires_grad
+    assert len(moe_losses.pop("routings")) == 3
     metrics = ("load_entropy", "load_max", "dead_experts", "siblings", "same_part")
     assert moe_losses.keys() == {f"moe/layer{i}/{m}" for i in range(3) for m in metrics}
     assert not any(v.requires_grad for v in moe_losses.values())

@@ -29,7 +29,7 @@ def route_any(
     chosen = cosine > thresholds
     if fallback:
         on = cosine.masked_fill(thresholds == torch.inf, -torch.inf)
-        best = torch.zeros_like(chosen).scatter(1, _best_first(on)[:, :1], True)
+        best = torch.zeros_like(chosen).scatter(1, _best_first(on)[:, :1], 1)
         best = best & (thresholds < torch.inf)
         chosen = torch.where(chosen.any(1, keepdim=True), chosen, best)
     index = _best_first(cosine.masked_fill(~chosen, -torch.inf))[:, :max_k]

@@ -76,8 +76,8 @@ class OpenVocabularyDetector(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def forward(self, batch: list[dict]) -> dict[str, Tensor] | list[dict]:
-        """Losses in training, detections in evaluation.
+    def forward(self, batch: list[dict]) -> dict[str, Tensor | list[Routing]] | list[dict]:
+        """Losses in training, with metrics and the mixtures' "routings"; detections in evaluation.
 
         Args:
             batch: mapped samples, see ``dynamic_dino.data.mapper``: "image" (uint8 [3, h, w], RGB)
@@ -94,7 +94,8 @@ class OpenVocabularyDetector(nn.Module):
         text = self.text_encoder([sample["prompt"] for sample in batch])
         targets = self.targets(batch)
         output = self.detect(features, masks, text, targets)
-        return {**self.criterion(output, targets), **training_metrics(output.routings)}
+        losses = {**self.criterion(output, targets), **training_metrics(output.routings)}
+        return losses | ({"routings": output.routings} if output.routings else {})
 
     def detect(
         self,

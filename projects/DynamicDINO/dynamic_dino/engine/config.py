@@ -28,6 +28,8 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "clip_grad": {"enabled": True, "max_norm": 0.1, "norm_type": 2.0},
     "ema": {"enabled": False, "decay": 0.9998},
     "ddp": {"broadcast_buffers": False, "find_unused_parameters": False},
+    # DynMoE: experts come and go every `period` iterations, by the choices in the last `window`
+    "adaptive_experts": {"enabled": False, "period": 200, "window": 200},
     "checkpointer": {"period": 5000, "max_to_keep": 3},
     "eval_period": 0,  # 0: only after the last iteration
     "eval_first": False,  # score the model that training starts from as well

@@ -13,6 +13,7 @@ from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig
 from torch import nn
 
+from .adaptive_experts import AdaptiveExpertsHook
 from .checkpointing import (
     BestCheckpointer,
     Checkpointer,
@@ -115,7 +116,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
         return model
     with input_errors():
         trainer.data_loader = _train_loader(cfg, start_iter)
-    trainer.register_hooks(_hooks(cfg, trainer, checkpointer, start_iter))
+        trainer.register_hooks(_hooks(cfg, trainer, checkpointer, start_iter))
     trainer.train(start_iter, train.max_iter)
     return model
 
@@ -162,6 +163,8 @@ def _hooks(
         hooks.IterationTimer(),
         LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
     ]
+    if (adaptive := train.adaptive_experts).enabled:
+        common.append(AdaptiveExpertsHook(trainer.module, adaptive.period, adaptive.window))
     evaluation = [hooks.EvalHook(train.eval_period, evaluate)] if has_tests else []
     if has_tests and train.eval_first:
         evaluation.append(EvaluateFirst(evaluate))

@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..moe.routing import Routing
 from .checkpointing import BestCheckpointer
 from .config import ConfigError
 from .ema import ModelEma
@@ -36,8 +37,8 @@ class Trainer(SimpleTrainer):
     """Detectron2's trainer, with autocast, clipping, EMA, exact resume and a stop at NaN.
 
     The model returns a dict of scalars: what is called ``loss*`` is summed and differentiated, the
-    rest is only logged. All randomness of an iteration follows from (seed, iteration, rank), so a
-    checkpoint needs no generator states.
+    rest is only logged. "routings", if it has any, are for hooks (`self.routings`). All randomness
+    of an iteration follows from (seed, iteration, rank), so a checkpoint needs no generator states.
 
     Args:
         loader: infinite iterable of batches, each a list of samples with a "file_name".
@@ -63,6 +64,7 @@ class Trainer(SimpleTrainer):
         super().__init__(model, loader, optimizer, gather_metric_period=period)
         set_train_mode(model)
         self.seed, self.ema, self.last_checkpoint = seed, ema, last_checkpoint
+        self.routings: list[Routing] = []  # of this iteration's MoE layers
         self.clip_grad = clip_grad or {"enabled": False}
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         device = self.parameters[0].device.type
@@ -84,6 +86,7 @@ class Trainer(SimpleTrainer):
         seed_everything(self.seed, self.iter, comm.get_rank(), 1)
         data_time = time.perf_counter() - start
 
+        self.routings = []  # the last iteration's hold memory
         try:
             with autocast(self.parameters[0].device.type, self.amp_dtype):
                 outputs = self.model(batch)
@@ -92,6 +95,7 @@ class Trainer(SimpleTrainer):
         except Exception:
             logger.error("Iteration %d failed on %s", self.iter, _file_names(batch))
             raise
+        self.routings = outputs.pop("routings", [])
         losses = {name: value for name, value in outputs.items() if name.startswith("loss")}
         if not losses:
             raise ValueError(f"the model returned no 'loss*' in training, only {list(outputs)}")

@@ -58,3 +58,32 @@ class Experts(nn.Module):
             recompute=self.recompute,
             backend=self.backend,
         )
+
+    def responses(self, x: Tensor, routing: Routing, most: int) -> Tensor:
+        """Each expert's mean answer to tokens of its own: x [T, D] -> [E, D], 0 where it has none.
+
+        At most `most` tokens of an expert are looked at, evenly spread over those it has, so this
+        costs E * most rows whatever T is. The gradient reaches the experts, not the tokens.
+        """
+        experts = torch.arange(len(self.w1), device=x.device)[:, None]
+        ids = routing.expert_ids.flatten().long()
+        slots = ids.sort(stable=True).indices  # empty slots, then those of expert 0, 1, ...
+        counts = torch.bincount(ids + 1, minlength=len(experts) + 1)
+        first, count = counts.cumsum(0)[:-1, None], counts[1:, None]
+        taken = count.clamp(max=most)
+        step = torch.arange(most, device=x.device)
+        index = first + step * count // taken.clamp(min=1)
+        token = slots[index.clamp(max=len(ids) - 1)] // routing.expert_ids.shape[1]
+        chosen = torch.where(step < taken, experts, -1).flatten()[:, None]
+        y = expert_ffn(
+            x.detach()[token.flatten()],
+            self.w1,
+            self.b1,
+            self.w2,
+            self.b2,
+            chosen.int(),
+            torch.ones_like(chosen, dtype=torch.float32),
+            activation=self.activation,
+            backend=self.backend,
+        )
+        return y.unflatten(0, (-1, most)).sum(1) / taken.clamp(min=1)

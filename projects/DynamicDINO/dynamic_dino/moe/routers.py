@@ -11,7 +11,23 @@ from .routing import Routing
 GATES = ("straight_through", "renormalized", "indicator")
 
 
-class SoftmaxRouter(nn.Module):
+class Router(nn.Module):
+    """What `MoEFeedForward` asks of a router, see docs/moe.md for one of your own.
+
+    Attributes:
+        num_experts: E, how many experts there are.
+        top_k: the most experts that a token can get.
+    """
+
+    num_experts: int
+    top_k: int
+
+    def forward(self, tokens: Tensor, scene: Tensor | None = None) -> Routing:
+        """tokens [B, N, D], scene [B, D] -> Routing of T = B * N tokens"""
+        raise NotImplementedError
+
+
+class SoftmaxRouter(Router):
     """Dynamic-DINO's router: p = softmax(W x), the k most probable experts (paper, section 3.2).
 
     The gates of the chosen experts, all equal to one while the rows of siblings are equal, so that

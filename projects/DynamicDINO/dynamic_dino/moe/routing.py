@@ -8,22 +8,46 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Fields with one row for each token, and fields that are the same for all tokens of a layer.
+PER_TOKEN = ("expert_ids", "gates", "probs", "scene_probs", "scene_routes", "tokens")
+OF_LAYER = ("keys", "active", "responses", "parts")
+
 
 @dataclass
 class Routing:
     """Which experts each token uses. T tokens, K slots, E experts.
 
-    expert_ids  int32 [T, K], -1 marks an empty slot
-    gates       float [T, K], weight of each slot, 0 where empty
-    probs       float [T, E], the router's softmax distribution
-    counts      what the router's kernel counted for that of the experts, see `expert_ffn`; None
-                where it didn't, or where these are no longer the router's tokens
+    expert_ids    int32 [T, K], -1 marks an empty slot
+    gates         float [T, K], weight of each slot, 0 where empty
+    probs         float [T, E], what the router thinks of every expert: a distribution, or the
+                  scores of a top-any router
+    counts        what the router's kernel counted for that of the experts, see `expert_ffn`; None
+                  where it didn't, or where these are no longer the router's tokens
+
+    What only some routers and layers tell, else None:
+
+    scene_probs   float [T, R], the distribution over R scene routes of the token's image
+    scene_routes  int32 [T, S], the routes that its experts were chosen from, best first
+    tokens        float [T, D], what was routed, without gradient; in training only
+    keys          float [E, D], the experts' representations, with gradient; in training only
+    active        bool [E], False for experts that are switched off
+    responses     float [E, D], each expert's mean answer to tokens of its own, with gradient, 0
+                  where it has none; in training only
+    parts         how many parts a copy of the dense FFN is cut into, one expert each: 1 where
+                  experts are whole copies; None: as many as there are slots (Dynamic-DINO)
     """
 
     expert_ids: Tensor
     gates: Tensor
     probs: Tensor
     counts: Tensor | None = None
+    scene_probs: Tensor | None = None
+    scene_routes: Tensor | None = None
+    tokens: Tensor | None = None
+    keys: Tensor | None = None
+    active: Tensor | None = None
+    responses: Tensor | None = None
+    parts: int | None = None
 
     @property
     def num_experts(self) -> int:
@@ -32,16 +56,18 @@ class Routing:
     @classmethod
     def cat(cls, routings: Sequence[Routing]) -> Routing:
         """The tokens of several forward passes through one layer, in order."""
-        return cls(
-            torch.cat([r.expert_ids for r in routings]),
-            torch.cat([r.gates for r in routings]),
-            torch.cat([r.probs for r in routings]),
-        )
+        rows = {
+            name: torch.cat([getattr(r, name) for r in routings])
+            for name in PER_TOKEN
+            if getattr(routings[0], name) is not None
+        }
+        return cls(**rows, **{name: getattr(routings[-1], name) for name in OF_LAYER})
 
     def slice_tokens(self, batch: int, start: int) -> Routing:
         """Drops the first `start` tokens of each of `batch` images, e.g. denoising queries."""
-        keep = [
-            t.unflatten(0, (batch, -1))[:, start:].flatten(0, 1)
-            for t in (self.expert_ids, self.gates, self.probs)
-        ]
-        return Routing(*keep)
+        rows = {
+            name: getattr(self, name).unflatten(0, (batch, -1))[:, start:].flatten(0, 1)
+            for name in PER_TOKEN
+            if getattr(self, name) is not None
+        }
+        return Routing(**rows, **{name: getattr(self, name) for name in OF_LAYER})

@@ -28,7 +28,8 @@ def split_ffn(
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters: all ("total"), with a gradient ("trainable"), and used by one token ("active").
 
-    Active counts k of an MoE layer's E experts, the first number of the paper's Table 8.
+    Active counts k of an MoE layer's E experts, the first number of the paper's Table 8. Where a
+    token takes as many as it likes, k is the most it can take; `RoutingStatistics` has the mean.
     """
     from .layer import MoEFeedForward  # it imports this module
 

@@ -1,0 +1,19 @@
+"""The other reading of the experts' size: 16 small ones, as the paper's parameters suggest.
+
+Its Table 5 (GFLOPs by K) speaks for experts of the FFN's size, as in the other recipes; its
+Table 3, 50M -> 52M, for small ones: 6 layers * (16 * 160 * 513 - 1.05M) = 1.6M. They can't start
+from the dense FFN, so they are random.
+"""
+
+from .edge_x16_top2 import (  # noqa: F401
+    dataloader,
+    inference,
+    lr_multiplier,
+    model,
+    optimizer,
+    train,
+)
+
+model.decoder.layer.ffn.expert_hidden = 160
+model.decoder.layer.ffn.init_experts = False
+train.output_dir = "output/himoe/edge_small_experts"
