@@ -1,9 +1,12 @@
-"""Writing results: find out early that it is impossible, and never leave half a file."""
+"""Where files are; and writing results: find out early that it is impossible, and never leave half
+a file."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
 
 
 def writable_folder(folder: str | Path, remedy: str) -> Path:
@@ -28,3 +31,9 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def configs_folder() -> Path:
+    """Where the recipes are: in the package if it was installed, else in the checkout."""
+    installed = PACKAGE / "configs"
+    return installed if installed.is_dir() else PACKAGE.parents[2] / "configs"

@@ -25,6 +25,7 @@ from .data.images import Size, load_image, resize_transform, to_tensor
 from .deploy import optimize_for_inference
 from .detector import OpenVocabularyDetector
 from .engine.config import load_config
+from .files import PACKAGE, configs_folder
 from .prompt import Prompt
 
 ImageLike = str | Path | Image.Image | np.ndarray
@@ -32,7 +33,6 @@ PromptLike = str | Sequence[str] | Prompt
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-PACKAGE = Path(__file__).resolve().parent
 
 
 class ShippedModel(NamedTuple):
@@ -308,9 +308,3 @@ def _device(device: str | torch.device | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch sees no GPU: use cpu")
     return device
-
-
-def configs_folder() -> Path:
-    """Where the recipes are: in the package if it was installed, else in the checkout."""
-    installed = PACKAGE / "configs"
-    return installed if installed.is_dir() else PACKAGE.parents[2] / "configs"
