@@ -17,6 +17,7 @@ examples:
   predict.py a.jpg b.jpg --text "red panda. bamboo." --text "windmill."     one text per image
   predict.py photo.jpg --text "raccoon." --config-file output/raccoon/config.yaml \\
       --weights output/raccoon/model_final.pth
+  predict.py photo.jpg --text "red panda." --weights hf:IDEA-Research/grounding-dino-tiny
 
 Phrases of a text are separated by full stops. Exit status: 0, or 2 if something was wrong.
 """
@@ -39,7 +40,12 @@ def parser() -> argparse.ArgumentParser:
     which = p.add_mutually_exclusive_group()
     which.add_argument("--model", default="nano-x16", help="a shipped model (default: nano-x16)")
     which.add_argument("--config-file", metavar="FILE", help="the recipe of a model of your own")
-    p.add_argument("--weights", metavar="FILE", help="checkpoint (default: the shipped model's)")
+    p.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="checkpoint, or hf:OWNER/NAME or hf:DIRECTORY, public weights of Grounding DINO "
+        "(default: the shipped model's)",
+    )
     p.add_argument(
         "--threshold", type=float, default=0.2, help="lowest score that is shown (default: 0.2)"
     )

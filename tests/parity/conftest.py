@@ -29,3 +29,9 @@ def _twins(tmp_path_factory):
 def twins(request, _twins):
     both = _twins[request.param]
     return Twins(copy.deepcopy(both.theirs), copy.deepcopy(both.ours), both.folder)
+
+
+@pytest.fixture
+def gdino(_twins):
+    both = _twins["gdino"]
+    return Twins(both.theirs, copy.deepcopy(both.ours), both.folder)

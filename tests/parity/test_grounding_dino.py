@@ -17,6 +17,7 @@ SIZES = (90, 101), (77, 120), (80, 88)
 def as_transformers(model):
     """What depends on the padding of the batch there shall depend on it here."""
     model.pad_images = model.decoder.canvas_positions = True
+    model.query_selection.rank_padding = True
     return model
 
 
@@ -83,7 +84,7 @@ def test_unusable_tokens_compete(twins):
     """Tokens near the border count as zeros, which can win; their boxes are the corner."""
     for norm in (twins.theirs.model.enc_output_norm, twins.ours.query_selection.norm):
         norm.bias.copy_(torch.linspace(-3, 3, len(norm.bias)))
-    samples = clear_samples(twins, (96, 96), usable=False)
+    samples = clear_samples(twins, (96, 96))
     expected = twins.theirs(**their_inputs(samples, twins.ours))
     output = twins.ours.detect(*encode(twins.ours, samples))
     length = output.text.tokens.shape[1]

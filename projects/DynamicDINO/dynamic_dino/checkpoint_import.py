@@ -25,7 +25,7 @@ from .hub import locate_directory
 from .transformers_config import detector_config, read_config, transformers_config
 from .weight_names import UNUSED, canonical_name, their_names
 
-IDEA_SIZES = {96: "gdino_tiny", 128: "gdino_base"}  # by the width of the first stage
+SIZES = {96: "gdino_tiny.py", 128: "gdino_base.py"}  # by the width of the first stage
 
 
 @dataclass
@@ -45,6 +45,14 @@ class Account:
         return tabulate(rows, headers=("", "tensors", "first"))
 
 
+class IncompleteError(ValueError):
+    """A source is not the whole of a model, or more than it."""
+
+    def __init__(self, message: str, account: Account) -> None:
+        super().__init__(message)
+        self.account = account
+
+
 @dataclass
 class Imported:
     """Weights under our names, the account of them, and the config of the detector they fit."""
@@ -58,33 +66,36 @@ def import_public(source: str | Path, config: DictConfig | None = None) -> Impor
     """Reads public weights.
 
     Args:
-        source: "hf:OWNER/NAME", a directory, or a file with IDEA's names.
-        config: of the dense detector, with `model`; default: what the source says it is.
+        source: "hf:OWNER/NAME", a directory of transformers, or a file with IDEA's names.
+        config: of the dense detector, with `model`; default: what the directory's config.json says,
+            or, for a file, gdino_tiny or gdino_base.
 
     Raises:
         FileNotFoundError: the source is not there, or the hub can't be reached.
-        ValueError: it is corrupt, or not the whole of a model of this architecture.
+        ValueError: it is corrupt, holds more than weights, or is not the whole of a model of this
+            architecture (`IncompleteError`).
     """
-    file = Path(str(source))
+    file = Path(source)
     if file.is_file():
-        state, layout = read_state_dict(file), "idea"
+        state = read_state_dict(file)
     else:
         folder = locate_directory(source)
-        state, layout = read_directory(folder), "transformers"
-        config = config or detector_config(read_config(folder), folder)
+        if config is None:
+            config = detector_config(read_config(folder), folder)
+        state = read_directory(folder)
     state, account = tidy(state, source)
-    found = layout_of(state)
-    if found != layout and not (file.is_file() and found == "transformers"):
+    layout = layout_of(state)
+    if layout is None:
         raise ValueError(
-            f"{source} holds no weights of Grounding DINO: it has names such as "
-            f"{', '.join(list(state)[:3])}"
+            f"{source} holds no weights of Grounding DINO under the names of transformers or of "
+            f"IDEA's code; it has {', '.join(list(state)[:3])}"
         )
     if config is None:
-        config = LazyConfig.load(str(configs_folder() / f"common/models/{_size(state, source)}.py"))
+        size = configs_folder() / "common/models" / _config_name(state, source)
+        config = LazyConfig.load(str(size))
     with torch.device("meta"):
         shapes = instantiate(config.model).state_dict()
-    ours = convert(state, shapes, found, account, source)
-    return Imported(ours, account, config)
+    return Imported(convert(state, shapes, layout, account, source), account, config)
 
 
 def read_directory(folder: Path) -> dict[str, Tensor]:
@@ -163,7 +174,10 @@ def convert(
             for kind, names in (("missing", account.missing), ("unexpected", account.unexpected))
             if names
         ]
-        raise ValueError(f"{source} is not the whole of this architecture: {'; '.join(problems)}")
+        raise IncompleteError(
+            f"{source} is of another architecture, or not the whole of it: {'; '.join(problems)}",
+            account,
+        )
     return result
 
 
@@ -212,13 +226,13 @@ def _part(state: dict[str, Tensor], name: str) -> Tensor:
     return value.chunk(3)[int(name[-2])] if name.endswith("]") else value
 
 
-def _size(state: dict[str, Tensor], source: str | Path) -> str:
-    width = next(
-        (len(v) for k, v in state.items() if re.search(r"patch_embed(dings)?\.proj.*bias", k)), None
-    )
-    if width not in IDEA_SIZES:
+def _config_name(state: dict[str, Tensor], source: str | Path) -> str:
+    """The recipe's file for a source without a config, by the width of its first stage."""
+    pattern = re.compile(r".*patch_embed(dings)?\.proj(ection)?\.bias")
+    width = next((len(value) for name, value in state.items() if pattern.match(name)), None)
+    if width not in SIZES:
         raise ValueError(
             f"{source}: the first stage of its backbone has {width} channels, neither Swin-T's 96 "
             "nor Swin-B's 128; name the model's recipe with --config-file"
         )
-    return IDEA_SIZES[width]
+    return SIZES[width]

@@ -30,7 +30,9 @@ class QuerySelection(nn.Module):
     Args:
         rank_unusable: what to do with tokens of the image whose boxes `grid_boxes` calls unusable.
             False: they come last. True, as the code of Grounding DINO: they compete as zeros do,
-            and their box is the corner (1, 1, 1, 1). Tokens of the padding always come last.
+            and their box is the corner (1, 1, 1, 1).
+        rank_padding: tokens of the padding compete like that too, instead of coming last, as the
+            code of Grounding DINO lets them: results then depend on the padding of the batch.
     """
 
     def __init__(
@@ -40,10 +42,11 @@ class QuerySelection(nn.Module):
         class_head: ContrastiveHead,
         base_size: float = 0.05,
         rank_unusable: bool = False,
+        rank_padding: bool = False,
     ) -> None:
         super().__init__()
         self.num_queries, self.base_size = num_queries, base_size
-        self.rank_unusable = rank_unusable
+        self.rank_unusable, self.rank_padding = rank_unusable, rank_padding
         self.proj = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
         self.class_head = class_head
@@ -57,7 +60,9 @@ class QuerySelection(nn.Module):
             tokens, ranked = tokens.masked_fill(~usable[..., None], 0.0), memory.mask
         tokens = self.norm(self.proj(tokens))
         logits = self.class_head(tokens, text.tokens, text.mask)
-        score = logits.amax(-1).masked_fill(~ranked, float("-inf"))
+        score = logits.amax(-1)
+        if not self.rank_padding:
+            score = score.masked_fill(~ranked, float("-inf"))
         k = min(self.num_queries, score.shape[1])
         top = score.topk(k, dim=1).indices
         tokens, logits, boxes = (gather_rows(t, top) for t in (tokens, logits, boxes))
