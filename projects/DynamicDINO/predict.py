@@ -94,10 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         detector = make_detector(args)
     except (ValueError, OSError) as error:
         return fail(error)
-    print(
-        f"{args.config_file or args.model} on {detector.device}, ready in "
-        f"{time.perf_counter() - start:.1f} s"
-    )
+    print(f"{named(args)} on {detector.device}, ready in {time.perf_counter() - start:.1f} s")
 
     prompts = prompts if len(prompts) > 1 else prompts * len(files)
     pictures = picture_paths(files, folder)
@@ -157,6 +154,12 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"--threshold {args.threshold:g} is not between 0 and 1")
     if args.max_detections < 1:
         raise ValueError(f"--max-detections {args.max_detections} is less than 1")
+
+
+def named(args: argparse.Namespace) -> str:
+    """What runs, in words: public weights without a recipe are a model of their own."""
+    public = args.weights if (args.weights or "").startswith("hf:") else None
+    return args.config_file or public or args.model
 
 
 def make_detector(args: argparse.Namespace):

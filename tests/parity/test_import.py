@@ -133,6 +133,17 @@ def test_names_in_memory(twins, tmp_path):
     assert imported.account.copies, "of the decoder's heads"
 
 
+def test_checkpoints_of_ours(twins, tmp_path):
+    """Of a run, with what the trainer stores besides."""
+    path, config = tmp_path / "model_final.pth", detector_config(read_config(twins.folder))
+    torch.save({"model": twins.ours.state_dict(), "iteration": 3}, path)
+    imported = import_public(path, config)
+    assert same_weights(imported.state, twins.ours.state_dict()) and not imported.account.converted
+    config.model.decoder.num_layers = 4
+    with pytest.raises(IncompleteError, match=r"missing \(decoder.layers.3"):
+        import_public(path, config)
+
+
 def test_names_of_ideas_code(gdino, tmp_path, capsys):
     path, out = tmp_path / "ogc.pth", tmp_path / "out.safetensors"
     torch.save({"model": idea_state(gdino.folder)}, path)

@@ -192,7 +192,7 @@ class DeformableAttention(nn.Module):
             centre, size = scaled.split(2, -1)  # [B, N, 1, levels, 1, 2]
             locations = torch.addcmul(centre, offsets, size, value=0.5 / self.points)
         else:
-            locations = scaled + offsets / _widths_and_heights(shapes, offsets)[:, None]
+            locations = scaled + offsets / _widths_and_heights(shapes, valid_ratios)[:, None]
         return self.out_proj(ms_deform_attn(value, shapes, locations, weights))
 
 

@@ -1,7 +1,7 @@
 """Grounding DINO's public weights as ours, and ours as a directory of transformers.
 
-Sources are a directory of transformers or "hf:OWNER/NAME" (Grounding DINO, MM-Grounding-DINO), and
-.pth files with the names of IDEA's original code. Every tensor is accounted for.
+Sources are a directory of transformers or "hf:OWNER/NAME" (Grounding DINO, MM-Grounding-DINO), .pth
+files with the names of IDEA's original code, and checkpoints of ours. Each tensor is accounted for.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def import_public(source: str | Path, config: DictConfig | None = None) -> Impor
     """Reads public weights.
 
     Args:
-        source: "hf:OWNER/NAME", a directory of transformers, or a file with IDEA's names.
+        source: "hf:OWNER/NAME", a directory of transformers, or a file with IDEA's names or ours.
         config: of the dense detector, with `model`; default: what the directory's config.json says,
             or, for a file, gdino_tiny or gdino_base.
 
@@ -87,8 +87,8 @@ def import_public(source: str | Path, config: DictConfig | None = None) -> Impor
     layout = layout_of(state)
     if layout is None:
         raise ValueError(
-            f"{source} holds no weights of Grounding DINO under the names of transformers or of "
-            f"IDEA's code; it has {', '.join(list(state)[:3])}"
+            f"{source} holds no weights of Grounding DINO under the names of transformers, of "
+            f"IDEA's code or of this project; it has {', '.join(list(state)[:3])}"
         )
     if config is None:
         size = configs_folder() / "common/models" / _config_name(state, source)
@@ -127,8 +127,12 @@ def tidy(state: dict[str, Tensor], source: str | Path) -> tuple[dict[str, Tensor
 
 
 def layout_of(state: dict[str, Tensor]) -> str | None:
-    """Whose names they are: "transformers", "idea", or None."""
-    marks = {"model.encoder.layers.": "transformers", "transformer.encoder.": "idea"}
+    """Whose names they are: "transformers", "idea", "ours", or None."""
+    marks = {
+        "model.encoder.layers.": "transformers",
+        "transformer.encoder.": "idea",
+        "enhancer.layers.": "ours",
+    }
     found = {layout for name in state for mark, layout in marks.items() if name.startswith(mark)}
     return found.pop() if len(found) == 1 else None
 
@@ -146,7 +150,7 @@ def convert(
     """
     result, used, wrong = {}, set(), []
     for name, like in shapes.items():
-        sources = their_names(name, layout)
+        sources = (name,) if layout == "ours" else their_names(name, layout)
         if sources is None or not all(_plain(s) in state for s in sources):
             account.missing.append(name)
             continue
