@@ -91,9 +91,9 @@ def test_pixels_are_those_of_the_processor(detector, size):
     ours = (resized - detector.model.pixel_mean) / detector.model.pixel_std
     pil = GroundingDinoImageProcessorPil()(images=image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(ours, pil, atol=1e-5, rtol=0)
-    # torchvision rounds in another way: by one step of 256
+    # torchvision rounds in another way: by one or two steps of 256
     fast = GroundingDinoImageProcessor()(images=image, return_tensors="pt")["pixel_values"][0]
-    assert (ours - fast).abs().max() < 1.05 / (255 * 0.224)
+    assert (ours - fast).abs().max() < 2.05 / (255 * 0.224)
 
 
 @torch.no_grad()
