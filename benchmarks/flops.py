@@ -122,7 +122,7 @@ HANDLES = {
 NOT_COUNTED = {
     # arithmetic, element by element
     *("add", "addcmul", "sub", "rsub", "mul", "div", "neg", "pow", "ceil", "sin", "cos", "logit"),
-    *("cumsum", "gelu", "hardtanh_", "nan_to_num", "sigmoid", "silu", "silu_", "softmax"),
+    *("cumsum", "gelu", "hardtanh_", "nan_to_num", "round", "sigmoid", "silu", "silu_", "softmax"),
     # comparisons, choices, orders
     *("all", "amax", "any", "clamp_min", "cummax", "lt", "minimum", "ne", "scatter", "sort"),
     *("topk", "where"),

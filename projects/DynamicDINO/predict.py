@@ -17,6 +17,7 @@ examples:
   predict.py a.jpg b.jpg --text "red panda. bamboo." --text "windmill."     one text per image
   predict.py photo.jpg --text "raccoon." --config-file output/raccoon/config.yaml \\
       --weights output/raccoon/model_final.pth
+  predict.py photo.jpg --text "red panda." --weights hf:IDEA-Research/grounding-dino-tiny
 
 Phrases of a text are separated by full stops. Exit status: 0, or 2 if something was wrong.
 """
@@ -39,7 +40,12 @@ def parser() -> argparse.ArgumentParser:
     which = p.add_mutually_exclusive_group()
     which.add_argument("--model", default="nano-x16", help="a shipped model (default: nano-x16)")
     which.add_argument("--config-file", metavar="FILE", help="the recipe of a model of your own")
-    p.add_argument("--weights", metavar="FILE", help="checkpoint (default: the shipped model's)")
+    p.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="checkpoint, or hf:OWNER/NAME or hf:DIRECTORY, public weights of Grounding DINO "
+        "(default: the shipped model's)",
+    )
     p.add_argument(
         "--threshold", type=float, default=0.2, help="lowest score that is shown (default: 0.2)"
     )
@@ -88,10 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         detector = make_detector(args)
     except (ValueError, OSError) as error:
         return fail(error)
-    print(
-        f"{args.config_file or args.model} on {detector.device}, ready in "
-        f"{time.perf_counter() - start:.1f} s"
-    )
+    print(f"{named(args)} on {detector.device}, ready in {time.perf_counter() - start:.1f} s")
 
     prompts = prompts if len(prompts) > 1 else prompts * len(files)
     pictures = picture_paths(files, folder)
@@ -151,6 +154,12 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"--threshold {args.threshold:g} is not between 0 and 1")
     if args.max_detections < 1:
         raise ValueError(f"--max-detections {args.max_detections} is less than 1")
+
+
+def named(args: argparse.Namespace) -> str:
+    """What runs, in words: public weights without a recipe are a model of their own."""
+    public = args.weights if (args.weights or "").startswith("hf:") else None
+    return args.config_file or public or args.model
 
 
 def make_detector(args: argparse.Namespace):

@@ -30,8 +30,8 @@ NODES = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "inferenc
 
 
 def device(cfg) -> str:
-    """Edge is only counted; nano has its real towers."""
-    return "meta" if cfg.model.backbone.name.startswith("efficientvit") else "cpu"
+    """Large models are only counted; nano has its real towers."""
+    return "cpu" if cfg.model.backbone.name == "tf_efficientnet_lite0" else "meta"
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def tower(yaml: str, device: str):
 def build(cfg):
     """The recipe's model; without a download, and with towers that are built only once."""
     node = cfg.model
-    if device(cfg) == "meta":
+    if cfg.model.backbone.name.startswith("efficientvit"):
         edge = LazyConfig.load(str(CONFIGS / "common/models/edge.py")).model
         random = LazyConfig.load(str(CONFIGS / "common/models/edge_random.py")).model
         for name in TOWERS:

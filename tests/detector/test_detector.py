@@ -45,7 +45,7 @@ def use_every_token(model):
     Two tokens that score almost the same may change places with rounding, which would give both
     queries another content.
     """
-    tokens = sum((model.canvas // s) ** 2 for s in Backbone.strides)
+    tokens = sum((model.canvas // s) ** 2 for s in model.backbone.strides)
     model.query_selection.num_queries = tokens
     content = model.query_selection.content
     content.weight.data = content.weight.data[:1].expand(tokens, -1).clone()

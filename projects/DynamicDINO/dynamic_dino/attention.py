@@ -70,13 +70,23 @@ class BiAttention(nn.Module):
 
     Both directions read the same q k^T, once along the text and once along the image, and are
     added to their inputs through a small learned scale, so that fusion starts as the identity.
+
+    Args:
+        add_to_normed: they are added to the layer-normalised inputs instead, as the code of
+            Grounding DINO does.
     """
 
     def __init__(
-        self, dim: int, embed_dim: int, heads: int, init_scale: float = 1e-4, drop_path: float = 0.1
+        self,
+        dim: int,
+        embed_dim: int,
+        heads: int,
+        init_scale: float = 1e-4,
+        drop_path: float = 0.1,
+        add_to_normed: bool = False,
     ) -> None:
         super().__init__()
-        self.heads, self.init_scale = heads, init_scale
+        self.heads, self.init_scale, self.add_to_normed = heads, init_scale, add_to_normed
         self.norm_image = nn.LayerNorm(dim)
         self.norm_text = nn.LayerNorm(dim)
         self.image_query = nn.Linear(dim, embed_dim)
@@ -110,13 +120,18 @@ class BiAttention(nn.Module):
         t_value = split_heads(self.text_value(t), self.heads)
         to_image = merge_heads(attend(q, k, t_value, text_mask[:, None, None]))
         to_text = merge_heads(attend(k, q, x_value, image_mask[:, None, None]))
+        if self.add_to_normed:
+            image, text = x, t
         image = image + self.drop_path(self.image_scale * self.image_out(to_image))
         text = text + self.drop_path(self.text_scale * self.text_out(to_text))
         return image, text
 
 
 class DeformableAttention(nn.Module):
-    """Multi-scale deformable attention (Deformable DETR, eq. 3) around 4-d reference boxes."""
+    """Multi-scale deformable attention (Deformable DETR, eq. 3) around reference boxes or points.
+
+    Offsets are parts of a box's size, or, around a point, cells of each level.
+    """
 
     def __init__(
         self,
@@ -156,13 +171,13 @@ class DeformableAttention(nn.Module):
     def forward(
         self,
         query: Tensor,
-        boxes: Tensor,
+        reference: Tensor,
         memory: Tensor,
         memory_mask: Tensor,
         shapes: list[tuple[int, int]],
         valid_ratios: Tensor,
     ) -> Tensor:
-        """query [B, N, D], boxes [B, N, 4], memory [B, S, D], memory_mask [B, S],
+        """query [B, N, D], reference [B, N, 4] or [B, N, 2], memory [B, S, D], memory_mask [B, S],
         valid_ratios [B, levels, 2] (content width and height over the canvas's) -> [B, N, D]"""
         b, n, _ = query.shape
         value = self.value_proj(memory).masked_fill(~memory_mask[..., None], 0.0)
@@ -170,11 +185,20 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query).view(b, n, self.heads, self.levels, self.points, 2)
         weights = self.attention_weights(query).view(b, n, self.heads, -1).softmax(-1)
         weights = weights.view(b, n, self.heads, self.levels, self.points)
-        # Boxes are relative to the content, feature maps to the padded canvas.
-        scaled = boxes[:, :, None] * valid_ratios.repeat(1, 1, 2)[:, None]
-        centre, size = scaled[:, :, None, :, None].split(2, -1)  # [B, N, 1, levels, 1, 2]
-        locations = torch.addcmul(centre, offsets, size, value=0.5 / self.points)
+        # The reference is relative to the content, feature maps to the padded canvas.
+        ratios = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)
+        scaled = (reference[:, :, None] * ratios[:, None])[:, :, None, :, None]
+        if reference.shape[-1] == 4:
+            centre, size = scaled.split(2, -1)  # [B, N, 1, levels, 1, 2]
+            locations = torch.addcmul(centre, offsets, size, value=0.5 / self.points)
+        else:
+            locations = scaled + offsets / _widths_and_heights(shapes, valid_ratios)[:, None]
         return self.out_proj(ms_deform_attn(value, shapes, locations, weights))
+
+
+def _widths_and_heights(shapes: list[tuple[int, int]], like: Tensor) -> Tensor:
+    """[levels, 2]; filled on the device, as a CUDA graph can't record a copy from the host."""
+    return torch.stack([like.new_full((), edge) for h, w in shapes for edge in (w, h)]).view(-1, 2)
 
 
 def clone_layers(layer: nn.Module, n: int) -> nn.ModuleList:
@@ -211,3 +235,16 @@ def grid_encoding(mask: Tensor, dim: int, temperature: float = 10000.0) -> Tenso
     x = x / (x[:, :, -1:] + 1e-6)
     yx = torch.stack([y, x], -1) * (2 * math.pi)
     return sine_encoding(yx, dim // 2, temperature).flatten(1, 2)
+
+
+def grid_centres(shapes: list[tuple[int, int]], valid_ratios: Tensor) -> list[Tensor]:
+    """Centres (x, y) of each level's cells as parts of the content: [B, h * w, 2] per level."""
+    centres = []
+    for (h, w), ratios in zip(shapes, valid_ratios.unbind(1), strict=True):
+        y = torch.arange(h, device=ratios.device) + 0.5
+        x = torch.arange(w, device=ratios.device) + 0.5
+        centre = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).view(1, h * w, 2)
+        # Whole numbers of cells: what is usable must not depend on how padding rounds.
+        cells = torch.stack([ratios[:, 0] * w, ratios[:, 1] * h], -1).round()
+        centres.append(centre / cells[:, None])
+    return centres

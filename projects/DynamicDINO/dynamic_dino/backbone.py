@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import timm
 import torch
+from timm.layers import Format
 from torch import Tensor, nn
+
+from .swin import accept_any_size
 
 
 class Backbone(nn.Module):
-    """A timm feature extractor that returns P3, P4, P5 (strides 8, 16, 32).
+    """A timm feature extractor that returns one map for each stride: P3, P4, P5 for 8, 16, 32.
 
     Args:
         name: timm model name, e.g. "efficientvit_l1.r224_in1k".
         weights: None for random, "timm" for timm's pretrained weights (Hugging Face hub),
             "package:MODULE/FILE" for a file inside an installed Python package, or a path.
         frozen: no gradients, batch norm in inference mode; then features can be cached on disk.
+        strides: of the maps, powers of two from fine to coarse.
+        out_norm: a layer norm on each map, as detectors put on Swin's.
+        options: of the timm model, e.g. ``{"strict_img_size": False}``.
+
+    Attributes:
+        channels: of each map.
 
     Raises:
         FileNotFoundError: the weights file or package is not there.
+        ValueError: the network has no map of some stride, or the weights don't fit it.
     """
-
-    strides = (8, 16, 32)
 
     def __init__(
         self,
@@ -33,14 +41,29 @@ class Backbone(nn.Module):
         frozen: bool = False,
         freeze_norm: bool = False,
         grad_checkpointing: bool = False,
+        strides: Sequence[int] = (8, 16, 32),
+        out_norm: bool = False,
+        options: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
-        self.body = timm.create_model(name, features_only=True, pretrained=weights == "timm")
+        plain = {  # a recipe's lists are no lists
+            key: tuple(value)
+            if isinstance(value, Sequence) and not isinstance(value, str)
+            else value
+            for key, value in (options or {}).items()
+        }
+        self.body = timm.create_model(
+            name, features_only=True, pretrained=weights == "timm", **plain
+        )
+        accept_any_size(self.body)
         info = self.body.feature_info
-        if not set(self.strides) <= set(info.reduction()):
-            raise ValueError(f"backbone {name!r} has strides {info.reduction()}, needs 8, 16, 32")
-        self.levels = [info.reduction().index(s) for s in self.strides]
+        if not set(strides) <= set(info.reduction()):
+            wanted = ", ".join(map(str, strides))
+            raise ValueError(f"backbone {name!r} has strides {info.reduction()}, needs {wanted}")
+        self.strides = tuple(strides)
+        self.levels = [info.reduction().index(s) for s in strides]
         self.channels = [info.channels()[i] for i in self.levels]
+        self.out_norm = nn.ModuleList(nn.LayerNorm(c) for c in self.channels if out_norm)
         self.frozen, self.freeze_norm = frozen, freeze_norm
         if weights not in (None, "timm"):
             self._load(name, weights)
@@ -74,8 +97,14 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """images [B, 3, H, W], normalised -> {"p3", "p4", "p5"}: [B, C, H / s, W / s]"""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.body(images.contiguous(memory_format=torch.channels_last))
-        return {f"p{n}": features[i] for n, i in zip((3, 4, 5), self.levels, strict=True)}
+            maps = self.body(images.contiguous(memory_format=torch.channels_last))
+            maps = [maps[i] for i in self.levels]
+            if getattr(self.body, "output_fmt", None) == Format.NHWC:
+                maps = [x.permute(0, 3, 1, 2) for x in maps]
+            for i, norm in enumerate(self.out_norm):
+                maps[i] = norm(maps[i].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        names = [f"p{stride.bit_length() - 1}" for stride in self.strides]
+        return dict(zip(names, maps, strict=True))
 
 
 def resolve_package_file(spec: str) -> Path:

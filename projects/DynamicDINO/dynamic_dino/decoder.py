@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -86,7 +87,16 @@ class DecoderOutput:
 
 
 class Decoder(nn.Module):
-    """Layers that refine boxes step by step: each starts from the last one's, without gradient."""
+    """Layers that refine boxes step by step: each starts from the last one's, without gradient.
+
+    Args:
+        separate_heads: each layer has a class and a box head of its own (MM-Grounding-DINO).
+        refine_normed: the boxes that the next layer starts from are the predicted ones, which the
+            box head reads off the normalised queries. False, as the code of DINO and Grounding
+            DINO: the head reads them off the queries themselves.
+        canvas_positions: encodes the boxes as parts of the padded canvas, not of the image, as the
+            code of Grounding DINO does: results then depend on the padding of the batch.
+    """
 
     def __init__(
         self,
@@ -95,13 +105,19 @@ class Decoder(nn.Module):
         num_layers: int,
         class_head: ContrastiveHead,
         grad_checkpointing: bool = False,
+        separate_heads: bool = False,
+        refine_normed: bool = True,
+        canvas_positions: bool = False,
     ) -> None:
         super().__init__()
         self.layers = clone_layers(layer, num_layers)
         self.norm = nn.LayerNorm(dim)
         self.position = PositionMLP(dim)
-        self.class_head = class_head
-        self.box_head = BoxHead(dim)
+        self.class_head, self.box_head = class_head, BoxHead(dim)
+        if separate_heads:
+            self.class_head = clone_layers(self.class_head, num_layers)
+            self.box_head = clone_layers(self.box_head, num_layers)
+        self.refine_normed, self.canvas_positions = refine_normed, canvas_positions
         self.grad_checkpointing = grad_checkpointing
 
     def forward(
@@ -115,8 +131,9 @@ class Decoder(nn.Module):
         x, boxes = queries.content, queries.boxes
         mask = None if attention_mask is None else attention_mask[None]
         output = DecoderOutput([], [])
-        for layer in self.layers:
-            arguments = (x, boxes, self.position(boxes), memory, text, mask)
+        ratios = memory.valid_ratios[:, :1].repeat(1, 1, 2) if self.canvas_positions else 1.0
+        for layer, class_head, box_head in zip(self.layers, *self._heads(), strict=True):
+            arguments = (x, boxes, self.position(boxes * ratios), memory, text, mask)
             if self.grad_checkpointing and self.training:
                 x, routing = checkpoint(layer, *arguments, use_reentrant=False)
             else:
@@ -124,8 +141,17 @@ class Decoder(nn.Module):
             if routing is not None:
                 output.routings.append(routing)
             normed = self.norm(x)
-            refined = self.box_head(normed, boxes)
-            logits = self.class_head(normed, text.tokens, text.mask)
+            refined = box_head(normed, boxes)
+            logits = class_head(normed, text.tokens, text.mask)
             output.layers.append(Predictions(logits, refined))
+            if not self.refine_normed and layer is not self.layers[-1]:
+                refined = box_head(x, boxes)
             boxes = refined.detach()
         return output
+
+    def _heads(self) -> list[Sequence[nn.Module]]:
+        """Class and box heads, one for each layer."""
+        return [
+            head if isinstance(head, nn.ModuleList) else [head] * len(self.layers)
+            for head in (self.class_head, self.box_head)
+        ]

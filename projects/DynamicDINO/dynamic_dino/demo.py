@@ -23,7 +23,8 @@ from .engine.config import load_config
 from .engine.evaluate import do_test, load_for_evaluation
 from .engine.setup import setup
 from .engine.train import do_train
-from .inference import Detector, configs_folder, load_detector
+from .files import configs_folder
+from .inference import Detector, load_detector
 from .visualization import contact_sheet, draw_detections
 
 matplotlib.use("Agg")

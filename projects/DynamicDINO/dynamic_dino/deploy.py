@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .accelerate import accelerate
 from .detector import OpenVocabularyDetector
-from .enhancer import RepBlock
+from .enhancer import EdgeEnhancer, RepBlock
 
 TEXT_STEP = 16  # tokens and phrases; every shape of a prompt is captured or compiled anew
 
@@ -36,9 +36,9 @@ def optimize_for_inference(
         way: "eager", "compile" or "graph", see `accelerate`.
     """
     detector.eval().requires_grad_(False)
-    convolutions = nn.ModuleList(
-        [detector.backbone, detector.enhancer.input_proj, detector.enhancer.cross_scale]
-    )
+    convolutions = nn.ModuleList([detector.backbone])
+    if isinstance(detector.enhancer, EdgeEnhancer):
+        convolutions.extend([detector.enhancer.input_proj, detector.enhancer.cross_scale])
     fold_batch_norms(convolutions, lambda: _convolve(detector))
     merge_branches(convolutions)
     fuse_gelu(convolutions, lambda: _convolve(detector))
@@ -54,6 +54,8 @@ def optimize_for_inference(
 def _convolve(detector: OpenVocabularyDetector) -> None:
     """Passes a small image through all that has batch norms."""
     features = detector.backbone(torch.zeros(1, 3, 64, 64, device=detector.device))
+    if not isinstance(detector.enhancer, EdgeEnhancer):
+        return
     maps = [p(f) for p, f in zip(detector.enhancer.input_proj, features.values(), strict=True)]
     detector.enhancer.cross_scale(maps)
 

@@ -34,8 +34,13 @@ class OpenVocabularyDetector(nn.Module):
     Args:
         criterion: the training losses; None builds a detector for inference only.
         denoising: contrastive denoising queries for training, optional.
+        neck: maps of the backbone to those that the enhancer takes; None: they are the same.
         canvas: side of the square that images are padded to; None pads each batch to its largest
             image. A square canvas makes the result independent of what else is in the batch.
+        size_divisor: canvases are multiples of it, in pixels.
+        pad_images: False: in evaluation, the backbone and the neck see each image without padding,
+            and their maps are padded instead, so that the result depends on nothing else in the
+            batch where there is no square canvas.
         max_phrases: longest prompt, in phrases, that is looked at in one piece at test time.
         max_detections: kept per image.
         max_detections_per: "piece" keeps that many of every piece of a split prompt, in an image
@@ -55,7 +60,10 @@ class OpenVocabularyDetector(nn.Module):
         denoising: Denoising | None = None,
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
+        neck: nn.Module | None = None,
         canvas: int | None = None,
+        size_divisor: int = 32,
+        pad_images: bool = True,
         max_phrases: int | None = None,
         max_detections: int = 300,
         max_detections_per: Literal["image", "piece"] = "image",
@@ -63,13 +71,14 @@ class OpenVocabularyDetector(nn.Module):
         return_routings: bool = True,
     ) -> None:
         super().__init__()
-        self.backbone, self.text_encoder = backbone, text_encoder
+        self.backbone, self.neck, self.text_encoder = backbone, neck, text_encoder
         self.enhancer, self.query_selection, self.decoder = enhancer, query_selection, decoder
         self.criterion, self.denoising = criterion, denoising
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), False)
-        self.canvas, self.max_phrases = canvas, max_phrases
-        self.max_detections, self.max_detections_per = max_detections, max_detections_per
+        self.canvas, self.size_divisor, self.pad_images = canvas, size_divisor, pad_images
+        self.max_phrases, self.max_detections = max_phrases, max_detections
+        self.max_detections_per = max_detections_per
         self.chunk_batch, self.return_routings = chunk_batch, return_routings
 
     @property
@@ -134,7 +143,7 @@ class OpenVocabularyDetector(nn.Module):
 
     # Images ------------------------------------------------------------------------------------
     def canvas_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-        """(height, width) that the batch is padded to, multiples of 32."""
+        """(height, width) that the batch is padded to, multiples of `size_divisor`."""
         height, width = (max(s[i] for s in sizes) for i in (0, 1))
         if self.canvas:
             if max(height, width) > self.canvas:
@@ -143,7 +152,8 @@ class OpenVocabularyDetector(nn.Module):
                     f"{self.canvas}; resize it, or raise model.canvas"
                 )
             height = width = self.canvas
-        return -(-height // 32) * 32, -(-width // 32) * 32
+        divisor = self.size_divisor
+        return -(-height // divisor) * divisor, -(-width // divisor) * divisor
 
     def extract_features(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
         """uint8 images [3, h, w] of any sizes -> backbone features of the padded canvas."""
@@ -154,6 +164,20 @@ class OpenVocabularyDetector(nn.Module):
 
     def image_features(self, batch: list[dict]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Features of the batch, computed or cached, and the masks of their real cells."""
+        sizes = [tuple(sample["image_size"]) for sample in batch]
+        if self.pad_images or self.training or len(set(sizes)) == 1:
+            return self.padded_features(batch)
+        features, masks = [{}] * len(batch), [{}] * len(batch)
+        for size in set(sizes):
+            alike = [i for i, other in enumerate(sizes) if other == size]
+            maps, contents = self.padded_features([batch[i] for i in alike])
+            for row, i in enumerate(alike):
+                features[i] = {name: x[row] for name, x in maps.items()}
+                masks[i] = {name: x[row] for name, x in contents.items()}
+        return stack_padded(features), stack_padded(masks)
+
+    def padded_features(self, batch: list[dict]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`image_features` of images that are padded to a common canvas."""
         sizes = tuple(tuple(sample["image_size"]) for sample in batch)
         height, width = self.canvas_size(sizes)
         if "features" in batch[0]:
@@ -161,7 +185,9 @@ class OpenVocabularyDetector(nn.Module):
                 name: torch.stack([s["features"][name].float() for s in batch]).to(self.device)
                 for name in batch[0]["features"]
             }
-            for (name, x), stride in zip(sorted(features.items()), Backbone.strides, strict=True):
+            for (name, x), stride in zip(
+                sorted(features.items()), self.backbone.strides, strict=True
+            ):
                 if x.shape[-2:] != (height // stride, width // stride):
                     raise ValueError(
                         f"cached features {name} are {x.shape[-2]} x {x.shape[-1]}, those of a "
@@ -170,6 +196,8 @@ class OpenVocabularyDetector(nn.Module):
                     )
         else:
             features = self.extract_features([sample["image"] for sample in batch])
+        if self.neck is not None:
+            features = self.neck(features)
         # As the backbone gives them: maps become tokens without a copy.
         features = {n: x.contiguous(memory_format=torch.channels_last) for n, x in features.items()}
         masks = {
@@ -237,6 +265,19 @@ class OpenVocabularyDetector(nn.Module):
         output = self.detect(features, masks, text)
         best = best_pairs(output.layers[-1], output.text.phrase_map, self.max_detections)
         return best, output.routings
+
+
+def stack_padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Each image's maps {name: [..., h, w]}, of several sizes -> {name: [B, ..., H, W]}, filled up
+    with zeros (False)."""
+    result = {}
+    for name in rows[0]:
+        maps = [row[name] for row in rows]
+        height, width = (max(x.shape[i] for x in maps) for i in (-2, -1))
+        result[name] = torch.stack(
+            [F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2])) for x in maps]
+        )
+    return result
 
 
 @lru_cache(maxsize=256)

@@ -8,6 +8,7 @@ on its parameter count.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,9 @@ class TextLayer(nn.Module):
     def forward(self, text: TextFeatures) -> Tensor:
         tokens = text.tokens
         same_block = text.blocks[:, :, None] == text.blocks[:, None, :]
-        position = sine_encoding(block_positions(text.blocks)[..., None], tokens.shape[-1])
+        # Grounding DINO takes whole numbers for parts of the circle.
+        angles = block_positions(text.blocks)[..., None] * (2 * math.pi)
+        position = sine_encoding(angles, tokens.shape[-1])
         q = tokens + position.to(tokens.dtype)
         tokens = self.norm1(tokens + self.self_attention(q, q, tokens, same_block))
         return self.ffn(tokens, norm=self.norm2)[0]
@@ -79,17 +82,18 @@ class ImageLayer(nn.Module):
 class EnhancerLayer(nn.Module):
     """Cross-modal fusion, then the text layer (optional) and the image layer."""
 
-    def __init__(self, fusion: BiAttention, text: TextLayer | None, image: ImageLayer) -> None:
+    def __init__(self, fusion: BiAttention, text: TextLayer | None, image: nn.Module) -> None:
         super().__init__()
         self.fusion, self.text, self.image = fusion, text, image
 
     def forward(
-        self, x: Tensor, text: TextFeatures, position: Tensor, mask: Tensor
+        self, x: Tensor, text: TextFeatures, position: Tensor, mask: Tensor, *geometry: object
     ) -> tuple[Tensor, Tensor, Routing | None]:
+        """`geometry`: what a `DeformableImageLayer` asks for besides."""
         x, tokens = self.fusion(x, text.tokens, mask, text.mask)
         if self.text is not None:
             tokens = self.text(text.replace_tokens(tokens))
-        x, routing = self.image(x, position, mask, masked_mean(x, mask))
+        x, routing = self.image(x, position, mask, masked_mean(x, mask), *geometry)
         return x, tokens, routing
 
 

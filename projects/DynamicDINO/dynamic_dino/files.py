@@ -1,4 +1,5 @@
-"""Writing results: find out early that it is impossible, and never leave half a file."""
+"""Where files are; and writing results: find out early that it is impossible, and never leave half
+a file."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+PACKAGE = Path(__file__).resolve().parent
 
 
 def writable_folder(folder: str | Path, remedy: str) -> Path:
@@ -43,3 +46,9 @@ def written_whole(path: Path) -> Iterator[IO[str]]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def configs_folder() -> Path:
+    """Where the recipes are: in the package if it was installed, else in the checkout."""
+    installed = PACKAGE / "configs"
+    return installed if installed.is_dir() else PACKAGE.parents[2] / "configs"

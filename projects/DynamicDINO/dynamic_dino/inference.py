@@ -16,15 +16,18 @@ import numpy as np
 import torch
 from detectron2.config import instantiate
 from detectron2.structures import Instances
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
 from torch import nn
 
 from .checkpoint import load_checkpoint
+from .checkpoint_import import import_public
 from .data.images import Size, load_image, resize_transform, to_tensor
 from .deploy import optimize_for_inference
 from .detector import OpenVocabularyDetector
 from .engine.config import load_config
+from .files import PACKAGE, configs_folder
+from .hub import is_hub_spec
 from .prompt import Prompt
 
 ImageLike = str | Path | Image.Image | np.ndarray
@@ -32,7 +35,6 @@ PromptLike = str | Sequence[str] | Prompt
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-PACKAGE = Path(__file__).resolve().parent
 
 
 class ShippedModel(NamedTuple):
@@ -154,9 +156,10 @@ def load_detector(
     """A detector by the name of a shipped model, or by its recipe and weights.
 
     Args:
-        model: "nano-dense", "nano-x16", or the path of a LazyConfig file (.py, or the config.yaml
-            of a run).
-        weights: checkpoint; default for a shipped model: the shipped one.
+        model: "nano-dense", "nano-x16", the path of a LazyConfig file (.py, or the config.yaml of a
+            run), or public weights of Grounding DINO, "hf:OWNER/NAME" or "hf:DIRECTORY".
+        weights: checkpoint, or public weights; default for a shipped model: the shipped one. Public
+            weights without a recipe are a model of their own.
         device: "cuda", "cpu", ...; default: a GPU if there is one.
         threshold: default of `Detector`'s.
         dtype: "float32", "float16" or "bfloat16", what the weights are cast to, once.
@@ -169,6 +172,27 @@ def load_detector(
     device = _device(device)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if weights is not None and is_hub_spec(weights) and str(model) in SHIPPED_MODELS:
+        model, weights = weights, None
+    if is_hub_spec(model):
+        if weights is not None:
+            raise ValueError(f"{model} brings its weights; {weights} needs a recipe as the model")
+        imported = import_public(model)
+        cfg = imported.config
+        detector = instantiate(cfg.model)
+        detector.load_state_dict(imported.state)
+    else:
+        cfg, weights = _recipe(model, weights)
+        detector = instantiate(cfg.model)
+        load_checkpoint(detector, weights)
+    detector.to(device)
+    if isinstance(detector, OpenVocabularyDetector):  # a recipe may have a model of another kind
+        optimize_for_inference(detector, DTYPES[dtype], accelerate)
+    return Detector(detector, cfg.inference.size, device, threshold)
+
+
+def _recipe(model: str | Path, weights: str | Path | None) -> tuple[DictConfig, str | Path]:
+    """The config and the weights of a shipped model or a LazyConfig file; see `load_detector`."""
     if str(model) in SHIPPED_MODELS:
         shipped = SHIPPED_MODELS[str(model)]
         config = configs_folder() / shipped.config
@@ -185,25 +209,18 @@ def load_detector(
         raise ValueError(
             f"unknown model {str(model)!r}"
             + (f", did you mean {near[0]!r}?" if near else ":")
-            + f" There are {', '.join(SHIPPED_MODELS)}; any other is given by its LazyConfig file "
-            "(.py or .yaml) and weights"
+            + f" There are {', '.join(SHIPPED_MODELS)}, and public ones (hf:OWNER/NAME); any other "
+            "is given by its LazyConfig file (.py or .yaml) and weights"
         )
-    if not Path(weights).is_file():
+    if not is_hub_spec(weights) and not Path(weights).is_file():
         raise FileNotFoundError(f"weights {weights} of {model} don't exist")
-
     cfg = load_config(config)
-    size = OmegaConf.select(cfg, "inference.size")
-    if size is None:
+    if OmegaConf.select(cfg, "inference.size") is None:
         raise ValueError(
             f"{config} has no `inference.size`, so it isn't known how images are resized: import "
             "`inference` beside `model`, as in: from ..common.models.nano import inference, model"
         )
-    detector = instantiate(cfg.model)
-    load_checkpoint(detector, weights)
-    detector.to(device)
-    if isinstance(detector, OpenVocabularyDetector):  # a recipe may have a model of another kind
-        optimize_for_inference(detector, DTYPES[dtype], accelerate)
-    return Detector(detector, size, device, threshold)
+    return cfg, weights
 
 
 def as_array(image: ImageLike) -> np.ndarray:
@@ -308,9 +325,3 @@ def _device(device: str | torch.device | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch sees no GPU: use cpu")
     return device
-
-
-def configs_folder() -> Path:
-    """Where the recipes are: in the package if it was installed, else in the checkout."""
-    installed = PACKAGE / "configs"
-    return installed if installed.is_dir() else PACKAGE.parents[2] / "configs"

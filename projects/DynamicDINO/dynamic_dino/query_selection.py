@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .attention import grid_centres
 from .enhancer import ImageMemory
 from .heads import BoxHead, ContrastiveHead
 from .structures import Predictions, TextFeatures
@@ -25,13 +26,27 @@ class QuerySelection(nn.Module):
 
     The content of a query is learned and doesn't depend on the image (DINO's mixed query
     selection): only positions are selected.
+
+    Args:
+        rank_unusable: what to do with tokens of the image whose boxes `grid_boxes` calls unusable.
+            False: they come last. True, as the code of Grounding DINO: they compete as zeros do,
+            and their box is the corner (1, 1, 1, 1).
+        rank_padding: tokens of the padding compete like that too, instead of coming last, as the
+            code of Grounding DINO lets them: results then depend on the padding of the batch.
     """
 
     def __init__(
-        self, dim: int, num_queries: int, class_head: ContrastiveHead, base_size: float = 0.05
+        self,
+        dim: int,
+        num_queries: int,
+        class_head: ContrastiveHead,
+        base_size: float = 0.05,
+        rank_unusable: bool = False,
+        rank_padding: bool = False,
     ) -> None:
         super().__init__()
         self.num_queries, self.base_size = num_queries, base_size
+        self.rank_unusable, self.rank_padding = rank_unusable, rank_padding
         self.proj = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
         self.class_head = class_head
@@ -40,13 +55,20 @@ class QuerySelection(nn.Module):
 
     def forward(self, memory: ImageMemory, text: TextFeatures) -> tuple[Queries, Predictions]:
         boxes, usable = grid_boxes(memory, self.base_size)
-        tokens = self.norm(self.proj(memory.tokens))
+        tokens, ranked = memory.tokens, usable
+        if self.rank_unusable:
+            tokens, ranked = tokens.masked_fill(~usable[..., None], 0.0), memory.mask
+        tokens = self.norm(self.proj(tokens))
         logits = self.class_head(tokens, text.tokens, text.mask)
-        score = logits.amax(-1).masked_fill(~usable, float("-inf"))
+        score = logits.amax(-1)
+        if not self.rank_padding:
+            score = score.masked_fill(~ranked, float("-inf"))
         k = min(self.num_queries, score.shape[1])
         top = score.topk(k, dim=1).indices
         tokens, logits, boxes = (gather_rows(t, top) for t in (tokens, logits, boxes))
         boxes = self.box_head(tokens, boxes)
+        if self.rank_unusable:
+            boxes = boxes.masked_fill(~gather_rows(usable[..., None], top), 1.0)
         content = self.content.weight[:k].expand(len(boxes), -1, -1)
         return Queries(content, boxes.detach()), Predictions(logits, boxes)
 
@@ -57,14 +79,10 @@ def grid_boxes(memory: ImageMemory, base_size: float) -> tuple[Tensor, Tensor]:
     Returns boxes [B, S, 4] and which tokens are usable [B, S]: inside the content, and not so
     near its border that the box's logit would explode.
     """
-    device = memory.tokens.device
-    boxes = []
-    for level, (h, w) in enumerate(memory.shapes):
-        y = (torch.arange(h, device=device) + 0.5) / h
-        x = (torch.arange(w, device=device) + 0.5) / w
-        centre = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).view(1, h * w, 2)
-        centre = centre / memory.valid_ratios[:, level, None]
-        boxes.append(torch.cat([centre, torch.full_like(centre, base_size * 2**level)], -1))
+    boxes = [
+        torch.cat([centre, torch.full_like(centre, base_size * 2**level)], -1)
+        for level, centre in enumerate(grid_centres(memory.shapes, memory.valid_ratios))
+    ]
     result = torch.cat(boxes, 1)
     usable = ((result > 0.01) & (result < 0.99)).all(-1) & memory.mask
     return result.clamp(0.01, 0.99), usable

@@ -58,15 +58,23 @@ def read_image(record: Record) -> np.ndarray:
 
 def resize_transform(height: int, width: int, size: Size) -> T.ResizeTransform:
     """The resizing that `size` asks for, see `TrainMapper`; never to less than one pixel."""
-    if size is None:
-        scale = 1.0
-    elif isinstance(size, int):
-        scale = size / max(height, width)
+    if size is None or isinstance(size, int):
+        scale = 1.0 if size is None else size / max(height, width)
+        new_height, new_width = (max(int(edge * scale + 0.5), 1) for edge in (height, width))
     else:
-        short, long = size
-        scale = min(short / min(height, width), long / max(height, width))
-    new_height, new_width = (max(int(edge * scale + 0.5), 1) for edge in (height, width))
+        new_height, new_width = _shortest_edge(height, width, *size)
     return T.ResizeTransform(height, width, new_height, new_width)
+
+
+def _shortest_edge(height: int, width: int, short: int, long: int) -> tuple[int, int]:
+    """DETR's rule with the rounding of transformers' processors, so that public weights see the
+    very same pixels: the short edge is rounded, the long one cut off."""
+    low, high = sorted((height, width))
+    exact = min(short, long * low / high) if high * short > long * low else short
+    new_low = round(exact)
+    new_high = high if new_low == low else int(exact * high / low)
+    new_low, new_high = max(new_low, 1), max(new_high, 1)
+    return (new_low, new_high) if height <= width else (new_high, new_low)
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:

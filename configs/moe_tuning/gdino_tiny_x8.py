@@ -1,0 +1,14 @@
+"""Grounding DINO (Swin-T) x8-Top2, 4 copies of each FFN cut in two."""
+
+from .gdino_tiny_x16 import (  # noqa: F401
+    data,
+    dataloader,
+    inference,
+    lr_multiplier,
+    model,
+    optimizer,
+    train,
+)
+
+model.decoder.layer.ffn.num_experts = 8
+train.output_dir = "output/gdino_tiny_x8"
