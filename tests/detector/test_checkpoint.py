@@ -16,7 +16,7 @@ RECIPE = Path(__file__).parents[2] / "configs/pretrain/nano_drawn.py"
 class Tower(nn.Module):
     def __init__(self, frozen: bool):
         super().__init__()
-        self.body, self.frozen = nn.Linear(4, 4), frozen
+        self.body, self.frozen, self.pretrained = nn.Linear(4, 4), frozen, True
 
 
 class Model(nn.Module):
@@ -146,6 +146,18 @@ def test_shipped_checkpoint_needs_frozen_towers(model, tmp_path):
     export_weights(model, path)
     with pytest.raises(ValueError, match="shipped.safetensors has no weights for backbone.body.w"):
         load_checkpoint(Model(frozen=False), path)
+
+
+def test_random_towers_are_never_kept(model, tmp_path):
+    """A frozen tower that brings no weights is stored, and asked for, like everything else."""
+    path = tmp_path / "weights.safetensors"
+    export_weights(model, path)
+    other = Model()
+    other.backbone.pretrained = False
+    with pytest.raises(ValueError, match="has no weights for backbone.body.* or has no others"):
+        load_checkpoint(other, path)
+    export_weights(other, path)
+    assert load_file(path).keys() == other.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", ["none.pth", "none.safetensors", "folder"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
+from detectron2.structures import Boxes, Instances
 from dynamic_dino.checkpoint_import import import_public
 from dynamic_dino.moe.layer import MoEFeedForward
 from twins import clear_samples, random_samples, their_inputs, their_layers
@@ -150,10 +151,9 @@ def test_experts_start_as_the_dense_model(twins):
         torch.testing.assert_close(a.logits, b.logits, **CLOSE)
 
 
-def test_training_step(twins):
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+def test_training_step(twins, autocast):
     """Everything has a gradient, but what only shifts all attention scores alike."""
-    from detectron2.structures import Boxes, Instances
-
     model = twins.ours.train().requires_grad_(True)
     samples = random_samples((90, 101), (64, 120))
     for sample in samples:
@@ -161,7 +161,9 @@ def test_training_step(twins):
         instances.gt_boxes = Boxes(torch.tensor([[5.0, 8.0, 40.0, 50.0], [1.0, 2.0, 60.0, 60.0]]))
         instances.gt_classes = torch.tensor([0, len(sample["prompt"].spans) - 1])
         sample["instances"] = instances
-    losses = model(samples)
+    model.enhancer.grad_checkpointing = model.decoder.grad_checkpointing = autocast
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses = model(samples)
     sum(v for k, v in losses.items() if k.startswith("loss")).backward()
     assert all(v.isfinite() for v in losses.values())
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]

@@ -210,10 +210,10 @@ def test_edge_has_no_twin(tmp_path):
 
 # What is refused ---------------------------------------------------------------------------------
 @pytest.fixture
-def damaged(twins, tmp_path):
+def damaged(gdino, tmp_path):
     """A copy of the directory, and its weights, to be changed."""
     folder = tmp_path / "damaged"
-    shutil.copytree(twins.folder, folder)
+    shutil.copytree(gdino.folder, folder)
     return folder, load_file(folder / "model.safetensors")
 
 
@@ -246,9 +246,9 @@ def test_other_sizes(damaged):
     refused(folder, "activation_function='gelu', only 'relu' fits")
 
 
-def test_families_are_not_mixed_up(twins, damaged):
+def test_families_are_not_mixed_up(twins, tmp_path):
     """Grounding DINO has no bias, MM-Grounding-DINO one for each head."""
-    folder, _ = damaged
+    folder = shutil.copytree(twins.folder, tmp_path / "mixed")
     config = json.loads((folder / "config.json").read_text())
     other = {"grounding-dino": "mm-grounding-dino", "mm-grounding-dino": "grounding-dino"}
     config["model_type"] = other[config["model_type"]]
@@ -294,7 +294,7 @@ def test_pickled_code(damaged, capsys):
         import_public(folder)
 
 
-def test_weights_in_parts(damaged, twins):
+def test_weights_in_parts(damaged, gdino):
     folder, state = damaged
     (folder / "model.safetensors").unlink()
     names = sorted(state)
@@ -303,7 +303,7 @@ def test_weights_in_parts(damaged, twins):
         save_file({name: state[name] for name in part}, folder / file)
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert same_weights(import_public(folder).state, twins.ours.state_dict())
+    assert same_weights(import_public(folder).state, gdino.ours.state_dict())
 
 
 @pytest.mark.parametrize("name", ["IDEA-Research/grounding-dino-tiny", "no/such/folder", "/none"])

@@ -52,7 +52,7 @@ def test_timm_alone_has_other_windows():
 
 
 def test_strides():
-    backbone = Backbone(NAME, strides=(4, 16), options={**SIZES, **ANY_SIZE})
+    backbone = Backbone(NAME, strides=(4, 16), options={**SIZES, **ANY_SIZE}).eval()
     features = backbone(torch.randn(1, 3, 40, 72))
     assert {k: tuple(x.shape) for k, x in features.items()} == {
         "p2": (1, 16, 10, 18),

@@ -28,6 +28,7 @@ class Backbone(nn.Module):
 
     Attributes:
         channels: of each map.
+        pretrained: whether it brings its weights, so that checkpoints needn't.
 
     Raises:
         FileNotFoundError: the weights file or package is not there.
@@ -64,7 +65,7 @@ class Backbone(nn.Module):
         self.levels = [info.reduction().index(s) for s in strides]
         self.channels = [info.channels()[i] for i in self.levels]
         self.out_norm = nn.ModuleList(nn.LayerNorm(c) for c in self.channels if out_norm)
-        self.frozen, self.freeze_norm = frozen, freeze_norm
+        self.frozen, self.freeze_norm, self.pretrained = frozen, freeze_norm, weights is not None
         if weights not in (None, "timm"):
             self._load(name, weights)
         if grad_checkpointing:

@@ -59,7 +59,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     if kept and not _towers_are_frozen(model):
         raise ValueError(
             f"{path} has no weights for {kept[0]} and {len(kept) - 1} more keys of a tower that "
-            "is not frozen: is it a shipped checkpoint of another configuration?"
+            "is not frozen, or has no others: is it a shipped checkpoint of another configuration?"
         )
     try:
         result = model.load_state_dict(state, strict=False)
@@ -110,7 +110,8 @@ def export_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def _towers_are_frozen(model: nn.Module) -> bool:
-    return model.backbone.frozen and model.text_encoder.frozen
+    """And are what they are without a checkpoint."""
+    return all(t.frozen and t.pretrained for t in (model.backbone, model.text_encoder))
 
 
 def _some(what: str, keys: list[str], show: int = 4) -> str:

@@ -84,6 +84,7 @@ class TextEncoder(nn.Module):
         config: overrides of the encoder's configuration, e.g. ``{"num_hidden_layers": 2}``.
 
     Attributes:
+        pretrained: whether it brings its weights, so that checkpoints needn't.
         pad_to: in inference, batches are padded to a multiple of this many tokens and phrases, so
             that what is captured for one prompt serves others (`optimize_for_inference`).
 
@@ -124,6 +125,7 @@ class TextEncoder(nn.Module):
                 f"set model.text_encoder.model=/path/to/it ({error})"
             ) from error
         self.dim, self.frozen, self.pooled, self.max_tokens = dim, frozen, pooled, max_tokens
+        self.pretrained = weights
         self.proj = nn.Linear(self.body.config.hidden_size, dim)
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
