@@ -112,7 +112,8 @@ def test_recipe(recipe):
     assert rates[0] < 0.5 and rates[-1] < 0.1
 
     mixtures = {n: m for n, m in model.named_modules() if isinstance(m, MoEFeedForward)}
-    if not recipe.startswith("pretrain") and not recipe.endswith(("control_stamps.py", "dense.py")):
+    dense = recipe.startswith(("pretrain", "finetune"))
+    if not dense and not recipe.endswith(("control_stamps.py", "dense.py")):
         places = {
             f"decoder.layers.{i}.ffn": "decoder" for i in range(cfg.model.decoder.num_layers)
         } | {
