@@ -1,5 +1,6 @@
 """Routing statistics against numbers by hand."""
 
+import json
 import math
 
 import pytest
@@ -83,3 +84,15 @@ def test_training_metrics_say_the_same():
             assert metrics[f"moe/layer{i}/{name}"].item() == pytest.approx(row[name])
         assert metrics[f"moe/layer{i}/load_max"].item() == pytest.approx(max(row["load"]))
     assert training_metrics([]) == {}
+
+
+def test_state_gives_the_statistics_back():
+    rng = torch.Generator().manual_seed(torch.seed() % 2**31)
+    ids = torch.randint(-1, 6, (2, 50, 3), generator=rng, dtype=torch.int32)
+    layers = [Routing(i, torch.ones(i.shape), torch.ones(50, 6) / 6) for i in ids]
+    layers[1].active, layers[1].parts = torch.tensor([True] * 5 + [False]), 1
+    statistics = RoutingStatistics()
+    statistics.update(layers)
+    state = json.loads(json.dumps(statistics.state()))
+    assert RoutingStatistics.of(state).summary() == statistics.summary()
+    assert RoutingStatistics.of([]).summary() == []

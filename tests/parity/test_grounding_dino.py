@@ -9,6 +9,7 @@ from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
 from dynamic_dino.checkpoint_import import import_public
 from dynamic_dino.moe.layer import MoEFeedForward
+from timm.layers import DropPath
 from twins import clear_samples, random_samples, their_inputs, their_layers
 
 CLOSE = dict(atol=1e-4, rtol=1e-4)
@@ -155,6 +156,9 @@ def test_experts_start_as_the_dense_model(twins):
 def test_training_step(twins, autocast):
     """Everything has a gradient, but what only shifts all attention scores alike."""
     model = twins.ours.train().requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, DropPath):  # may leave a block out for the whole batch
+            module.drop_prob = 0.0
     samples = random_samples((90, 101), (64, 120))
     for sample in samples:
         instances = Instances(sample["image_size"])

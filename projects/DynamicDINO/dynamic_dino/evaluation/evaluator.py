@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from PIL import Image
@@ -118,9 +117,8 @@ class DetectionEvaluator(DatasetEvaluator):
         statistics = RoutingStatistics()
         if outputs and outputs[0].get("routings"):
             statistics.update(outputs[0]["routings"])
-        routing = [row.tolist() for row in statistics.counts + statistics.sums]
         counts = [len(part) for part in parts]
-        found = Found(images, prompts, counts, Predictions.cat(parts), routing)
+        found = Found(images, prompts, counts, Predictions.cat(parts), statistics.state())
         if self.log:
             self.log.append(found)
         self._add(found)
@@ -148,10 +146,7 @@ class DetectionEvaluator(DatasetEvaluator):
             self._parts = [self._kept(self._parts)]
             self._unpruned = 0
         if found.routing:
-            layers = len(found.routing) // 2
-            part = RoutingStatistics()
-            part.counts = [torch.tensor(row) for row in found.routing[:layers]]
-            part.sums = [torch.tensor(row) for row in found.routing[layers:]]
+            part = RoutingStatistics.of(found.routing)
             self._routing = RoutingStatistics.merged([self._routing, part])
 
     def _kept(self, parts: list[Predictions]) -> Predictions:

@@ -30,15 +30,14 @@ class Found:
     prompts      the classes that each was asked for, as contiguous ids
     counts       detections of each
     predictions  of the first image, then of the second ...; boxes and scores as float32
-    routing      per MoE layer, tokens of each expert, then per layer, all, sibling and same-part
-                 tokens (`RoutingStatistics`); may be empty
+    routing      `RoutingStatistics.state`; may be empty
     """
 
     images: list[int] | list[str]
     prompts: list[tuple[int, ...]]
     counts: list[int]
     predictions: Predictions
-    routing: list[list[int]] = field(default_factory=list)
+    routing: list[dict] = field(default_factory=list)
 
 
 class PredictionLog:

@@ -60,6 +60,27 @@ class RoutingStatistics:
                     mine += its
         return total
 
+    def state(self) -> list[dict[str, list | int]]:
+        """All of it as plain data, one dict per layer; `of` gives the statistics back."""
+        columns = (self.counts, self.taken, self.sums, self.active, self.parts)
+        names = ("counts", "taken", "sums", "active", "parts")
+        return [
+            {
+                name: v.tolist() if isinstance(v, Tensor) else v
+                for name, v in zip(names, row, strict=True)
+            }
+            for row in zip(*columns, strict=True)
+        ]
+
+    @classmethod
+    def of(cls, state: list[dict[str, list | int]]) -> RoutingStatistics:
+        result = cls()
+        for layer in state:
+            for name in ("counts", "taken", "sums", "active"):
+                getattr(result, name).append(torch.tensor(layer[name]))
+            result.parts.append(layer["parts"])
+        return result
+
     def summary(self) -> list[dict[str, float | list[float]]]:
         """Per layer: load [E], load_entropy in [0, 1], siblings and same_part shares of tokens (-1
         where experts are whole copies), how many experts are active, and of those rare (< 1% of the
