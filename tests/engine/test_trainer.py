@@ -220,9 +220,17 @@ def test_devices(monkeypatch):
     with pytest.raises(ConfigError, match="use auto, cuda or cpu"):
         resolve_device("gpu")
     with pytest.raises(ConfigError, match="float16 needs CUDA; use bfloat16"):
-        amp_dtype({"dtype": "float16"}, "cpu")
+        amp_dtype({"enabled": True, "dtype": "float16"}, "cpu")
     with pytest.raises(ConfigError, match="'fp16' is unknown"):
-        amp_dtype({"dtype": "fp16"}, "cuda")
+        amp_dtype({"enabled": True, "dtype": "fp16"}, "cuda")
+    amp = {"enabled": True, "dtype": "bfloat16"}
+    for supported, dtype in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr(
+            torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda s=supported: s, raising=False
+        )
+        assert amp_dtype(amp, "cpu") is dtype
+        assert amp_dtype(amp, "cuda") is torch.bfloat16
+    assert amp_dtype({**amp, "enabled": False}, "cuda") is amp_dtype(None, "cpu") is None
 
     calls = []
     parser = argument_parser("recipe.py")

@@ -55,7 +55,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
         _report_missing(cfg, [name for name in loaders if name not in names])
     device = next(model.parameters()).device.type
     # On CPU bf16 costs precision and, on most machines, wins no time.
-    dtype = amp_dtype(cfg.train.amp, device) if cfg.train.amp.enabled and device != "cpu" else None
+    dtype = amp_dtype(cfg.train.amp, device) if device != "cpu" else None
 
     scores: dict[str, float] = {}
     logs: list[PredictionLog] = []
