@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .attention import DeformableAttention, clone_layers, grid_centres, grid_encoding
-from .enhancer import EnhancerLayer, ImageMemory, masked_mean, valid_ratio
+from .enhancer import EnhancerLayer, ImageMemory, masked_mean, run_layers, valid_ratio
 from .moe.routing import Routing
 from .structures import TextFeatures
 
@@ -87,17 +86,10 @@ class DeformableEnhancer(nn.Module):
             ],
             1,
         )
-        geometry = (torch.cat(grid_centres(shapes, valid_ratios), 1), shapes, valid_ratios)
-        routings = []
-        for layer in self.layers:
-            arguments = (x, text, position.to(x.dtype), mask, *geometry)
-            if self.grad_checkpointing and self.training:
-                x, tokens, routing = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                x, tokens, routing = layer(*arguments)
-            text = text.replace_tokens(tokens)
-            if routing is not None:
-                routings.append(routing)
+        centres = torch.cat(grid_centres(shapes, valid_ratios), 1)
+        geometry = (position, mask, centres, shapes, valid_ratios)
+        again = self.grad_checkpointing and self.training
+        x, text, routings = run_layers(self.layers, x, text, geometry, again)
         top = shapes[-1][0] * shapes[-1][1]
         scene = masked_mean(x[:, -top:], mask[:, -top:])
         return ImageMemory(x, mask, shapes, valid_ratios, scene), text, routings

@@ -9,6 +9,7 @@ on its parameter count.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,33 @@ class EnhancerLayer(nn.Module):
             tokens = self.text(text.replace_tokens(tokens))
         x, routing = self.image(x, position, mask, masked_mean(x, mask), *geometry)
         return x, tokens, routing
+
+
+def run_layers(
+    layers: Iterable[EnhancerLayer],
+    x: Tensor,
+    text: TextFeatures,
+    geometry: tuple,
+    recompute: bool,
+) -> tuple[Tensor, TextFeatures, list[Routing]]:
+    """Cross-modal layers one after the other.
+
+    Args:
+        geometry: position encoding, mask, and what else the image layers ask for.
+        recompute: activations are computed once more in the backward pass instead of kept.
+    """
+    position, *rest = geometry
+    arguments = (position.to(x.dtype), *rest)
+    routings = []
+    for layer in layers:
+        if recompute:
+            x, tokens, routing = checkpoint(layer, x, text, *arguments, use_reentrant=False)
+        else:
+            x, tokens, routing = layer(x, text, *arguments)
+        text = text.replace_tokens(tokens)
+        if routing is not None:
+            routings.append(routing)
+    return x, text, routings
 
 
 class ConvNorm(nn.Sequential):
@@ -219,16 +247,8 @@ class EdgeEnhancer(nn.Module):
         top_mask = masks[names[-1]]
         position = grid_encoding(top_mask, maps[-1].shape[1])
         x, flat_mask = maps[-1].flatten(2).transpose(1, 2), top_mask.flatten(1)
-        routings = []
-        for layer in self.layers:
-            arguments = (x, text, position.to(x.dtype), flat_mask)
-            if self.grad_checkpointing and self.training:
-                x, tokens, routing = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                x, tokens, routing = layer(*arguments)
-            text = text.replace_tokens(tokens)
-            if routing is not None:
-                routings.append(routing)
+        again = self.grad_checkpointing and self.training
+        x, text, routings = run_layers(self.layers, x, text, (position, flat_mask), again)
         scene = masked_mean(x, flat_mask)
         maps[-1] = x.transpose(1, 2).reshape(maps[-1].shape)
         maps = self.cross_scale(maps)
