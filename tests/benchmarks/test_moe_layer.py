@@ -88,7 +88,7 @@ def test_time_goes_to_the_phase_of_the_caller():
 
     times = time_by_phase(call, repeats=2, cuda=False)
     assert set(times) == {"routing", "dispatch", "experts", "combine", "other"}
-    assert all(times.values())
+    assert all(time > 0 for phase, time in times.items() if phase != "other")
     without = time_by_phase(lambda: (x @ w).sort(), repeats=2, cuda=False)
     assert without["routing"] == 0 < without["dispatch"] and without["experts"] > 0
 
