@@ -17,7 +17,7 @@ def route(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, T
     """Summed in float64: equal rows of the weight then give equal float32 logits, whatever the
     order of summation that the matrix library chooses for a column."""
     logits = (tokens.double() @ weight.double().T).float()
-    ids = _best_first(logits)[:, :top_k]
+    ids = best_first(logits)[:, :top_k]
     return ids.int(), logits.gather(1, ids).softmax(-1) * top_k, logits.softmax(-1), None
 
 
@@ -29,10 +29,10 @@ def route_any(
     chosen = cosine > thresholds
     if fallback:
         on = cosine.masked_fill(thresholds == torch.inf, -torch.inf)
-        best = torch.zeros_like(chosen).scatter(1, _best_first(on)[:, :1], 1)
+        best = torch.zeros_like(chosen).scatter(1, best_first(on)[:, :1], 1)
         best = best & (thresholds < torch.inf)
         chosen = torch.where(chosen.any(1, keepdim=True), chosen, best)
-    index = _best_first(cosine.masked_fill(~chosen, -torch.inf))[:, :max_k]
+    index = best_first(cosine.masked_fill(~chosen, -torch.inf))[:, :max_k]
     filled = chosen.gather(1, index)
     margin = (scores - thresholds.sigmoid()).gather(1, index)
     gates = (1 + margin - margin.detach()) / filled.sum(1, keepdim=True).clamp(min=1)
@@ -40,8 +40,9 @@ def route_any(
     return ids.int(), torch.where(filled, gates, 0.0).float(), scores, None
 
 
-def _best_first(values: Tensor) -> Tensor:
-    """A stable sort breaks ties by the lowest index, which topk doesn't promise."""
+def best_first(values: Tensor) -> Tensor:
+    """Indices by falling value. A stable sort breaks ties by the lowest index, which topk doesn't
+    promise."""
     return torch.sort(values.detach(), dim=-1, descending=True, stable=True).indices
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import torch
+from dynamic_dino_kernels.moe.reference import best_first
 from torch import Tensor, nn
 
 from .routers import Router
@@ -151,11 +152,6 @@ def check_pools(owned: list[set[int]], active_routes: int, top_k: int) -> None:
             f"top_k={top_k}, but {active_routes} routes may give a pool of only {smallest} "
             "experts: raise active_routes, or lower top_k"
         )
-
-
-def best_first(values: Tensor) -> Tensor:
-    """Indices by falling value; ties go to the lowest index, which topk doesn't promise."""
-    return values.detach().sort(dim=-1, descending=True, stable=True).indices
 
 
 def per_token(values: Tensor, tokens: Tensor) -> Tensor:
