@@ -59,25 +59,28 @@ def random_truth(rng, images=25, classes=12):
 
 
 def random_predictions(rng, truth, clutter=25):
-    """Jittered objects, doubles, wrong classes, and clutter of every class; scores tie."""
+    """Jittered objects, doubles, wrong classes, and clutter of every class; scores tie.
+
+    Objects score higher, so that a cap as low as a test's keeps some: an AP of 0 proves nothing.
+    """
     category_ids = [c["id"] for c in truth["categories"]]
     predictions = []
 
-    def add(image_id, category_id, box):
+    def add(image_id, category_id, box, least=0.0):
         predictions.append(
             {
                 "image_id": image_id,
                 "category_id": category_id,
                 "bbox": [float(v) for v in np.clip(box, 0.5, None)],
-                "score": round(float(rng.random()), 2),
+                "score": round(float(rng.uniform(least, 1)), 2),
             }
         )
 
     for a in truth["annotations"]:
         for _ in range(rng.integers(0, 4)):
             wrong = int(rng.choice(category_ids))
-            box = np.array(a["bbox"]) * (1 + rng.normal(0, 0.1, 4))
-            add(a["image_id"], wrong if rng.random() < 0.2 else a["category_id"], box)
+            box = np.array(a["bbox"]) * (1 + rng.normal(0, 0.05, 4))
+            add(a["image_id"], wrong if rng.random() < 0.2 else a["category_id"], box, 0.5)
     for image in truth["images"]:
         for _ in range(clutter):
             add(image["id"], int(rng.choice(category_ids)), rng.uniform(1, 250, 4))
