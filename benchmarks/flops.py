@@ -121,10 +121,36 @@ HANDLES = {
 # Deliberately left out, beside what fvcore ignores: shapes, copies and integers.
 NOT_COUNTED = {
     # arithmetic, element by element
-    *("add", "addcmul", "sub", "rsub", "mul", "div", "neg", "pow", "ceil", "sin", "cos", "logit"),
+    *(
+        "add",
+        "add_",
+        "addcmul",
+        "sub",
+        "rsub",
+        "mul",
+        "div",
+        "neg",
+        "pow",
+        "ceil",
+        "sin",
+        "cos",
+        "logit",
+    ),
     *("cumsum", "gelu", "hardtanh_", "nan_to_num", "round", "sigmoid", "silu", "silu_", "softmax"),
     # comparisons, choices, orders
-    *("all", "amax", "any", "clamp_min", "cummax", "lt", "minimum", "ne", "scatter", "sort"),
+    *(
+        "all",
+        "amax",
+        "any",
+        "clamp_min",
+        "cummax",
+        "lt",
+        "max_pool2d",
+        "minimum",
+        "ne",
+        "scatter",
+        "sort",
+    ),
     *("topk", "where"),
     # look-ups, constants, layouts
     *("embedding", "expand_as", "eye", "fill_", "movedim", "new_ones", "numel", "numpy_T"),
@@ -183,7 +209,7 @@ def _must_run(model: nn.Module, name: str) -> bool:
 
 # ---- a detector ---------------------------------------------------------------------------------
 
-STAGES = ("backbone", "text_encoder", "enhancer", "query_selection", "decoder")
+STAGES = ("backbone", "neck", "text_encoder", "enhancer", "query_selection", "decoder")
 # Of the decoder: part -> module and operator; the first that fits counts.
 PARTS = {
     "self-attention": ("layers.*.self_attention*", "*"),
@@ -336,7 +362,8 @@ def print_report(columns: dict[str, dict], paper: dict) -> None:
     print(" " * 24 + "".join(f"{name:>11}" for name in columns))
     print("GFLOPs, one multiply-add counted as one")
     for stage in flops[0]["stages"]:
-        row(stage.replace("_", " "), [f["stages"][stage] / 1e9 for f in flops])
+        if any(f["stages"][stage] for f in flops):
+            row(stage.replace("_", " "), [f["stages"][stage] / 1e9 for f in flops])
     row("whole model", [f["total"] / 1e9 for f in flops])
     print("decoder alone, GFLOPs")
     for part in PARTS:
