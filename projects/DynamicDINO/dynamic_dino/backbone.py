@@ -64,8 +64,8 @@ class Backbone(nn.Module):
             )
         except OSError as error:
             raise FileNotFoundError(
-                f"weights of backbone {name!r} are not in the Hugging Face cache, and the hub can't "
-                "be reached; download them where there is internet and set "
+                f"weights of backbone {name!r} are not in the Hugging Face cache, and the hub "
+                "can't be reached; download them where there is internet and set "
                 f"model.backbone.weights=/path/to/them ({error})"
             ) from error
         accept_any_size(self.body)
@@ -95,7 +95,7 @@ class Backbone(nn.Module):
         return [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def _freeze(self, name: str, prefix: str) -> None:
-        parameters = [p for n, p in self.body.named_parameters() if f"{n}.".startswith(f"{prefix}.")]
+        parameters = [p for n, p in self.body.named_parameters() if n.startswith(f"{prefix}.")]
         if not parameters:
             parts = ", ".join(n for n, _ in self.body.named_children())
             raise ValueError(f"frozen_parts: backbone {name!r} has no {prefix!r}, only {parts}")

@@ -29,6 +29,7 @@ from .engine.config import load_config
 from .files import PACKAGE, configs_folder
 from .hub import is_hub_spec
 from .prompt import Prompt
+from .vocabulary import ClassVocabulary
 
 ImageLike = str | Path | Image.Image | np.ndarray
 PromptLike = str | Sequence[str] | Prompt
@@ -93,7 +94,7 @@ class Detector:
     def __call__(
         self,
         images: ImageLike | Sequence[ImageLike],
-        prompts: PromptLike | Sequence[PromptLike],
+        prompts: PromptLike | Sequence[PromptLike] | None = None,
         threshold: float | None = None,
         max_detections: int = 100,
     ) -> Instances | list[Instances]:
@@ -103,7 +104,8 @@ class Detector:
             images: a path, PIL image or RGB array (uint8 [H, W, 3]), or a list of them.
             prompts: what to look for: "red panda. windmill.", ["red panda", "windmill"], or a
                 `Prompt`; it holds for all images. Or, for a list of images, a list of lists of
-                phrases (or of `Prompt`s), one for each image.
+                phrases (or of `Prompt`s), one for each image. None: all classes of a closed-set
+                detector.
             threshold: drops detections whose score is lower; default: the detector's.
             max_detections: keeps this many per image at most, the best.
 
@@ -113,8 +115,10 @@ class Detector:
 
         Raises:
             FileNotFoundError, ValueError: for an image that is missing or can't be read, an empty
-                prompt, or another number of prompts than images.
+                prompt, another number of prompts than images, no prompt for an open vocabulary, or
+                a phrase that is no class of a closed set.
         """
+        prompts = self.all_classes() if prompts is None else prompts
         single = not isinstance(images, list | tuple)
         images = [images] if single else list(images)
         samples = [
@@ -128,6 +132,16 @@ class Detector:
                 for output in self.model(samples[start : start + self.batch_size]):
                     results.append(_best(output["instances"], threshold, max_detections))
         return results[0] if single else results
+
+    def all_classes(self) -> Prompt:
+        """The prompt that asks for everything. Raises ValueError for an open vocabulary."""
+        vocabulary = getattr(self.model, "text_encoder", None)
+        if not isinstance(vocabulary, ClassVocabulary):
+            raise ValueError(
+                "nothing to look for: give phrases (predict.py: --text); only a closed-set "
+                "detector knows all that it can find"
+            )
+        return Prompt.from_phrases(vocabulary.names)
 
     def _sample(self, image: ImageLike, prompt: Prompt) -> dict:
         """What `TestMapper` makes of a record, of an image that belongs to no data set."""

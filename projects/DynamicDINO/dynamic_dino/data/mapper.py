@@ -35,8 +35,8 @@ class TrainMapper:
     augmentations  one or several of Detectron2's, applied before the resizing; those that choose a
                    scale themselves (`detr_augmentations`, `large_scale_jitter`) want size=None
     flip           probability of a horizontal flip; captions that say left or right aren't flipped
-    max_phrases, min_phrases   see `PromptSampler`; max_phrases=None: all classes of the data set, in
-                   their order, as a closed set is trained
+    max_phrases, min_phrases   see `PromptSampler`; max_phrases=None: all classes of the data set,
+                   in their order, as a closed set is trained
     features       cached backbone features to be used in the place of the image, or the folder
                    of the cache; `size` must be its canvas and `augmentations` empty
     min_box_size   boxes narrower or lower than this, in pixels of the network, are left out
