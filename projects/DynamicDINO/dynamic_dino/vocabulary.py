@@ -90,6 +90,9 @@ class ClassVocabulary(nn.Module):
         parts = (range(first, min(first + step, count)) for first in range(0, count, step))
         return [Piece(prompt.select(part), part[0]) for part in parts]
 
+    def forget(self, phrases: bool = True) -> None:
+        """Nothing is kept of a prompt."""
+
     def refuse_long_caption(self, caption: str, file_name: str) -> None:
         """Raises ValueError: captions name what they like."""
         raise ValueError(
