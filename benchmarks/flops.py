@@ -121,40 +121,16 @@ HANDLES = {
 # Deliberately left out, beside what fvcore ignores: shapes, copies and integers.
 NOT_COUNTED = {
     # arithmetic, element by element
-    *(
-        "add",
-        "add_",
-        "addcmul",
-        "sub",
-        "rsub",
-        "mul",
-        "div",
-        "neg",
-        "pow",
-        "ceil",
-        "sin",
-        "cos",
-        "logit",
-    ),
-    *("cumsum", "gelu", "hardtanh_", "nan_to_num", "round", "sigmoid", "silu", "silu_", "softmax"),
+    *("add", "add_", "addcmul", "sub", "rsub", "mul", "div", "neg", "pow", "sqrt", "log1p", "ceil"),
+    *("sin", "cos", "logit", "cumsum", "prod", "gelu", "hardtanh_", "nan_to_num", "round"),
+    *("sigmoid", "silu", "silu_", "softmax"),
     # comparisons, choices, orders
-    *(
-        "all",
-        "amax",
-        "any",
-        "clamp_min",
-        "cummax",
-        "lt",
-        "max_pool2d",
-        "minimum",
-        "ne",
-        "scatter",
-        "sort",
-    ),
-    *("topk", "where"),
+    *("all", "amax", "any", "clamp_min", "cummax", "lt", "max_pool2d", "minimum", "ne", "scatter"),
+    *("sort", "topk", "where"),
     # look-ups, constants, layouts
     *("embedding", "expand_as", "eye", "fill_", "movedim", "new_ones", "numel", "numpy_T"),
-    *("ones_like", "pad", "pad_sequence", "repeat", "repeat_interleave", "unflatten", "view_as"),
+    *("one_hot", "ones_like", "pad", "pad_sequence", "repeat", "repeat_interleave", "unflatten"),
+    *("view_as",),
 }
 
 

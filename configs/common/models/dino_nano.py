@@ -18,4 +18,5 @@ model.decoder.layer.ffn.hidden = 512
 model.denoising.num_queries = 60
 model.canvas = 320
 model.size_divisor = 32
+model.pad_images = True
 model.max_detections = 100

@@ -74,6 +74,7 @@ model = L(OpenVocabularyDetector)(
     ),
     canvas=None,
     size_divisor=1,
+    pad_images=False,
     max_detections=300,
 )
 
