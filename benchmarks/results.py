@@ -112,6 +112,31 @@ def peers(report: dict) -> str:
     return title + table(["model", "parameters", "text", "FPS", "time / edge-x16, encoded"], rows)
 
 
+def public_weights(report: dict) -> str:
+    asked = report["settings"]
+    shortest, longest = asked["size"]
+    text = (
+        f"{len(report['photos'])} photos, shortest edge {shortest}, longest at most {longest}, "
+        f"{asked['dtype']}, {asked['threads']} threads; images per second, and how many times as "
+        "many as transformers.\n\n"
+    )
+    rows = []
+    for name, model in report["models"].items():
+        same = model["comparison"]
+        twins = f"{100 * same['twins'] / same['detections']:.1f} % of {same['detections']}"
+        cells = {
+            (row["library"], row["part"], row["text"]): (row["fps"], row["speedup"])
+            for row in model["rows"]
+        }
+        for part in ("end to end", "forward"):
+            theirs = cells["transformers", part, "encoded"][0]
+            ours = [cells["ours", part, text] for text in ("encoded", "cached")]
+            ours = [f"{fps:.3g} ({speedup:.2f})" for fps, speedup in ours]
+            rows.append([name, part, f"{theirs:.3g}", *ours, twins])
+    head = ["weights", "part", "transformers", "ours", "ours, text cached", "same detections"]
+    return text + table(head, rows)
+
+
 def training_step(report: dict) -> str:
     rows = [
         [
@@ -218,6 +243,11 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "moe_scaling": ("The same over tokens and experts", "moe_scaling", moe_layer),
     "training_step": ("A training step", "training_step", training_step),
     "peers": ("Other libraries' detectors", "peers", peers),
+    "public_weights": (
+        "Grounding DINO against transformers, same weights and photos",
+        "public_weights",
+        public_weights,
+    ),
     "flops": ("Operations and parameters", "flops", flops),
     "record_memory": ("Memory of the training records", "record_memory", record_memory),
 }

@@ -11,6 +11,7 @@ from detectron2.config import instantiate
 from dynamic_dino.accelerate import CudaGraphs, WithFallback, accelerate
 from dynamic_dino.deploy import (
     ConvGELU,
+    GELUInPlace,
     fold_batch_norms,
     fuse_gelu,
     gelu_tanh_,
@@ -70,6 +71,16 @@ def test_gelu_is_the_convolutions_business(approximate, monkeypatch):
             torch.testing.assert_close(model(given), expected, rtol=1e-4, atol=1e-5)
     half = model.to(torch.float16)(x.half())  # oneDNN isn't asked
     torch.testing.assert_close(half.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_after_a_linear_layer_works_in_place(approximate):
+    layers = [nn.Linear(4, 8), nn.GELU(approximate), nn.Linear(8, 4), nn.ReLU(), nn.GELU()]
+    model, x = nn.Sequential(*layers).eval().requires_grad_(False), torch.randn(3, 4)
+    expected, given = model(x), x.clone()
+    assert fuse_gelu(model, lambda: model(x)) == 1 and isinstance(model[1], GELUInPlace)
+    torch.testing.assert_close(model(x), expected)
+    assert torch.equal(x, given) and isinstance(model[4], nn.GELU)
 
 
 @pytest.mark.parametrize("block", [7, 2**18])

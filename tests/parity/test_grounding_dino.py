@@ -97,6 +97,24 @@ def test_unusable_tokens_compete(twins):
 
 
 @torch.no_grad()
+def test_other_queries_are_selected_only_where_scores_tie(twins):
+    """In float32, two tokens may change places whose scores are the same to rounding; in float64,
+    none do."""
+    samples = random_samples((203, 331), phrases=(9,))
+    for dtype, tie in ((torch.float32, 1e-4), (torch.float64, 0.0)):
+        ours, theirs = twins.ours.to(dtype), twins.theirs.to(dtype)
+        inputs = their_inputs(samples, ours)
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+        expected = theirs(**inputs)
+        queries, _ = ours.query_selection(*ours.enhancer(*encode(ours, samples))[:2])
+        other = (queries.boxes - expected.init_reference_points).abs().amax(-1)[0] > 1e-3
+        scores = expected.enc_outputs_class.amax(-1)[0].topk(len(other) + 1).values
+        gaps = -scores.diff()
+        nearest = torch.minimum(gaps, torch.cat([gaps[:1], gaps[:-1]]))
+        assert (nearest[other] < tie).all()
+
+
+@torch.no_grad()
 def test_result_does_not_depend_on_the_batch(twins):
     """Neither on images nor on prompts beside it, as transformers' does."""
     samples = clear_samples(twins, (83, 107))
