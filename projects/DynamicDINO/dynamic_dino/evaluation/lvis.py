@@ -84,7 +84,7 @@ def lvis_ap(
         max_dets={"AR" if fixed else f"AR{max_dets}": None},
         groups=groups_of(truth) if groups is None else groups,
         image_ids=image_ids,
-        ignored="ignore",
+        ignored=("ignore",),
         unpunished=_are_among(open_ended, predictions),
     )
 
