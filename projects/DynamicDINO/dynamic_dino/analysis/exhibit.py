@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -37,28 +39,41 @@ class Exhibit:
     figure: Figure | np.ndarray | None = None
     shown: int = 40
 
-    def image(self) -> Image.Image | None:
-        """The figure's pixels."""
-        if isinstance(self.figure, np.ndarray):
-            return Image.fromarray(self.figure)
-        if self.figure is None:
-            return None
-        buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png", dpi=160, facecolor="white")
-        buffer.seek(0)
-        return Image.open(buffer).convert("RGB")
+    @property
+    def is_photo(self) -> bool:
+        return isinstance(self.figure, np.ndarray)
 
-    def write(self, folder: Path) -> list[Path]:
+    @cached_property
+    def png(self) -> bytes:
+        """The figure as a PNG file, drawn once."""
+        buffer = io.BytesIO()
+        if self.is_photo:
+            Image.fromarray(self.figure).save(buffer, "PNG")
+            return buffer.getvalue()
+        self.figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+        with Image.open(buffer) as image:
+            few = image.convert("RGB").quantize(128)  # a third of the bytes
+        buffer = io.BytesIO()
+        few.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def inline(self) -> str:
+        """The figure as an address that holds it: a plot as PNG, a photo as JPEG."""
+        kind, content = "png", self.png
+        if self.is_photo:
+            buffer = io.BytesIO()
+            Image.fromarray(self.figure).save(buffer, "JPEG", quality=82, optimize=True)
+            kind, content = "jpeg", buffer.getvalue()
+        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+    def write(self, folder: Path) -> None:
         """NAME.csv, and NAME.png if there is a figure."""
-        files = [folder / f"{self.name}.csv"]
-        with written_whole(files[0]) as file:
+        with written_whole(folder / f"{self.name}.csv") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(self.head)
             writer.writerows([["" if cell is None else cell for cell in row] for row in self.rows])
-        if (image := self.image()) is not None:
-            files.append(folder / f"{self.name}.png")
-            image.save(files[1], optimize=True)
-        return files
+        if self.figure is not None:
+            (folder / f"{self.name}.png").write_bytes(self.png)
 
 
 @dataclass
@@ -71,8 +86,9 @@ class Section:
 
 
 def slug(*words: str) -> str:
-    """A file's name of words: "run 0", "stamps_val" -> "run-0_stamps-val"."""
-    return "_".join(re.sub(r"[^a-z0-9]+", "-", word.lower()).strip("-") for word in words if word)
+    """A file's name of words: "run 0", "stamps_val" -> "run-0_stamps_val"; a slug stays."""
+    parts = "_".join(word for word in words if word).lower().split("_")
+    return "_".join(re.sub(r"[^a-z0-9]+", "-", part).strip("-") for part in parts if part)
 
 
 def plot(rows: int = 1, columns: int = 1, height: float = 2.6) -> tuple[Figure, np.ndarray]:

@@ -48,8 +48,9 @@ def expert_table_figure(rows: Sequence[ExpertRow], prefix: str) -> list[Exhibit]
         "Of an expert are the objects whose best-fitting query took it in the last decoder layer, "
         "and the detections of such queries; objects of others don't count. Small: below 32 x 32 "
         f"pixels; occluded: {100 * COVERED:.0f} % of the box lie in another object's; tail: rare "
-        "classes. A mean over few objects is noise: look at their numbers. An expert sees fewer wrong detections than "
-        "the whole model: compare experts with each other. Dash: no such object."
+        "classes. A mean over few objects is noise: look at their numbers. An expert sees fewer "
+        "wrong detections than the whole model: compare experts with each other. Dash: no such "
+        "object."
     )
     if routed:
         reading += " Scene route: the most frequent one among the expert's own tokens."
@@ -163,7 +164,7 @@ def names_figures(collection: Collection, objects: Objects, prefix: str) -> list
     shares = class_expert_shares(pairs, experts, frequent)
     order = np.argsort(shares.argmax(1), kind="stable")
     titles = [collection.names[frequent[i]] for i in order]
-    figure, axes = plot(height=0.6 + 0.24 * len(titles))
+    figure, axes = plot(height=1.2 + 0.22 * len(titles))
     image = axes[0, 0].imshow(100 * shares[order], aspect="auto", cmap="magma_r", vmin=0)
     axes[0, 0].set(xlabel=f"expert of {layers[-1]}", yticks=range(len(titles)))
     axes[0, 0].set_yticklabels([t if len(t) < 24 else t[:22] + "…" for t in titles], fontsize=8)

@@ -14,7 +14,7 @@ from ..files import write_text
 from ..inference import load_model
 from .collect import Collection, collect
 from .drop import drop_experts
-from .exhibit import Section
+from .exhibit import Section, slug
 from .expert_ap import expert_table
 from .expert_figures import drop_figure, expert_table_figure, names_figures
 from .images import loader_of, test_datasets
@@ -174,7 +174,8 @@ def overview(
     for dataset, models in collections.items() if len(contenders) > 1 else ():
         prefix = dataset if several else ""
         exhibits.append(side_by_side(numbers[dataset], prefix))
-        exhibits.append(spread_figure(models, prefix))
+        if len({tuple(len(layer.load) for layer in c.layers) for c in models.values()}) == 1:
+            exhibits.append(spread_figure(models, prefix))
     if several:
         for contender in contenders:
             prefix = contender.title if len(contenders) > 1 else ""
@@ -194,5 +195,4 @@ def _loaders(
 
 
 def _prefix(title: str, contenders: list, dataset: str, datasets: list[str]) -> str:
-    words = [title] if len(contenders) > 1 else []
-    return " ".join(words + ([dataset] if len(datasets) > 1 else []))
+    return slug(title if len(contenders) > 1 else "", dataset if len(datasets) > 1 else "")

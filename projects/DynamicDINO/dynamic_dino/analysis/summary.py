@@ -49,8 +49,8 @@ def side_by_side(runs: Mapping[str, dict[str, float]], prefix: str) -> Exhibit:
     return Exhibit(
         slug(prefix, "runs" if several else "numbers"),
         "Numbers, run by run" if several else "Numbers",
-        "Runs that differ by their seed alone show how much chance decides: differences smaller than "
-        "the spread (standard deviation) mean nothing."
+        "Runs that differ by their seed alone show how much chance decides: differences smaller "
+        "than the spread (standard deviation) mean nothing."
         if several
         else "COCO AP in percent, of all objects, and of those that are hard (see below).",
         ["", *runs, "mean", "spread"] if several else ["", *runs],

@@ -55,7 +55,7 @@ def experts_per_token(collection: Collection, prefix: str) -> Exhibit:
 
 def activation_frequency(collection: Collection, prefix: str) -> Exhibit:
     """One circle for each layer and expert, its area the share of the tokens that take it."""
-    figure, axes = plot(height=0.8 + 0.45 * len(collection.layers))
+    figure, axes = plot(height=1.4 + 0.4 * len(collection.layers))
     axis, rows = axes[0, 0], []
     for i, layer in enumerate(collection.layers):
         share = layer.load / max(layer.tokens, 1)
