@@ -63,7 +63,8 @@ def expert_table_figure(rows: Sequence[ExpertRow], prefix: str) -> list[Exhibit]
         axis.bar([row.expert for row in experts], values, color=COLORS[subset])
         if rows[0].ap[subset] >= 0:
             axis.axhline(rows[0].ap[subset], color="black", linestyle="--", linewidth=1)
-        axis.set(title=subset, ylabel="AP")
+        axis.set(title=subset, ylabel="AP", xlim=(-0.6, len(experts) - 0.4))
+        axis.set_xticks(range(0, len(experts), 1 + len(experts) // 20))
     if routed:
         bars = axes[-1, 0].bar(
             [row.expert for row in experts],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from ..files import writable_folder, write_text
@@ -29,7 +30,7 @@ table { border-collapse: collapse; width: 100%; font-size: 0.85rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
-th { background: var(--head); } th:first-child, td.word { text-align: left; }
+th { background: var(--head); } th:first-child, .word { text-align: left; }
 tr:last-child td { border-bottom: 0; }
 """
 
@@ -89,7 +90,11 @@ def _exhibit(exhibit: Exhibit) -> str:
 
 
 def _table(exhibit: Exhibit) -> str:
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in exhibit.head)
+    words = [isinstance(cell, str) for cell in exhibit.rows[0]] if exhibit.rows else []
+    head = "".join(
+        f"<th{' class=word' if word else ''}>{html.escape(str(name))}</th>"
+        for name, word in zip_longest(exhibit.head, words)
+    )
     rows = "".join(
         "<tr>" + "".join(_cell(cell) for cell in row) + "</tr>\n"
         for row in exhibit.rows[: exhibit.shown]
