@@ -15,10 +15,10 @@ OPTIONS = (
     *("--disable-dev-shm-usage", "--enable-logging=stderr", "--window-size=1280,900"),
 )
 PROBE = """<script>addEventListener("load", () => parent.postMessage(JSON.stringify({
-  images: [...document.images].map(i => ({alt: i.alt, width: i.naturalWidth,
-    right: i.getBoundingClientRect().right})),
+  images: [...document.images].map(i => ({alt: i.alt, width: i.naturalWidth})),
   headings: [...document.querySelectorAll("h3")].map(h => h.innerText),
-  tables: [...document.querySelectorAll(".table")].map(t => t.getBoundingClientRect().right),
+  edges: [...document.querySelectorAll(".table, figure, .plot")].map(
+    e => e.getBoundingClientRect().right),
   viewport: innerWidth, page: document.documentElement.scrollWidth,
 }), "*"));</script></body>"""
 FRAME = """<!DOCTYPE html><link rel="icon" href="data:,"><script>addEventListener("message", e => {

@@ -23,8 +23,9 @@ h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.25rem; margin-top
 h3 { font-size: 1.05rem; margin: 2rem 0 0.2rem; }
 a { color: var(--link); } p, summary { color: var(--soft); margin: 0.2rem 0 0.8rem; }
 nav ul { padding-left: 1.2rem; columns: 18rem; } nav li { break-inside: avoid; }
-img { display: block; max-width: 100%; height: auto; background: white; border-radius: 6px; }
-figure { margin: 0 0 0.5rem; } .plot { width: 36rem; }
+img { display: block; height: auto; background: white; border-radius: 6px; }
+figure { margin: 0 0 0.5rem; overflow-x: auto; } .plot { width: 36rem; max-width: 100%; }
+.photo { width: 100%; min-width: 44rem; }
 .table { overflow-x: auto; max-width: 100%; border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: 0.85rem;
   font-variant-numeric: tabular-nums; }
