@@ -1,6 +1,7 @@
 """What one pass collects is what the model returned, and the model does nothing more for it."""
 
 import copy
+import json
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from dynamic_dino.analysis.collect import Collector, LayerCounts, collect, sorted_ids
 from dynamic_dino.analysis.images import loader_of
 from dynamic_dino.analysis.layers import moe_layers
+from dynamic_dino.analysis.study import Options, study
 from dynamic_dino.moe.routing import Routing
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -146,3 +148,28 @@ def test_images_are_spread_and_no_more_than_asked_for(x4):
     assert len(list(loader_of(x4[1], "drawn_val", "all", 99, batch_size=1)())) == 10
     [[sample]] = list(loader_of(x4[1], "drawn_val", 5, 1)())
     assert len(sample["prompt_classes"]) == 5
+
+
+def test_of_captions_only_the_routings_are_kept(x4, drawn):
+    """A caption for each drawn picture, in ODVG format."""
+    model, cfg = x4
+    images = json.loads((drawn / "drawn/annotations/val.json").read_text())["images"]
+    region = {"bbox": [2, 2, 30, 30], "phrase": "a red circle"}
+    lines = [
+        {
+            "filename": image["file_name"],
+            "height": image["height"],
+            "width": image["width"],
+            "grounding": {"caption": "a red circle on a wall", "regions": [region]},
+        }
+        for image in images
+    ]
+    file = drawn / "drawn/val/captions.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    collection = collect(model, loader_of(cfg, str(file), "all", 3)(), str(file), "")
+    assert len(collection.files) == 3 and collection.layers[0].tokens == 90
+    assert len(collection.predictions) == 0 and collection.names == {}
+    numbers = study(model, cfg, str(file), Options(max_images=3), "")[2]
+    assert "AP" not in numbers and "decoder 2: effective partners" in numbers
+    with pytest.raises(ValueError, match="no AP to lose"):
+        study(model, cfg, str(file), Options(max_images=3, drop="last"), "")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from dynamic_dino.analysis.expert_ap import dominant_route, expert_table
 from dynamic_dino.analysis.objects import objects_of
+from dynamic_dino.evaluation import coco_ap, lvis_ap
 
 
 def overlap(a, b, crowd):
@@ -115,6 +116,28 @@ def test_every_number_of_the_table(scene):
             assert row.ap[subset] == pytest.approx(expected, abs=1e-6), (expert, subset)
     load = collection.layers[-1].load
     assert [row.load for row in rows[1:]] == pytest.approx((load / load.sum()).tolist())
+
+
+def test_the_whole_model_s_row_is_the_data_set_s_ap(scene, rng):
+    """By COCO's protocol, crowds and all; and by LVIS's, which is federated and has no crowds."""
+    collection = scene()
+    everything = expert_table(collection, objects_of(collection))[0]
+    expected = coco_ap(collection.truth, collection.predictions).metrics
+    assert everything.ap["all"] == pytest.approx(expected["AP"])
+    assert everything.ap["small"] == pytest.approx(expected["APs"])
+
+    classes = [c["id"] for c in collection.truth["categories"]]
+    for annotation in collection.truth["annotations"]:
+        annotation["iscrowd"] = 0
+    for image in collection.truth["images"]:
+        for field in ("neg_category_ids", "not_exhaustive_category_ids"):
+            image[field] = [c for c in classes if rng.random() < 0.3]
+    for category in collection.truth["categories"]:
+        category["frequency"] = str(rng.choice(["r", "f"]))
+    everything = expert_table(collection, objects_of(collection))[0]
+    expected = lvis_ap(collection.truth, collection.predictions, fixed=True).metrics
+    assert everything.ap["all"] == pytest.approx(expected["AP"])
+    assert everything.ap["tail"] == pytest.approx(expected["APr"])
 
 
 def test_nothing_found(scene):

@@ -77,7 +77,8 @@ class Collection:
     experts      int16 [N, L, K], what the query of each detection took in the L MoE layers of the
                  decoder: in ascending order, then -1
     files        image id -> file, of the images seen
-    truth        their ground truth, as `read_ground_truth` gives it
+    truth        their ground truth, as `read_ground_truth` gives it; of a data set without classes
+                 nothing, and no predictions either
     names        category id -> name
     """
 
@@ -99,14 +100,17 @@ class Collection:
 class Collector:
     """Takes a model's outputs batch by batch, and leaves them as they are.
 
-    A detection costs 40 bytes and 2 for every expert of it, whatever else the model computes.
+    A detection costs 40 bytes and 2 for every expert of it, whatever else the model computes. Of a
+    data set without classes (captions, referring expressions) only the routings are kept.
 
     Raises:
-        ValueError: the data set has no classes, or the model doesn't report all MoE layers.
+        ValueError: the model doesn't report all MoE layers.
     """
 
     def __init__(self, model: nn.Module, dataset: str) -> None:
-        self.dataset, self.category_ids = dataset, category_ids_of(dataset)
+        self.dataset = dataset
+        classes = get_metadata(dataset).get("thing_dataset_id_to_contiguous_id")
+        self.category_ids = category_ids_of(dataset) if classes else None
         self.layers = [LayerCounts(name) for name in moe_layers(model)]
         self.statistics = RoutingStatistics()
         self.predictions: list[Predictions] = []
@@ -132,19 +136,24 @@ class Collector:
             if layer.name.startswith("decoder")
         ]
         for sample, output in zip(inputs, outputs, strict=True):
+            self.files[sample["image_id"]] = sample.get("file_name", "")
+            if self.category_ids is None:
+                continue
             found = output["instances"]
             where = f"{sample.get('file_name')} of {self.dataset}"
             self.predictions.append(predictions_of(sample, found, self.category_ids, where))
-            self.files[sample["image_id"]] = sample.get("file_name", "")
             if of_queries:
                 rows = found.queries.cpu().numpy()
                 self.experts.append(stack_padded([chosen[rows] for chosen in of_queries]))
 
     def result(self) -> Collection:
         metadata = get_metadata(self.dataset)
-        truth = read_ground_truth(metadata.json_file)
-        truth["images"] = [i for i in truth["images"] if i["id"] in self.files]
-        truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in self.files]
+        truth, names = {"images": [], "annotations": [], "categories": []}, {}
+        if self.category_ids is not None:
+            truth = read_ground_truth(metadata.json_file)
+            truth["images"] = [i for i in truth["images"] if i["id"] in self.files]
+            truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in self.files]
+            names = dict(zip(self.category_ids, metadata.thing_classes, strict=True))
         predictions = Predictions.cat(self.predictions)
         empty = np.zeros((len(predictions), 0, 0), np.int16)
         return Collection(
@@ -155,7 +164,7 @@ class Collector:
             np.concatenate(self.experts) if self.experts else empty,
             self.files,
             truth,
-            dict(zip(self.category_ids, metadata.thing_classes, strict=True)),
+            names,
         )
 
 

@@ -129,8 +129,10 @@ def study(
     if rows:
         exhibits += expert_table_figure(rows, prefix)
         exhibits += names_figures(collection, objects, prefix)
-    if collection.decoder:
+    if collection.decoder and collection.names:
         exhibits.append(token_pictures(collection, prefix))
+    if options.drop and not collection.names:
+        raise ValueError(f"{dataset} has no classes, so there is no AP to lose: leave out --drop")
     if options.drop:
         fewer = min(options.drop_images, options.max_images or options.drop_images)
         layers = list(moe_layers(model))
