@@ -98,6 +98,7 @@ def test_several_runs_on_two_data_sets(drawn, run_of, tmp_path):
     [
         (["--model", "nano-dense"], "nano-dense has no MoE layer"),
         (["--dataset", "nowhere"], "unknown data set 'nowhere'"),
+        (["--against", "nano-denes"], "did you mean 'nano-dense'?"),
         (["--run", "none/such"], "unknown model 'none/such'"),
         (["--names", "0"], "'0' is not a positive number"),
         (["--against", "a", "b", "c"], "--against takes a model"),

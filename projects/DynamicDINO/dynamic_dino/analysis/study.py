@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from torch import nn
 
+from ..data.datasets import load_datasets
 from ..files import write_text
 from ..inference import load_model
 from .collect import Collection, collect
@@ -76,7 +77,10 @@ def analyse(contenders: list[Contender], options: Options, output: str | Path) -
     collections: dict[str, dict[str, Collection]] = {}  # data set -> model -> what it did
     numbers: dict[str, dict[str, dict[str, float]]] = {}
     parts: list[Section] = []
-    datasets = options.datasets
+    datasets, other = options.datasets, options.against
+    for dataset in datasets:
+        load_datasets(dataset)  # what is wrong with it shows now, not after the first data set
+    before = load_model(other.model, other.weights, options.device) if other else None
     for contender in contenders:
         model, cfg = load_model(contender.model, contender.weights, options.device)
         if not moe_layers(model):
@@ -96,8 +100,8 @@ def analyse(contenders: list[Contender], options: Options, output: str | Path) -
             collections.setdefault(dataset, {})[contender.title] = collection
             numbers.setdefault(dataset, {})[contender.title] = found
             parts.append(section)
-    if options.against:
-        parts += compare(contenders[0].title, collections, options)
+    if before:
+        parts += compare(contenders[0].title, collections, *before, options)
     title = f"Experts of {', '.join(c.title for c in contenders)}"
     text = " ".join(
         f"{dataset}: {len(next(iter(models.values())).files)} images."
@@ -147,12 +151,14 @@ def study(
 
 
 def compare(
-    title: str, collections: Mapping[str, Mapping[str, Collection]], options: Options
+    title: str,
+    collections: Mapping[str, Mapping[str, Collection]],
+    model: nn.Module,
+    cfg: DictConfig,
+    options: Options,
 ) -> list[Section]:
-    """Pictures of a model beside those of `options.against`, on every data set."""
-    other = options.against
-    model, cfg = load_model(other.model, other.weights, options.device)
-    sections = []
+    """Pictures of what a model found beside what `model`, `options.against`, finds."""
+    other, sections = options.against, []
     for dataset, models in collections.items():
         after = models[title]
         loaders = _loaders(cfg, dataset, options, options.max_images)
