@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -137,7 +138,8 @@ def stability_figure(collections: Sequence[Collection], prefix: str) -> Exhibit:
             correlation(a.pairs, b.pairs)
             for a, b in zip(collections[i].layers, collections[j].layers, strict=True)
         ]
-        axes[0, 0].plot(layers, values, "o-", label=f"{names[j]}, {names[i]}")
+        label = f"{Path(names[j]).name}, {Path(names[i]).name}"  # of a file not its whole path
+        axes[0, 0].plot(layers, values, "o-", label=label)
         rows += [[names[j], names[i], *row] for row in zip(layers, values, strict=True)]
     axes[0, 0].set(ylabel="correlation", ylim=(min(0, *(row[3] for row in rows)) - 0.05, 1.05))
     axes[0, 0].legend(fontsize=8)
