@@ -233,6 +233,30 @@ def record_memory(report: dict) -> str:
     return text + table(head, rows)
 
 
+def expert_analysis(report: dict) -> str:
+    columns = ("load entropy", "router entropy", "siblings", "effective partners")
+    told = ("information of names", "with shuffled names")
+    rows = []
+    for dataset, found in report["datasets"].items():
+        for layer, numbers in found["layers"].items():
+            cells = [f"{numbers[c]:.2f}" for c in (*columns, *told)]
+            rows.append([dataset, layer, *cells])
+    text = table(["data set", "layer", *columns, *told], rows) + "\n"
+    rows = [
+        [row["layer"], f"{row['data set']}, {row['other']}", f"{row['correlation']:.3f}"]
+        for row in report["stability"]
+    ]
+    text += table(["layer", "data sets", "correlation of co-selection"], rows)
+    if drops := report.get("drop"):
+        rows = [
+            [d["layer"], d["dropped"], *(f"{d[k]:.1f}" for k in ("AP all", "change all"))]
+            for d in drops[:4]
+        ]
+        text += "\nThe experts without which most is lost:\n\n"
+        text += table(["layer", "without expert", "AP", "change"], rows)
+    return text
+
+
 # name: title, file in results/<machine>/, and what makes a table of it
 TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "nano_stamps": ("AP50 of nano on Stamps, percent", "nano_stamps", nano_stamps),
@@ -249,6 +273,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
         public_weights,
     ),
     "flops": ("Operations and parameters", "flops", flops),
+    "expert_analysis": ("What the experts of nano x16 do", "expert_analysis", expert_analysis),
     "record_memory": ("Memory of the training records", "record_memory", record_memory),
 }
 

@@ -253,9 +253,9 @@ def test_prompts_of_different_lengths_share_a_batch():
 def test_structures_are_seen_through():
     text = TextFeatures(*(torch.randn(2) for _ in range(4)))
     routing = Routing(torch.ones(2, 1), torch.ones(2, 1), torch.ones(2, 3))
-    detections = Detections(torch.ones(2), torch.ones(2), torch.ones(2, 4), 5)
+    detections = Detections(torch.ones(2), torch.ones(2), torch.ones(2, 4), torch.ones(2), 5)
     flat, spec = tree_flatten(({"p3": torch.ones(1)}, text, [routing], detections))
-    assert sum(isinstance(leaf, torch.Tensor) for leaf in flat) == 1 + 4 + 3 + 3
+    assert sum(isinstance(leaf, torch.Tensor) for leaf in flat) == 1 + 4 + 3 + 4
     again = tree_unflatten(flat, spec)
     assert again[1].tokens is text.tokens and again[3].queries == 5
 

@@ -263,7 +263,7 @@ class OpenVocabularyDetector(nn.Module):
             best, chunk_routings = self.search(*chosen, text)
             routings.append(chunk_routings)
             for row, (i, piece) in enumerate(chunk):
-                found[i].append(best.of_image(row, piece))
+                found[i].append(best.of_image(row, piece, start + row))
         most = self.max_detections if self.max_detections_per == "image" else None
         results = to_instances(batch, found, most)
         if self.return_routings and results:

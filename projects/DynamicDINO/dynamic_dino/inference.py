@@ -25,6 +25,7 @@ from .checkpoint_import import import_public
 from .data.images import Size, load_image, resize_transform, to_tensor
 from .deploy import optimize_for_inference
 from .detector import OpenVocabularyDetector
+from .engine.checkpointing import last_checkpoint
 from .engine.config import load_config
 from .files import PACKAGE, configs_folder
 from .hub import is_hub_spec
@@ -171,9 +172,10 @@ def load_detector(
 
     Args:
         model: "nano-dense", "nano-x16", the path of a LazyConfig file (.py, or the config.yaml of a
-            run), or public weights of Grounding DINO, "hf:OWNER/NAME" or "hf:DIRECTORY".
-        weights: checkpoint, or public weights; default for a shipped model: the shipped one. Public
-            weights without a recipe are a model of their own.
+            run), the folder of a run, or public weights of Grounding DINO, "hf:OWNER/NAME" or
+            "hf:DIRECTORY".
+        weights: checkpoint, or public weights; default for a shipped model: the shipped one; for a
+            run: its last. Public weights without a recipe are a model of their own.
         device: "cuda", "cpu", ...; default: a GPU if there is one.
         threshold: default of `Detector`'s.
         dtype: "float32", "float16" or "bfloat16", what the weights are cast to, once.
@@ -183,6 +185,19 @@ def load_detector(
     Raises:
         FileNotFoundError, ValueError: naming the file or the argument, and what to give instead.
     """
+    device = _device(device)
+    detector, cfg = load_model(model, weights, device, dtype, accelerate)
+    return Detector(detector, cfg.inference.size, device, threshold)
+
+
+def load_model(
+    model: str | Path = "nano-x16",
+    weights: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str = "float32",
+    accelerate: str = "eager",
+) -> tuple[nn.Module, DictConfig]:
+    """What `load_detector` makes a `Detector` of: the model, ready to detect, and its recipe."""
     device = _device(device)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -202,7 +217,7 @@ def load_detector(
     detector.to(device)
     if isinstance(detector, OpenVocabularyDetector):  # a recipe may have a model of another kind
         optimize_for_inference(detector, DTYPES[dtype], accelerate)
-    return Detector(detector, cfg.inference.size, device, threshold)
+    return detector.eval(), cfg
 
 
 def _recipe(model: str | Path, weights: str | Path | None) -> tuple[DictConfig, str | Path]:
@@ -211,6 +226,13 @@ def _recipe(model: str | Path, weights: str | Path | None) -> tuple[DictConfig, 
         shipped = SHIPPED_MODELS[str(model)]
         config = configs_folder() / shipped.config
         weights = weights or PACKAGE / "weights" / shipped.weights
+    elif Path(model).is_dir():
+        config, weights = Path(model) / "config.yaml", weights or last_checkpoint(model)
+        if weights is None or not config.is_file():
+            raise FileNotFoundError(
+                f"{model} has no {'config.yaml' if weights else 'checkpoint'}, so it isn't the "
+                "train.output_dir of a run"
+            )
     elif Path(model).suffix in (".py", ".yaml", ".yml"):
         config = Path(model)
         if weights is None:

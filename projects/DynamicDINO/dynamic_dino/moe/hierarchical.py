@@ -9,7 +9,7 @@ import torch
 from dynamic_dino_kernels.moe.reference import best_first
 from torch import Tensor, nn
 
-from .routers import Router
+from .routers import Router, best_experts
 from .routing import Routing
 
 VARIANTS = ("full", "instance", "scene")
@@ -121,9 +121,11 @@ class HierarchicalRouter(Router):
     def choose(self, x: Tensor, pool: Tensor | None = None) -> Routing:
         """x [T, width of W_i], pool bool [T, E] or None -> Routing"""
         logits = x @ self.weight.float().T / self.temperature
-        allowed = logits if pool is None else logits.masked_fill(~pool, -torch.inf)
-        ids = best_first(allowed)[:, : self.top_k]
-        return Routing(ids.int(), allowed.gather(1, ids).softmax(-1), logits.softmax(-1))
+        barred = self.barred(x.device)
+        if pool is not None:
+            barred = ~pool if barred is None else ~pool | barred
+        ids, gates = best_experts(logits, self.top_k, barred)
+        return Routing(ids, gates, logits.softmax(-1))
 
 
 def owned_experts(
