@@ -40,4 +40,4 @@ model.decoder.layer.update(dim=DIM, image_attention=attention, ffn=ffn)
 model.max_phrases = 40
 model.max_detections = 100
 
-inference.size = 320
+inference.size = [320, 320]  # the longest edge becomes 320

@@ -7,6 +7,7 @@ is accounted for.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import dataclass, field
@@ -78,13 +79,12 @@ def import_public(source: str | Path, config: DictConfig | None = None) -> Impor
         ValueError: it is corrupt, holds more than weights, or is not the whole of a model of this
             architecture (`IncompleteError`).
     """
-    file = Path(source)
+    file, found = Path(source), None
     if file.is_file():
         state = read_state_dict(file)
     else:
         folder = locate_directory(source)
-        if config is None:
-            config = detector_config(read_config(folder), folder)
+        found = detector_config(read_config(folder), folder) if config is None else None
         state = read_directory(folder)
     if is_mmdetection(state):
         state = as_idea(state)
@@ -96,9 +96,13 @@ def import_public(source: str | Path, config: DictConfig | None = None) -> Impor
             f"IDEA's code, of mmdetection or of this project; it has {', '.join(list(state)[:3])}"
         )
     if config is None:
-        config = recipe_of(state, layout, source)
+        config = found or recipe_of(state, layout, source)
+        if heads_differ(state, layout):
+            config.model.decoder.separate_heads = True
+    node = copy.deepcopy(config.model)
+    node.backbone.weights, node.text_encoder.weights = None, False
     with torch.device("meta"):
-        shapes = instantiate(config.model).state_dict()
+        shapes = instantiate(node).state_dict()
     return Imported(convert(state, shapes, layout, account, source), account, config)
 
 
@@ -154,18 +158,22 @@ def recipe_of(state: dict[str, Tensor], layout: str, source: str | Path) -> Dict
             "nor Swin-B's 128; name the model's recipe with --config-file"
         )
 
-    def find(ours: str) -> Tensor | None:
-        [theirs] = (ours,) if layout == "ours" else their_names(ours, layout)
-        return state.get(theirs)
-
-    scaled = find("query_selection.class_head.bias") is not None
+    scaled = _find(state, layout, "query_selection.class_head.bias") is not None
     family = "mm_gdino" if scaled else "gdino"
-    path = configs_folder() / f"common/models/{family}_{SIZES[width]}.py"
-    config = LazyConfig.load(str(path))
-    if not scaled:  # mmdetection tunes Grounding DINO with heads of their own for each layer
-        first, second = (find(f"decoder.box_head.{i}.layers.4.bias") for i in (0, 1))
-        config.model.decoder.separate_heads = second is not None and not torch.equal(first, second)
-    return config
+    return LazyConfig.load(str(configs_folder() / f"common/models/{family}_{SIZES[width]}.py"))
+
+
+def heads_differ(state: dict[str, Tensor], layout: str) -> bool:
+    """Whether the decoder's layers have box heads of their own, whatever a config says: those of
+    MM-Grounding-DINO do, and of Grounding DINO where mmdetection tuned it, or older transformers
+    wrote a config without that setting."""
+    biases = [_find(state, layout, f"decoder.box_head.{i}.layers.4.bias") for i in (0, 1)]
+    return all(bias is not None for bias in biases) and not torch.equal(*biases)
+
+
+def _find(state: dict[str, Tensor], layout: str, ours: str) -> Tensor | None:
+    [theirs] = (ours,) if layout == "ours" else their_names(ours, layout)
+    return state.get(theirs)
 
 
 def convert(
