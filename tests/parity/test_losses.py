@@ -194,10 +194,12 @@ def test_gradients(twins):
     parameters = dict(model.named_parameters())
     converted = convert(gradients, parameters, "transformers", Account(), "gradients")
     assert converted.keys() == parameters.keys()
-    compared = 0
+    compared, largest_of_all = 0, max(float(g.abs().max()) for g in converted.values())
     for name, parameter in parameters.items():
-        wanted, largest = converted[name], converted[name].abs().max()
+        wanted, largest = converted[name], float(converted[name].abs().max())
         found = torch.zeros_like(wanted) if parameter.grad is None else parameter.grad
-        torch.testing.assert_close(found, wanted, atol=1e-3 * float(largest) + 1e-5, rtol=1e-3)
-        compared += bool(largest > 1e-3)
+        # Some gradients are sums that come to nothing but rounding, as those of keys' biases.
+        atol = 1e-3 * largest + 1e-5 * largest_of_all
+        torch.testing.assert_close(found, wanted, atol=atol, rtol=1e-3)
+        compared += largest > 1e-4 * largest_of_all
     assert compared > 0.8 * len(parameters)
