@@ -52,7 +52,7 @@ def finetune_public(report: dict) -> str:
     keys = "val/AP", "val/AP50"
     rows = []
     for name, run in report["runs"].items():
-        killed = ", ".join(str(i + 1) for i in run["resumed_at"]) or "-"
+        killed = ", ".join(map(str, run["resumed_at"])) or "-"
         scores = [f"{run['before'][k]:.1f} -> {run['after'][k]:.1f}" for k in keys]
         rows.append([name, str(run["iterations"]), killed, *scores])
     return table(["run", "iterations", "killed, went on from", "AP", "AP50"], rows)
