@@ -10,8 +10,8 @@ from ..pretrain.gdino_nano_stamps import lr_multiplier, optimizer, train  # noqa
 
 dataloader.train.total_batch_size = 4
 
-# 4 images * 300 iterations
-train.max_iter = 300
+# 4 images * 200 iterations
+train.max_iter = 200
 train.init_checkpoint = "output/gdino_nano_stamps/model_final.pth"
 train.output_dir = "output/gdino_nano_custom"
 train.eval_first = True  # the gain is seen at the end

@@ -14,8 +14,8 @@ from ..finetune.gdino_nano_custom import (  # noqa: F401
 model.decoder.layer.ffn = experts(model.decoder.layer.ffn, num_experts=4, top_k=2)
 model.criterion.router_losses = [load_balance]
 
-# 4 images * 100 iterations
-train.max_iter = 100
+# 4 images * 60 iterations
+train.max_iter = 60
 train.trainable = [*FUSION, *EXPERTS, "*.class_head.*", "*.box_head.*"]
 train.init_checkpoint = "output/gdino_nano_custom/model_final.pth"
 optimizer.lr = 2e-4
