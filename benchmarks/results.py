@@ -48,6 +48,16 @@ def nano_stamps(report: dict) -> str:
     return table(["model", "iterations", *columns], rows)
 
 
+def finetune_public(report: dict) -> str:
+    keys = "val/AP", "val/AP50"
+    rows = []
+    for name, run in report["runs"].items():
+        killed = ", ".join(map(str, run["resumed_at"])) or "-"
+        scores = [f"{run['before'][k]:.1f} -> {run['after'][k]:.1f}" for k in keys]
+        rows.append([name, str(run["iterations"]), killed, *scores])
+    return table(["run", "iterations", "killed, went on from", "AP", "AP50"], rows)
+
+
 def moe_layer(report: dict) -> str:
     names = list(dict.fromkeys(n for row in report["rows"] for n in row["times"]))
     head = ["T", "experts", "dtype", "routing", "part", "pass", "dense, µs", *names[1:]]
@@ -260,6 +270,11 @@ def expert_analysis(report: dict) -> str:
 # name: title, file in results/<machine>/, and what makes a table of it
 TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "nano_stamps": ("AP50 of nano on Stamps, percent", "nano_stamps", nano_stamps),
+    "finetune_public": (
+        "A nano-size MM-Grounding-DINO, tuned from a directory of transformers, percent",
+        "finetune_public",
+        finetune_public,
+    ),
     "fps": ("Images per second of the whole model", "fps", fps),
     "profile": ("Where one forward pass spends its time", "profile_detector", profile_detector),
     "moe_layer": ("One FFN of the decoder", "moe_layer", moe_layer),

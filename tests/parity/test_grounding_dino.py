@@ -10,17 +10,10 @@ from detectron2.structures import Boxes, Instances
 from dynamic_dino.checkpoint_import import import_public
 from dynamic_dino.moe.layer import MoEFeedForward
 from timm.layers import DropPath
-from twins import clear_samples, random_samples, their_inputs, their_layers
+from twins import as_transformers, clear_samples, random_samples, their_inputs, their_layers
 
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 SIZES = (90, 101), (77, 120), (80, 88)
-
-
-def as_transformers(model):
-    """What depends on the padding of the batch there shall depend on it here."""
-    model.pad_images = model.decoder.canvas_positions = True
-    model.query_selection.rank_padding = True
-    return model
 
 
 def encode(model, samples):
