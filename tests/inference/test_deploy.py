@@ -166,7 +166,7 @@ def test_outputs_equal_those_of_the_trained_model(trained, dtype):
 
 @torch.no_grad()
 def test_detections_equal_those_of_the_trained_model(trained):
-    """Rounding may decide which of two tokens is selected on one picture, but not on all of five."""
+    """Rounding may decide which of two tokens is selected on one picture, but not on all five."""
     served = optimize_for_inference(copy.deepcopy(trained))
 
     def largest_difference() -> float:
