@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Writes what stands in benchmarks/results/ as tables: RESULTS.md, and the marked parts of README.
+"""Writes what stands in benchmarks/results/ as tables: RESULTS.md, and marked parts of documents.
 
     python benchmarks/results.py            # after a benchmark was run with --save
     python benchmarks/results.py --check    # says whether they agree; exit status 1 if not
 
-A number in a table is always that of a committed file. In README, a table stands between the lines
-<!-- results: NAME --> and <!-- end of results -->, where NAME is one of the tables below.
+A number in a table is always that of a committed file. In README and the model cards, a table
+stands between the lines <!-- results: NAME --> and <!-- end of results -->, where NAME is one of
+the tables below.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).resolve().parent
 RESULTS = BENCHMARKS / "results"
 README = BENCHMARKS.parent / "README.md"
+CARDS = BENCHMARKS.parent / "projects/DynamicDINO/dynamic_dino/weights/README.md"
 PAGE = BENCHMARKS / "RESULTS.md"
 MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.S)
 
@@ -43,8 +45,7 @@ def nano_stamps(report: dict) -> str:
     for name, run in report["runs"].items():
         iterations = f"{'' if name == 'dense' else '+ '}{run['iterations']}"
         scores = (run["scores"].get(key) for key in columns.values())
-        cells = ["-" if score is None else f"{score:.1f}" for score in scores]
-        rows.append([names.get(name, name), iterations, *cells])
+        rows.append([names.get(name, name), iterations, *map(_percent, scores)])
     return table(["model", "iterations", *columns], rows)
 
 
@@ -56,6 +57,34 @@ def finetune_public(report: dict) -> str:
         scores = [f"{run['before'][k]:.1f} -> {run['after'][k]:.1f}" for k in keys]
         rows.append([name, str(run["iterations"]), killed, *scores])
     return table(["run", "iterations", "killed, went on from", "AP", "AP50"], rows)
+
+
+def _percent(score: float | None) -> str:
+    return "-" if score is None else f"{score:.1f}"
+
+
+def model_zoo(report: dict) -> str:
+    columns = {
+        "val": "val/AP50",
+        "val_novel": "val_novel/AP50_novel",
+        "val_real": "val_real/AP50_seen",
+    }
+    times = {name: model["times"]["median_ms"] for name, model in report["models"].items()}
+    rows = []
+    for name, model in report["models"].items():
+        parameters = (f"{model['parameters'][kind] / 1e6:.1f}M" for kind in ("active", "total"))
+        rows.append(
+            [
+                f"`{name}`",
+                f"`{model['config']}`",
+                f"`{model['weights']}`, {model['bytes'] / 1e6:.0f} MB",
+                *(_percent(model["scores"].get(key)) for key in columns.values()),
+                " / ".join(parameters),
+                f"{times[next(iter(times))] / times[name]:.2f}",
+            ]
+        )
+    head = ["model", "config", "weights", *(f"AP50, {c}" for c in columns)]
+    return table([*head, "parameters, active / total", "FPS / that of dense"], rows)
 
 
 def moe_layer(report: dict) -> str:
@@ -269,6 +298,7 @@ def expert_analysis(report: dict) -> str:
 
 # name: title, file in results/<machine>/, and what makes a table of it
 TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
+    "model_zoo": ("The shipped models, on Stamps", "model_zoo", model_zoo),
     "nano_stamps": ("AP50 of nano on Stamps, percent", "nano_stamps", nano_stamps),
     "finetune_public": (
         "A nano-size MM-Grounding-DINO, tuned from a directory of transformers, percent",
@@ -317,15 +347,15 @@ def page() -> str:
     return text
 
 
-def with_tables(readme: str) -> str:
-    """README with its marked parts as the files have them (of the CPU, where all are measured)."""
+def with_tables(document: str) -> str:
+    """A document, its marked parts as the files have them (of the CPU, where all are measured)."""
 
     def render(match: re.Match) -> str:
         _, file, table_of = TABLES[match[2]]
         report = json.loads((RESULTS / "cpu" / f"{file}.json").read_text())
         return f"{match[1]}{table_of(report)}{match[3]}"
 
-    return MARKED.sub(render, readme)
+    return MARKED.sub(render, document)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -334,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
-    wanted = {PAGE: page(), README: with_tables(README.read_text())}
+    wanted = {PAGE: page()} | {p: with_tables(p.read_text()) for p in (README, CARDS)}
     status = 0
     for path, text in wanted.items():
         if path.exists() and path.read_text() == text:

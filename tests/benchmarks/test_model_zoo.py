@@ -1,0 +1,50 @@
+"""The shipped models are evaluated and timed, here on a few drawn shapes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import results
+from dynamic_dino.data.drawn import write_drawn_dataset
+from dynamic_dino.inference import SHIPPED_MODELS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_evaluates_and_times_what_is_shipped(tmp_path):
+    write_drawn_dataset(tmp_path, num_images=3, split="val")
+    overrides = [
+        f"dataloader.{key}=drawn_val"
+        for name in ("val", "val_novel", "val_real")
+        for key in (
+            f"test.{name}.dataset.names",
+            f"test.{name}.mapper.dataset",
+            f"evaluator.{name}.dataset_name",
+        )
+    ]
+    command = [sys.executable, ROOT / "benchmarks/model_zoo.py", "--device", "cpu"]
+    output = tmp_path / "zoo.json"
+    done = subprocess.run(
+        [*command, "--repeats", "2", "--json", output, *overrides],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"DETECTRON2_DATASETS": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(output.read_text())
+    assert list(report["models"]) == list(SHIPPED_MODELS)
+    dense, experts = report["models"].values()
+    assert dense["parameters"]["active"] == dense["parameters"]["total"]
+    assert experts["parameters"]["active"] < experts["parameters"]["total"]
+    for model in (dense, experts):
+        assert 0 <= model["scores"]["val/AP50"] <= 100 and model["times"]["median_ms"] > 0
+        assert (ROOT / model["config"]).is_file()
+    assert results.model_zoo(report) in done.stdout
+
+
+def test_the_model_cards_name_every_shipped_model():
+    cards = results.CARDS.read_text()
+    for name, shipped in SHIPPED_MODELS.items():
+        assert name in cards and f"configs/{shipped.config}" in cards
