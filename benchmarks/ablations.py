@@ -1,0 +1,351 @@
+#!/usr/bin/env python
+"""Trains the rows of a sweep, seed by seed, each beside its control, and writes ABLATIONS.md.
+
+    python benchmarks/ablations.py routers                   # every row that isn't done, seed 0
+    python benchmarks/ablations.py gates --seeds 0 1 2
+    python benchmarks/ablations.py gates --only indicator --dry-run
+    python benchmarks/ablations.py gates train.num_threads=1 dataloader.train.num_workers=0
+    python benchmarks/ablations.py                           # the page alone; --check: is it true?
+
+What is done is left out; what was interrupted goes on (`train_net.py --resume`): start the same
+command again. With GPUs each gets one run at a time, otherwise runs come one after the other.
+Features of frozen backbones are cached where the setting names a folder for them. A run leaves its
+checkpoints in output/ablations/SETTING/ROW/seedN and its numbers in
+benchmarks/results/<machine>/ablations/SETTING/ROW-seedN.json, which belong into the repository.
+The sweeps are declared in sweeps.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from queue import SimpleQueue
+
+import ablations_page
+import torch
+from detectors import ROOT
+from dynamic_dino.engine.config import ConfigError, load_config
+from dynamic_dino.engine.setup import resolve_device
+from flops import measure
+from omegaconf import DictConfig
+from report import provenance, results_folder, write_json
+from sweeps import SETTINGS, SWEEPS, Row, Setting
+
+PACKAGES = ("torch", "transformers", "timm", "numpy", "scipy", "faster-coco-eval")
+SPEED_ONLY = (  # overrides that a result doesn't depend on
+    "train.num_threads",
+    "train.log_period",
+    "dataloader.train.num_workers",
+    "dataloader.train.mapper.features",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row, trained with one seed."""
+
+    setting: Setting
+    row: str
+    seed: int
+    device: str
+    changes: tuple[str, ...] = ()  # overrides of the command line
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting.name}/{self.row} seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return Path("output/ablations") / self.setting.name / self.row / f"seed{self.seed}"
+
+    @property
+    def result(self) -> Path:
+        name = f"{self.row}-seed{self.seed}.json"
+        return results_folder(self.device) / "ablations" / self.setting.name / name
+
+    @property
+    def config_file(self) -> str:
+        return f"configs/{self.setting.rows[self.row].config}.py"
+
+    @property
+    def overrides(self) -> list[str]:
+        """All that the run changes of its recipe, but where its output goes."""
+        setting, row = self.setting, self.setting.rows[self.row]
+        found = [*setting.overrides]
+        if setting.base and self.row != setting.base:
+            base = Run(setting, setting.base, 0, self.device)
+            found.append(f"train.init_checkpoint={base.folder}/model_final.pth")
+        found += row.overrides
+        found += [f"train.seed={self.seed}", f"dataloader.train.seed={self.seed}"]
+        return [*found, *features(setting), *self.changes]
+
+    @property
+    def command(self) -> list[str]:
+        """Of train_net.py, without the interpreter."""
+        options = ["--config-file", self.config_file, "--resume"]
+        output = [f"train.output_dir={self.folder}"]
+        return ["projects/DynamicDINO/train_net.py", *options, *output, *self.overrides]
+
+    @cached_property
+    def config(self) -> DictConfig:
+        return load_config(ROOT / self.config_file, self.overrides)
+
+    def is_done(self) -> bool:
+        """Raises SystemExit where the result is that of another recipe."""
+        if not self.result.is_file():
+            return False
+        found, mine = (
+            [o for o in overrides if not o.startswith((*SPEED_ONLY, "dataloader.test"))]
+            for overrides in (json.loads(self.result.read_text())["overrides"], self.overrides)
+        )
+        if found != mine:
+            other = " ".join(sorted({*found} ^ {*mine}))
+            raise SystemExit(
+                f"{self.result} was trained with other settings ({other}): delete it to train anew"
+            )
+        return True
+
+
+def features(setting: Setting) -> list[str]:
+    """Overrides that name the folders of cached features."""
+    if not setting.features:
+        return []
+    tests = [f"dataloader.test.{name}" for name in setting.tests]
+    return [
+        f"{loader}.mapper.features={setting.features[split]}"
+        for split, loaders in (("train", ["dataloader.train"]), ("test", tests))
+        for loader in loaders
+    ]
+
+
+# ---- running ------------------------------------------------------------------------------------
+
+
+def run_all(runs: Sequence[Run], launcher: Sequence[str], workers: int) -> list[Run]:
+    """Trains the runs, `workers` at a time, each with a GPU of its own if there are GPUs; returns
+    those that failed."""
+    gpus: SimpleQueue[int] = SimpleQueue()
+    for gpu in range(workers):
+        gpus.put(gpu)
+    failed = []
+
+    def work(position: int) -> None:
+        run, gpu = runs[position], gpus.get()
+        say = Progress(f"[{position + 1}/{len(runs)}] {run.name}", alone=workers == 1)
+        try:
+            if not train(run, launcher, gpu, say):
+                failed.append(run)
+        finally:
+            gpus.put(gpu)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for future in [pool.submit(work, i) for i in range(len(runs))]:
+            future.result()
+    return failed
+
+
+def train(run: Run, launcher: Sequence[str], gpu: int, say: Progress) -> bool:
+    """Trains and evaluates; keeps the numbers. False where train_net.py failed."""
+    environment = dict(os.environ)
+    if run.device.startswith("cuda"):
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    log = ROOT / run.folder / "sweep.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    on_cpu = [] if run.device.startswith("cuda") else ["--num-gpus", "0"]
+    script, *options = run.command
+    command = [*launcher, sys.executable, script, *on_cpu, *options]
+    before = log.stat().st_size if log.exists() else 0
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+        try:
+            while process.poll() is None:
+                time.sleep(1)
+                say(last_line(log, before))
+        finally:
+            process.terminate()  # of no effect if it is over
+    if process.returncode:
+        say(f"failed, see {log}", final=True)
+        return False
+    write_json(run.result, summarise(run))
+    scores = json.loads(run.result.read_text())["scores"]
+    first = run.setting.tests[0]
+    say(f"AP50 {scores[f'{first}/AP50']:.1f} on {first}", final=True)
+    return True
+
+
+def last_line(log: Path, start: int) -> str:
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - 2000))
+        lines = file.read().decode(errors="replace").split("\n")
+    found = [line for line in lines if "iter " in line or "Evaluated" in line]
+    return found[-1].split("]: ")[-1].strip()[:90] if found else "starting"
+
+
+class Progress:
+    """The state of a run as one line, rewritten where it stands alone on a terminal."""
+
+    lock = threading.Lock()
+
+    def __init__(self, title: str, alone: bool) -> None:
+        self.title, self.rewrite = title, alone and sys.stderr.isatty()
+        self.said = 0.0
+
+    def __call__(self, text: str, final: bool = False) -> None:
+        if not (final or self.rewrite) and time.monotonic() - self.said < 60:
+            return
+        self.said = time.monotonic()
+        with self.lock:
+            start, end = ("\r\033[K", "\n" if final else "") if self.rewrite else ("", "\n")
+            print(f"{start}{self.title}: {text}", end=end, file=sys.stderr, flush=True)
+
+
+# ---- what is kept of a run ----------------------------------------------------------------------
+
+
+def summarise(run: Run) -> dict:
+    """A run's result: where it comes from, scores, routing, parameters, operations, step time."""
+    folder = ROOT / run.folder
+    scores = json.loads((folder / "results.json").read_text())
+    lines = (folder / "metrics.json").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "total_loss" in row]
+    tests = {
+        name: json.loads((folder / "evaluation" / name / "results.json").read_text())
+        for name in run.setting.tests
+    }
+    routing = tests[run.setting.tests[0]]["routing"]
+    report = provenance(PACKAGES, run.device)
+    report["command"] = " ".join(["python", *run.command])
+    return report | {
+        "setting": run.setting.name,
+        "row": run.row,
+        "seed": run.seed,
+        "config": run.config_file,
+        "overrides": run.overrides,
+        "iterations": max(row["iteration"] for row in rows) + 1,
+        "images": {name: test["images"] for name, test in tests.items()},
+        "scores": {
+            k: round(v, 3) for k, v in scores.items() if k.count("/") == 1 and v is not None
+        },
+        "routing": [{k: _rounded(v) for k, v in layer.items()} for layer in routing],
+        "last_loss": round(rows[-1]["total_loss"], 4),
+        "step_seconds": sorted(row["time"] for row in rows)[len(rows) // 2],
+        **size(run, routing),
+    }
+
+
+def _rounded(value: float | list) -> float | list:
+    return [_rounded(v) for v in value] if isinstance(value, list) else round(value, 4)
+
+
+def size(run: Run, routing: list[dict]) -> dict:
+    """FLOPs of one image, and parameters, both by the experts that tokens of the test set took."""
+    cfg, taken = run.config, [layer["experts_per_token"] for layer in routing]
+    found = measure(cfg.model, cfg.train.trainable, (cfg.model.canvas,) * 2, taken=taken)
+    return {"flops": found["flops"], "parameters": found["parameters"]}
+
+
+# ---- the script ---------------------------------------------------------------------------------
+
+
+def cache_features(run: Run) -> None:
+    """Makes the caches of the setting, or goes on with them."""
+    folders = set((run.setting.features or {}).values())
+    ready = all((ROOT / folder / "done.npy").is_file() for folder in folders)
+    if ready and all(_all_done(ROOT / folder / "done.npy") for folder in folders):
+        return
+    module = ["-m", "dynamic_dino.data.feature_cache", "--config-file", run.config_file]
+    subprocess.run([sys.executable, *module, *features(run.setting)], cwd=ROOT, check=True)
+
+
+def _all_done(path: Path) -> bool:
+    import numpy as np
+
+    return bool(np.load(path).all())
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = ", ".join(SWEEPS)
+    parser.add_argument("sweep", nargs="?", help=f"one of {names}; none: write the page")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows; default: all, and control")
+    parser.add_argument("--device", default="auto", help="auto, cuda or cpu (default: %(default)s)")
+    parser.add_argument(
+        "--launcher",
+        type=shlex.split,
+        default=[],
+        metavar="WORDS",
+        help="what stands before each training command, such as 'nice -n 10'",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    parser.add_argument("--check", action="store_true", help="is the page that of the results?")
+    options, overrides = parser.parse_known_args(arguments)
+    if wrong := [o for o in overrides if "=" not in o or o.startswith("-")]:
+        parser.error(f"unknown argument {wrong[0]!r}; overrides are of the form key=value")
+    options.overrides = tuple(overrides)
+    if options.sweep is None:
+        return options
+    if "=" in options.sweep or options.sweep not in SWEEPS:
+        parser.error(f"unknown sweep {options.sweep!r}; there are {names}")
+    if unknown := set(options.only or ()) - set(SWEEPS[options.sweep].rows):
+        rows = ", ".join(SWEEPS[options.sweep].rows)
+        parser.error(f"sweep {options.sweep} has no row {min(unknown)!r}; it has {rows}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.sweep is None or options.check:
+        return ablations_page.main(options.check)
+    try:
+        runs = list(planned(options))
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
+    if options.dry_run:
+        for run in runs:
+            print(shlex.join([*options.launcher, "python", *run.command]))
+        return 0
+    failed = []
+    if runs:
+        cache_features(runs[0])
+        workers = torch.cuda.device_count() if runs[0].device == "cuda" else 1
+        failed = run_all(runs, options.launcher, workers)
+    ablations_page.main()
+    for run in failed:
+        print(f"failed: {run.name}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def planned(options: argparse.Namespace) -> Iterator[Run]:
+    """What there is to train, seed by seed, so that pairs with the control come early."""
+    sweep = SWEEPS[options.sweep]
+    setting = SETTINGS[sweep.setting]
+    device = resolve_device(options.device)
+    rows = options.only or list(dict.fromkeys([sweep.control, *sweep.rows]))
+    if setting.base and setting.base not in rows:
+        base = Run(setting, setting.base, 0, device, options.overrides)
+        if not base.is_done():
+            yield base
+    for seed in options.seeds:
+        for row in rows:
+            run = Run(setting, row, seed, device, options.overrides)
+            if not run.is_done():
+                run.config  # a mistake shows before hours of training
+                yield run
+
+
+if __name__ == "__main__":
+    sys.exit(main())
