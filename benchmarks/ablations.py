@@ -25,10 +25,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -38,9 +37,8 @@ from detectors import ROOT
 from dynamic_dino.engine.config import ConfigError, load_config
 from dynamic_dino.engine.setup import resolve_device
 from flops import measure
-from omegaconf import DictConfig
 from report import provenance, results_folder, write_json
-from sweeps import SETTINGS, SWEEPS, Row, Setting
+from sweeps import SETTINGS, SWEEPS, Setting
 
 PACKAGES = ("torch", "transformers", "timm", "numpy", "scipy", "faster-coco-eval")
 SPEED_ONLY = (  # overrides that a result doesn't depend on
@@ -83,7 +81,7 @@ class Run:
         """All that the run changes of its recipe, but where its output goes."""
         setting, row = self.setting, self.setting.rows[self.row]
         found = [*setting.overrides]
-        if setting.base and self.row != setting.base:
+        if setting.base and self.row not in setting.from_scratch:
             base = Run(setting, setting.base, 0, self.device)
             found.append(f"train.init_checkpoint={base.folder}/model_final.pth")
         found += row.overrides
@@ -96,10 +94,6 @@ class Run:
         options = ["--config-file", self.config_file, "--resume"]
         output = [f"train.output_dir={self.folder}"]
         return ["projects/DynamicDINO/train_net.py", *options, *output, *self.overrides]
-
-    @cached_property
-    def config(self) -> DictConfig:
-        return load_config(ROOT / self.config_file, self.overrides)
 
     def is_done(self) -> bool:
         """Raises SystemExit where the result is that of another recipe."""
@@ -250,7 +244,8 @@ def _rounded(value: float | list) -> float | list:
 
 def size(run: Run, routing: list[dict]) -> dict:
     """FLOPs of one image, and parameters, both by the experts that tokens of the test set took."""
-    cfg, taken = run.config, [layer["experts_per_token"] for layer in routing]
+    cfg = load_config(ROOT / run.config_file, run.overrides)
+    taken = [layer["experts_per_token"] for layer in routing]
     found = measure(cfg.model, cfg.train.trainable, (cfg.model.canvas,) * 2, taken=taken)
     return {"flops": found["flops"], "parameters": found["parameters"]}
 
@@ -335,7 +330,7 @@ def planned(options: argparse.Namespace) -> Iterator[Run]:
     setting = SETTINGS[sweep.setting]
     device = resolve_device(options.device)
     rows = options.only or list(dict.fromkeys([sweep.control, *sweep.rows]))
-    if setting.base and setting.base not in rows:
+    if setting.base and setting.base not in rows and not {*rows} <= {*setting.from_scratch}:
         base = Run(setting, setting.base, 0, device, options.overrides)
         if not base.is_done():
             yield base
@@ -343,7 +338,9 @@ def planned(options: argparse.Namespace) -> Iterator[Run]:
         for row in rows:
             run = Run(setting, row, seed, device, options.overrides)
             if not run.is_done():
-                run.config  # a mistake shows before hours of training
+                load_config(
+                    ROOT / run.config_file, run.overrides
+                )  # a mistake shows before hours of training
                 yield run
 
 
