@@ -18,6 +18,7 @@ The sweeps are declared in sweeps.py.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shlex
@@ -27,11 +28,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from typing import IO
 
 import ablations_page
+import numpy as np
 import torch
 from detectors import ROOT
 from dynamic_dino.engine.config import ConfigError, load_config
@@ -41,6 +45,7 @@ from report import provenance, results_folder, write_json
 from sweeps import SETTINGS, SWEEPS, Setting
 
 PACKAGES = ("torch", "transformers", "timm", "numpy", "scipy", "faster-coco-eval")
+LOG = "sweep.log"
 SPEED_ONLY = (  # overrides that a result doesn't depend on
     "train.num_threads",
     "train.log_period",
@@ -77,23 +82,29 @@ class Run:
         return f"configs/{self.setting.rows[self.row].config}.py"
 
     @property
+    def base(self) -> Run | None:
+        """The run whose last weights this one starts from."""
+        setting = self.setting
+        if setting.base is None or self.row in setting.from_scratch:
+            return None
+        return Run(setting, setting.base, 0, self.device, self.changes)
+
+    @property
     def overrides(self) -> list[str]:
         """All that the run changes of its recipe, but where its output goes."""
         setting, row = self.setting, self.setting.rows[self.row]
         found = [*setting.overrides]
-        if setting.base and self.row not in setting.from_scratch:
-            base = Run(setting, setting.base, 0, self.device)
-            found.append(f"train.init_checkpoint={base.folder}/model_final.pth")
+        if self.base:
+            found.append(f"train.init_checkpoint={self.base.folder}/model_final.pth")
         found += row.overrides
         found += [f"train.seed={self.seed}", f"dataloader.train.seed={self.seed}"]
         return [*found, *features(setting), *self.changes]
 
-    @property
-    def command(self) -> list[str]:
+    def command(self, flags: Sequence[str] = ("--resume",)) -> list[str]:
         """Of train_net.py, without the interpreter."""
-        options = ["--config-file", self.config_file, "--resume"]
+        config = ["--config-file", self.config_file]
         output = [f"train.output_dir={self.folder}"]
-        return ["projects/DynamicDINO/train_net.py", *options, *output, *self.overrides]
+        return ["projects/DynamicDINO/train_net.py", *config, *flags, *output, *self.overrides]
 
     def is_done(self) -> bool:
         """Raises SystemExit where the result is that of another recipe."""
@@ -150,32 +161,65 @@ def run_all(runs: Sequence[Run], launcher: Sequence[str], workers: int) -> list[
 
 
 def train(run: Run, launcher: Sequence[str], gpu: int, say: Progress) -> bool:
-    """Trains and evaluates; keeps the numbers. False where train_net.py failed."""
+    """Trains and evaluates, or goes on with it; keeps the numbers. False where it failed."""
+    folder = ROOT / run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with claimed(folder, say) as claim:
+        while phase := next_phase(folder):
+            if execute(run, phase, launcher, gpu, claim, say):
+                say(f"failed, see {folder / LOG}", final=True)
+                return False
+        write_json(run.result, report := summarise(run))
+    first = run.setting.tests[0]
+    say(f"AP50 {report['scores'][f'{first}/AP50']:.1f} on {first}", final=True)
+    return True
+
+
+@contextmanager
+def claimed(folder: Path, say: Progress) -> Iterator[IO]:
+    """The folder for this process and the ones that inherit the file: where a runner was killed,
+    its training may still go on."""
+    with (folder / "claim").open("w") as claim:
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waits for the process that trains it already", final=True)
+            fcntl.flock(claim, fcntl.LOCK_EX)
+        yield claim
+
+
+def next_phase(folder: Path) -> list[str] | None:
+    """Flags of the next call of train_net.py, None where training and evaluation are done."""
+    final, results = folder / "model_final.pth", folder / "results.json"
+    if not final.is_file():
+        return ["--resume"]
+    done = results.is_file() and results.stat().st_mtime >= final.stat().st_mtime
+    return None if done else ["--eval-only", "--resume"]
+
+
+def execute(
+    run: Run, phase: list[str], launcher: Sequence[str], gpu: int, claim: IO, say: Progress
+) -> int:
+    """Runs train_net.py; returns its exit status."""
     environment = dict(os.environ)
-    if run.device.startswith("cuda"):
+    if run.device == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
-    log = ROOT / run.folder / "sweep.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    on_cpu = [] if run.device.startswith("cuda") else ["--num-gpus", "0"]
-    script, *options = run.command
-    command = [*launcher, sys.executable, script, *on_cpu, *options]
-    before = log.stat().st_size if log.exists() else 0
+    else:
+        phase = [*phase, "--num-gpus", "0"]
+    command = [*launcher, sys.executable, *run.command(phase)]
+    log = ROOT / run.folder / LOG
     with log.open("ab") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+        start = file.tell()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=file, pass_fds=[claim.fileno()]
+        )
         try:
             while process.poll() is None:
+                say(last_line(log, start))
                 time.sleep(1)
-                say(last_line(log, before))
         finally:
             process.terminate()  # of no effect if it is over
-    if process.returncode:
-        say(f"failed, see {log}", final=True)
-        return False
-    write_json(run.result, summarise(run))
-    scores = json.loads(run.result.read_text())["scores"]
-    first = run.setting.tests[0]
-    say(f"AP50 {scores[f'{first}/AP50']:.1f} on {first}", final=True)
-    return True
+    return process.returncode
 
 
 def last_line(log: Path, start: int) -> str:
@@ -219,7 +263,7 @@ def summarise(run: Run) -> dict:
     }
     routing = tests[run.setting.tests[0]]["routing"]
     report = provenance(PACKAGES, run.device)
-    report["command"] = " ".join(["python", *run.command])
+    report["command"] = " ".join(["python", *run.command()])
     return report | {
         "setting": run.setting.name,
         "row": run.row,
@@ -255,18 +299,11 @@ def size(run: Run, routing: list[dict]) -> dict:
 
 def cache_features(run: Run) -> None:
     """Makes the caches of the setting, or goes on with them."""
-    folders = set((run.setting.features or {}).values())
-    ready = all((ROOT / folder / "done.npy").is_file() for folder in folders)
-    if ready and all(_all_done(ROOT / folder / "done.npy") for folder in folders):
+    marks = [ROOT / folder / "done.npy" for folder in (run.setting.features or {}).values()]
+    if all(mark.is_file() and np.load(mark).all() for mark in marks):
         return
     module = ["-m", "dynamic_dino.data.feature_cache", "--config-file", run.config_file]
     subprocess.run([sys.executable, *module, *features(run.setting)], cwd=ROOT, check=True)
-
-
-def _all_done(path: Path) -> bool:
-    import numpy as np
-
-    return bool(np.load(path).all())
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -306,42 +343,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.sweep is None or options.check:
         return ablations_page.main(options.check)
     try:
-        runs = list(planned(options))
+        base, runs = planned(options)
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
     if options.dry_run:
-        for run in runs:
-            print(shlex.join([*options.launcher, "python", *run.command]))
+        for run in [*base, *runs]:
+            print(shlex.join([*options.launcher, "python", *run.command()]))
         return 0
     failed = []
-    if runs:
-        cache_features(runs[0])
-        workers = torch.cuda.device_count() if runs[0].device == "cuda" else 1
-        failed = run_all(runs, options.launcher, workers)
+    if base or runs:
+        cache_features([*base, *runs][0])
+        gpus = torch.cuda.device_count() if options.device == "cuda" else 1
+        failed = run_all(base, options.launcher, 1) or run_all(runs, options.launcher, gpus)
     ablations_page.main()
     for run in failed:
         print(f"failed: {run.name}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def planned(options: argparse.Namespace) -> Iterator[Run]:
-    """What there is to train, seed by seed, so that pairs with the control come early."""
+def planned(options: argparse.Namespace) -> tuple[list[Run], list[Run]]:
+    """What there is to train: the base, if others need it, and then seed by seed, so that pairs
+    with the control come early."""
     sweep = SWEEPS[options.sweep]
     setting = SETTINGS[sweep.setting]
-    device = resolve_device(options.device)
+    options.device = resolve_device(options.device)
     rows = options.only or list(dict.fromkeys([sweep.control, *sweep.rows]))
-    if setting.base and setting.base not in rows and not {*rows} <= {*setting.from_scratch}:
-        base = Run(setting, setting.base, 0, device, options.overrides)
-        if not base.is_done():
-            yield base
-    for seed in options.seeds:
-        for row in rows:
-            run = Run(setting, row, seed, device, options.overrides)
-            if not run.is_done():
-                load_config(
-                    ROOT / run.config_file, run.overrides
-                )  # a mistake shows before hours of training
-                yield run
+    runs = [
+        Run(setting, row, seed, options.device, options.overrides)
+        for seed in options.seeds
+        for row in rows
+    ]
+    runs = [run for run in runs if not run.is_done()]
+    base = []
+    if any(run.base for run in runs):
+        base = [Run(setting, setting.base, 0, options.device, options.overrides)]
+        base = [run for run in base if next_phase(ROOT / run.folder) or not run.is_done()]
+    for run in [*base, *runs]:  # a mistake shows before hours of training
+        load_config(ROOT / run.config_file, run.overrides)
+    return base, runs
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ STAMPS = Setting(
 
 GLYPHS = Setting(
     "glyphs",
-    "nano on glyphs, 360 names to be learnt by heart; MoE-Tuning of a narrow dense model",
+    "nano on glyphs, 720 names to be learnt by heart; MoE-Tuning of a narrow dense model",
     ("val",),
     {
         **dynamic("glyphs"),

@@ -13,6 +13,9 @@ from ..pretrain.nano_glyphs import (  # noqa: F401
 model.decoder.layer.ffn = experts(model.decoder.layer.ffn, num_experts=16, top_k=2)
 model.criterion.router_losses = [load_balance]
 
+# 4,000 images * 1.6 epochs / 16 images = 400 iterations
+train.max_iter = 400
+optimizer.lr = 1e-3
 train.trainable = MOE_TUNING
 train.init_checkpoint = "output/nano_glyphs/model_final.pth"
 train.output_dir = "output/nano_x16_glyphs"

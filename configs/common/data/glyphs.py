@@ -1,7 +1,7 @@
 """Glyphs with arbitrary names, to be learnt by heart. Make them with
 ``python -m dynamic_dino.data.glyphs``.
 
-Both splits ask for 40 names an image, the ones that it shows and others.
+Both splits ask for 120 names an image, the ones that it shows and others.
 """
 
 from detectron2.config import LazyCall as L
@@ -17,8 +17,8 @@ dataloader = dict(
         mapper=L(TrainMapper)(
             dataset="glyphs_train",
             size="${inference.size}",
-            min_phrases=40,
-            max_phrases=40,
+            min_phrases=120,
+            max_phrases=120,
             features=None,
         ),
         total_batch_size=16,
@@ -29,7 +29,7 @@ dataloader = dict(
         val=L(build_test_loader)(
             dataset=L(load_datasets)(names="glyphs_val"),
             mapper=L(TestMapper)(
-                dataset="glyphs_val", size="${inference.size}", prompt_names=40, features=None
+                dataset="glyphs_val", size="${inference.size}", prompt_names=120, features=None
             ),
             batch_size=16,
             num_workers=0,
