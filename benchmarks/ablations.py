@@ -5,6 +5,7 @@
     python benchmarks/ablations.py gates --seeds 0 1 2
     python benchmarks/ablations.py gates --only indicator --dry-run
     python benchmarks/ablations.py gates train.num_threads=1 dataloader.train.num_workers=0
+    python benchmarks/ablations.py routers --times 5         # step times of its rows, in turns
     python benchmarks/ablations.py                           # the page alone; --check: is it true?
 
 What is done is left out; what was interrupted goes on (`train_net.py --resume`): start the same
@@ -21,6 +22,7 @@ import argparse
 import fcntl
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -42,10 +44,12 @@ from dynamic_dino.engine.config import ConfigError, load_config
 from dynamic_dino.engine.setup import resolve_device
 from flops import measure
 from report import provenance, results_folder, write_json
+from sweep_times import step_times
 from sweeps import SETTINGS, SWEEPS, Setting
 
 PACKAGES = ("torch", "transformers", "timm", "numpy", "scipy", "faster-coco-eval")
 LOG = "sweep.log"
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 SPEED_ONLY = (  # overrides that a result doesn't depend on
     "train.num_threads",
     "train.log_period",
@@ -252,7 +256,7 @@ class Progress:
 
 
 def summarise(run: Run) -> dict:
-    """A run's result: where it comes from, scores, routing, parameters, operations, step time."""
+    """A run's result: where it comes from, scores, routing, parameters, operations."""
     folder = ROOT / run.folder
     scores = json.loads((folder / "results.json").read_text())
     lines = (folder / "metrics.json").read_text().splitlines()
@@ -277,7 +281,6 @@ def summarise(run: Run) -> dict:
         },
         "routing": [{k: _rounded(v) for k, v in layer.items()} for layer in routing],
         "last_loss": round(rows[-1]["total_loss"], 4),
-        "step_seconds": sorted(row["time"] for row in rows)[len(rows) // 2],
         **size(run, routing),
     }
 
@@ -292,6 +295,20 @@ def size(run: Run, routing: list[dict]) -> dict:
     taken = [layer["experts_per_token"] for layer in routing]
     found = measure(cfg.model, cfg.train.trainable, (cfg.model.canvas,) * 2, taken=taken)
     return {"flops": found["flops"], "parameters": found["parameters"]}
+
+
+def measure_times(options: argparse.Namespace) -> int:
+    """Step times of a sweep's rows, kept beside its results."""
+    sweep = SWEEPS[options.sweep]
+    device = resolve_device(options.device)
+    runs = [Run(SETTINGS[sweep.setting], row, 0, device, options.overrides) for row in sweep.rows]
+    recipes = {run.row: load_config(ROOT / run.config_file, run.overrides) for run in runs}
+    if threads := next(iter(recipes.values())).train.num_threads:
+        torch.set_num_threads(threads)
+    report = provenance(("torch",), device) | {"threads": torch.get_num_threads()}
+    report["rows"] = step_times(recipes, device, options.times)
+    write_json(ablations_page.times_path(results_folder(device), sweep), report)
+    return ablations_page.main()
 
 
 # ---- the script ---------------------------------------------------------------------------------
@@ -323,14 +340,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="what stands before each training command, such as 'nice -n 10'",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    parser.add_argument(
+        "--times", type=int, metavar="N", help="don't train: time N steps of each row, in turns"
+    )
     parser.add_argument("--check", action="store_true", help="is the page that of the results?")
-    options, overrides = parser.parse_known_args(arguments)
-    if wrong := [o for o in overrides if "=" not in o or o.startswith("-")]:
-        parser.error(f"unknown argument {wrong[0]!r}; overrides are of the form key=value")
-    options.overrides = tuple(overrides)
+    parser.epilog = "key=value: overrides of all recipes, as in train_net.py"
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args([word for word in words if not OVERRIDE.match(word)])
+    options.overrides = tuple(word for word in words if OVERRIDE.match(word))
     if options.sweep is None:
         return options
-    if "=" in options.sweep or options.sweep not in SWEEPS:
+    if options.sweep not in SWEEPS:
         parser.error(f"unknown sweep {options.sweep!r}; there are {names}")
     if unknown := set(options.only or ()) - set(SWEEPS[options.sweep].rows):
         rows = ", ".join(SWEEPS[options.sweep].rows)
@@ -346,6 +366,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         base, runs = planned(options)
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
+    if options.times:
+        return measure_times(options)
     if options.dry_run:
         for run in [*base, *runs]:
             print(shlex.join([*options.launcher, "python", *run.command()]))

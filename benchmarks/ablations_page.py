@@ -28,7 +28,7 @@ stands the half width of its 95% confidence interval over seeds (Student's t), i
 excludes zero. One seed has no interval, and a difference of one AP means nothing then. Nothing is
 corrected for looking at many rows. Rows show means, and in brackets standard deviations over seeds.
 Parameters are active, and operations counted, by the experts that tokens of the test set took. Step
-time is over the control's, both taken while the machine had other work: indicative.
+time is that of training over the control's, measured in turns (`--times`).
 """
 
 
@@ -111,14 +111,11 @@ def scores_table(sweep: Sweep, test: str, runs: Runs) -> str:
     return table(head, lines)
 
 
-def cost_table(sweep: Sweep, runs: Runs) -> str:
-    control, lines = runs.get(sweep.control, {}), []
+def cost_table(sweep: Sweep, runs: Runs, times: Mapping[str, dict]) -> str:
+    lines = []
     for row in sweep.rows:
         if not (found := runs.get(row)):
             continue
-        times = {seed: run["step_seconds"] for seed, run in found.items()}
-        base = {seed: run["step_seconds"] for seed, run in control.items()}
-        ratios = [times[s] / base[s] for s in times.keys() & base.keys()]
         sizes = [
             f"{mean(found, lambda r, k=kind: r['parameters'][k]) / 1e6:.2f}"
             for kind in ("active", "total", "trainable")
@@ -126,18 +123,19 @@ def cost_table(sweep: Sweep, runs: Runs) -> str:
         flops = mean(found, lambda r: r["flops"]["total"]) / 1e9
         decoder = mean(found, lambda r: r["flops"]["stages"]["decoder"]) / 1e9
         iterations = f"{mean(found, lambda r: r['iterations']):.0f}"
+        step = "-"
+        if {row, sweep.control} <= times.keys():
+            step = f"{times[row]['median_ms'] / times[sweep.control]['median_ms']:.2f}"
         lines.append(
-            [
-                label(row, sweep),
-                iterations,
-                *sizes,
-                f"{flops:.3f}",
-                f"{decoder:.3f}",
-                cell(ratios, 2),
-            ]
+            [label(row, sweep), iterations, *sizes, f"{flops:.3f}", f"{decoder:.3f}", step]
         )
     head = ["", "iterations", "active, M", "total, M", "trained, M"]
     return table([*head, "GFLOPs", "decoder", "step time"], lines)
+
+
+def times_path(results: Path, sweep: Sweep) -> Path:
+    """Where the step times of a sweep are, in the results of a machine."""
+    return results / "ablations" / f"{sweep.name}-steps.json"
 
 
 def routing_table(sweep: Sweep, runs: Runs) -> str:
@@ -181,7 +179,9 @@ def section(sweep: Sweep, setting: Setting, machine: str) -> str:
         return text + f"\nNot run yet: {', '.join(f'`{row}`' for row in sweep.rows)}.\n"
     for test in setting.tests:
         text += f"\n{scores_table(sweep, test, runs)}"
-    text += f"\n{cost_table(sweep, runs)}"
+    steps = times_path(RESULTS / machine, sweep)
+    times = json.loads(steps.read_text())["rows"] if steps.is_file() else {}
+    text += f"\n{cost_table(sweep, runs, times)}"
     if routing := routing_table(sweep, runs):
         text += f"\n{routing}"
     if missing := [row for row in sweep.rows if row not in runs]:
