@@ -98,7 +98,8 @@ def scores_table(sweep: Sweep, test: str, runs: Runs) -> str:
     ]
     lines = []
     for row in sweep.rows:
-        found = runs.get(row, {})
+        if not (found := runs.get(row)):
+            continue
         differences = [
             ""
             if row == sweep.control
@@ -172,11 +173,14 @@ def label(row: str, sweep: Sweep) -> str:
 def section(sweep: Sweep, setting: Setting, machine: str) -> str:
     runs = read(RESULTS / machine / "ablations" / setting.name)
     rows = {row: runs[row] for row in sweep.rows if row in runs}
+    missing = ", ".join(f"`{row}`" for row in sweep.rows if row not in runs)
     text = f"\n### {sweep.title}\n`python benchmarks/ablations.py {sweep.name}`; {setting.title}.\n"
-    if sweep.note:
+    if sweep.note and len(rows) > 1:
         text += f"\n{sweep.note}\n"
-    if not rows:
-        return text + f"\nNot run yet: {', '.join(f'`{row}`' for row in sweep.rows)}.\n"
+    if missing:
+        text += f"\nNot run yet: {missing}.\n"
+    if not rows.keys() - {sweep.control}:
+        return text
     for test in setting.tests:
         text += f"\n{scores_table(sweep, test, runs)}"
     steps = times_path(RESULTS / machine, sweep)
@@ -184,16 +188,13 @@ def section(sweep: Sweep, setting: Setting, machine: str) -> str:
     text += f"\n{cost_table(sweep, runs, times)}"
     if routing := routing_table(sweep, runs):
         text += f"\n{routing}"
-    if missing := [row for row in sweep.rows if row not in runs]:
-        text += f"\nNot run yet: {', '.join(f'`{row}`' for row in missing)}.\n"
-    if any(row != sweep.control for row in rows) and sweep.control in rows:
+    if sweep.control in rows:
         text += f"\n![Differences to the control]({plot_path(sweep, machine).as_posix()})\n"
     sources = [run for seeds in rows.values() for run in seeds.values()]
     machines = ", ".join(sorted({run["machine"] for run in sources}))
     commits = ", ".join(sorted({run["commit"][:12] for run in sources}))
     folder = f"results/{machine}/ablations/{setting.name}"
-    text += f"\n[`{folder}`]({folder}): {len(sources)} runs; {machines}; commits {commits}\n"
-    return text
+    return text + f"\n[`{folder}`]({folder}): {len(sources)} runs; {machines}; commits {commits}\n"
 
 
 def page() -> str:
