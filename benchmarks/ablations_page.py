@@ -171,16 +171,16 @@ def label(row: str, sweep: Sweep) -> str:
 
 
 def section(sweep: Sweep, setting: Setting, machine: str) -> str:
+    """A sweep's tables; nothing where no row but the control has been run."""
     runs = read(RESULTS / machine / "ablations" / setting.name)
     rows = {row: runs[row] for row in sweep.rows if row in runs}
-    missing = ", ".join(f"`{row}`" for row in sweep.rows if row not in runs)
-    text = f"\n### {sweep.title}\n`python benchmarks/ablations.py {sweep.name}`; {setting.title}.\n"
-    if sweep.note and len(rows) > 1:
-        text += f"\n{sweep.note}\n"
-    if missing:
-        text += f"\nNot run yet: {missing}.\n"
     if not rows.keys() - {sweep.control}:
-        return text
+        return ""
+    text = f"\n### {sweep.title}\n`python benchmarks/ablations.py {sweep.name}`; {setting.title}.\n"
+    if sweep.note:
+        text += f"\n{sweep.note}\n"
+    if missing := ", ".join(f"`{row}`" for row in sweep.rows if row not in runs):
+        text += f"\nNot run yet: {missing}.\n"
     for test in setting.tests:
         text += f"\n{scores_table(sweep, test, runs)}"
     steps = times_path(RESULTS / machine, sweep)
@@ -199,11 +199,18 @@ def section(sweep: Sweep, setting: Setting, machine: str) -> str:
 
 def page() -> str:
     text = INTRODUCTION
-    machines = sorted(path.parent.name for path in RESULTS.glob("*/ablations"))
-    for machine in machines:
+    for machine in sorted(path.parent.name for path in RESULTS.glob("*/ablations")):
         text += f"\n## {machine}\n"
+        waiting = []
         for sweep in SWEEPS.values():
-            text += section(sweep, SETTINGS[sweep.setting], machine)
+            found = section(sweep, SETTINGS[sweep.setting], machine)
+            text += found
+            if not found:
+                rows = [f"`{row}`" for row in sweep.rows]
+                waiting.append([f"`{sweep.name}`", sweep.title, sweep.setting, ", ".join(rows)])
+        if waiting:
+            head = ["sweep", "question", "data", "rows"]
+            text += f"\n### Declared, and not run yet\n{table(head, waiting)}"
     return text
 
 

@@ -275,10 +275,17 @@ def test_page_disagrees_with_a_changed_or_a_missing_result(paper, capsys):
     assert ablations_page.main(check=True) == 1
 
 
-def test_rows_without_results_are_named(paper):
+def test_rows_and_sweeps_without_results_are_named(paper, monkeypatch):
+    rows = {**SETTING.rows, "third": Row("third", "pretrain/nano_drawn")}
+    monkeypatch.setattr(ablations_page, "SETTINGS", {"toy": replace(SETTING, rows=rows)})
+    sweep = Sweep("toys", "Toys", "toy", "control", ("control", "other", "third"))
+    monkeypatch.setattr(ablations_page, "SWEEPS", {"toys": sweep})
+    assert "Not run yet: `third`." in ablations_page.page()
     for path in (ablations_page.RESULTS / "cpu/ablations/toy").glob("other-*.json"):
         path.unlink()
-    assert "Not run yet: `other`." in ablations_page.page()
+    text = ablations_page.page()
+    assert "### Toys" not in text
+    assert "| `toys` | Toys | toy | `control`, `other`, `third` |" in text
 
 
 def test_step_times_are_over_the_controls(paper):
