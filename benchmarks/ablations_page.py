@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 from paired import Estimate, estimate, paired
 from results import BENCHMARKS, RESULTS, table
-from sweeps import SETTINGS, SWEEPS, Setting, Sweep
+from sweeps import MEMORY_NOTE, SETTINGS, SWEEPS, Setting, Sweep
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402  after the choice of the back-end
@@ -197,6 +197,53 @@ def section(sweep: Sweep, setting: Setting, machine: str) -> str:
     return text + f"\n[`{folder}`]({folder}): {len(sources)} runs; {machines}; commits {commits}\n"
 
 
+MEMORY = """
+### What the decoder's FFNs alone remember
+`python benchmarks/name_memory.py`, which says what it is; 720 names, the right one first, percent.
+"""
+
+
+def memory_section(path: Path) -> str:
+    """The tables of name_memory.py: widths over that of the base, mixtures over the control."""
+    report = json.loads(path.read_text())
+    text = MEMORY
+    if MEMORY_NOTE:
+        text += f"\n{MEMORY_NOTE}\n"
+    for kind, control, title in (
+        ("width", "64 units", "dense, from scratch"),
+        ("tuning", "dense", "MoE-Tuning of 64 units"),
+    ):
+        text += f"\n{memory_table(report, kind, control, title)}"
+    text += f"\n[`{path.name}`](results/{path.parent.name}/{path.name}): {report['machine']}; "
+    steps = report["settings"]
+    return text + (
+        f"{steps['steps']} steps from scratch, {steps['tuning']} of tuning, of {steps['batch']} "
+        f"objects; commit {report['commit'][:12]}\n"
+    )
+
+
+def memory_table(report: dict, kind: str, control: str, title: str) -> str:
+    seeds = report["seeds"]
+    routed = kind == "tuning"
+    lines = []
+    for row in next(iter(seeds.values()))[kind]:
+        found = {seed: run[kind][row] for seed, run in seeds.items()}
+        base = {seed: run[kind][control]["scores"]["all"] for seed, run in seeds.items()}
+        values = {seed: run["scores"]["all"] for seed, run in found.items()}
+        line = [row, str(len(values)), "" if row == control else difference(paired(values, base))]
+        for name in ("all", "rare", "common", "frequent"):
+            line.append(cell(run["scores"][name] for run in found.values()))
+        for name in ("load_entropy", "siblings", "experts_per_token") if routed else ():
+            layers = zip(*(run["routing"] for run in found.values()), strict=True)
+            means = [estimate([layer[name] for layer in same]).mean for same in layers]
+            line.append(" ".join("-" if m < 0 else f"{m:.2f}" for m in means))
+        lines.append(line)
+    head = [title, "seeds", "Δ", "all", "rare", "common", "frequent"]
+    if routed:
+        head += ["load entropy by layer", "siblings", "experts per token"]
+    return table(head, lines)
+
+
 def page() -> str:
     text = INTRODUCTION
     for machine in sorted(path.parent.name for path in RESULTS.glob("*/ablations")):
@@ -208,6 +255,8 @@ def page() -> str:
             if not found:
                 rows = [f"`{row}`" for row in sweep.rows]
                 waiting.append([f"`{sweep.name}`", sweep.title, sweep.setting, ", ".join(rows)])
+        memory = RESULTS / machine / "name_memory.json"
+        text += memory_section(memory) if memory.is_file() else ""
         if waiting:
             head = ["sweep", "question", "data", "rows"]
             text += f"\n### Declared, and not run yet\n{table(head, waiting)}"

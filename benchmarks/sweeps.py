@@ -235,3 +235,6 @@ SWEEPS = {
         ),
     )
 }
+
+# What the tables of name_memory.py show.
+MEMORY_NOTE = ""
