@@ -203,17 +203,21 @@ MEMORY = """
 """
 
 
-def memory_section(path: Path) -> str:
+def memory_section(folder: Path) -> str:
     """The tables of name_memory.py: widths over that of the base, mixtures over the control."""
-    report = json.loads(path.read_text())
-    text = MEMORY
-    if MEMORY_NOTE:
-        text += f"\n{MEMORY_NOTE}\n"
+    paths = sorted(folder.glob("name_memory*.json"))
+    notes = f"\n{MEMORY_NOTE}\n" if MEMORY_NOTE else ""
+    return MEMORY + notes + "".join(map(memory_tables, paths)) if paths else ""
+
+
+def memory_tables(path: Path) -> str:
+    report, text = json.loads(path.read_text()), ""
     for kind, control, title in (
         ("width", "64 units", "dense, from scratch"),
         ("tuning", "dense", "MoE-Tuning of 64 units"),
     ):
-        text += f"\n{memory_table(report, kind, control, title)}"
+        if len(next(iter(report["seeds"].values()))[kind]) > 1:
+            text += f"\n{memory_table(report, kind, control, title)}"
     text += f"\n[`{path.name}`](results/{path.parent.name}/{path.name}): {report['machine']}; "
     steps = report["settings"]
     return text + (
@@ -255,8 +259,7 @@ def page() -> str:
             if not found:
                 rows = [f"`{row}`" for row in sweep.rows]
                 waiting.append([f"`{sweep.name}`", sweep.title, sweep.setting, ", ".join(rows)])
-        memory = RESULTS / machine / "name_memory.json"
-        text += memory_section(memory) if memory.is_file() else ""
+        text += memory_section(RESULTS / machine)
         if waiting:
             head = ["sweep", "question", "data", "rows"]
             text += f"\n### Declared, and not run yet\n{table(head, waiting)}"

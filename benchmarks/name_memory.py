@@ -3,6 +3,8 @@
 
     python -m dynamic_dino.data.glyphs          # and their features, which this script caches
     python benchmarks/name_memory.py --seeds 0 1 2 3 4
+    python benchmarks/name_memory.py --tuning 1500 --rows control x16 top1_x8 \\
+        --json benchmarks/results/cpu/name_memory_long.json
 
 A detector must do much more than to remember names, and takes long to train. Here nano's frozen
 features at the centre of a glyph (three levels side by side) pass a linear map and the FFNs of the
@@ -247,22 +249,25 @@ def tuned(base: Memory, row: Row, channels: int, data: Glyphs, steps: int, seed:
     return model
 
 
-def run(seed: int, steps: int, tuning: int, data: Glyphs, test: Glyphs, names: Tensor) -> dict:
+def run(
+    seed: int, options: argparse.Namespace, data: Glyphs, test: Glyphs, names: Tensor
+) -> dict[str, dict]:
     """{"width", "tuning"} -> row -> its scores and routing with this seed."""
     frequency, channels = get_metadata("glyphs_train").frequency, data.x.shape[1]
     found: dict[str, dict] = {"width": {}, "tuning": {}}
-    rows = tuning_rows()
-    with tqdm(total=len(WIDTHS) + len(rows), desc=f"seed {seed}", unit="run") as progress:
-        for width in WIDTHS:
+    rows = {name: row for name, row in tuning_rows().items() if name in options.rows}
+    widths = WIDTHS if len(rows) == len(tuning_rows()) else [BASE]
+    with tqdm(total=len(widths) + len(rows), desc=f"seed {seed}", unit="run") as progress:
+        for width in widths:
             torch.manual_seed(seed)
             model = Memory(channels, names, dense(width))
-            train(model, data, steps, 2e-3, seed)
+            train(model, data, options.steps, 2e-3, seed)
             found["width"][f"{width} units"] = score(model, test, frequency)
             if width == BASE:
                 base = model
             progress.update()
         for row in rows.values():
-            model = tuned(base, row, channels, data, tuning, seed)
+            model = tuned(base, row, channels, data, options.tuning, seed)
             found["tuning"][row.title] = score(model, test, frequency)
             progress.update()
     return found
@@ -275,11 +280,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=800, help="of the base")
     parser.add_argument("--tuning", type=int, default=500, help="steps of MoE-Tuning")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=tuning_rows(),
+        default=list(tuning_rows()),
+        help="of the tuning, the control among them; with less than all no widths are trained",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=results_folder() / "name_memory.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     settings = {"steps": options.steps, "tuning": options.tuning, "batch": BATCH}
+    settings["rows"] = options.rows
     report = provenance(("torch", "timm", "transformers", "scipy")) | {"settings": settings}
     report["seeds"] = {}
     if options.json.is_file() and (old := json.loads(options.json.read_text())):
@@ -291,7 +304,7 @@ def main() -> None:
         data, test = load_data()
         names = name_embeddings(get_metadata("glyphs_train").thing_classes)
     for seed in todo:
-        found = run(seed, options.steps, options.tuning, data, test, names)
+        found = run(seed, options, data, test, names)
         report["seeds"][str(seed)] = found
         write_json(options.json, report)
     ablations_page.main()
