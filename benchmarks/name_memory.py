@@ -292,7 +292,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     settings = {"steps": options.steps, "tuning": options.tuning, "batch": BATCH}
-    settings["rows"] = options.rows
+    if len(options.rows) < len(tuning_rows()):
+        settings["rows"] = options.rows
     report = provenance(("torch", "timm", "transformers", "scipy")) | {"settings": settings}
     report["seeds"] = {}
     if options.json.is_file() and (old := json.loads(options.json.read_text())):
