@@ -233,7 +233,7 @@ def paper(tmp_path, monkeypatch):
     folder = tmp_path / "results/cpu/ablations/toy"
     folder.mkdir(parents=True)
     rng = np.random.default_rng()
-    scores = {row: rng.uniform(20, 60, 3).round(3).tolist() for row in ("control", "other")}
+    scores = {row: rng.uniform(20, 60, 3).tolist() for row in ("control", "other")}
     for row, values in scores.items():
         for seed, value in enumerate(values):
             result = {
@@ -286,6 +286,33 @@ def test_rows_and_sweeps_without_results_are_named(paper, monkeypatch):
     text = ablations_page.page()
     assert "### Toys" not in text
     assert "| `toys` | Toys | toy | `control`, `other`, `third` |" in text
+
+
+def test_tables_of_name_memory_compare_with_the_base_and_the_control(paper):
+    rng = np.random.default_rng()
+    numbers = rng.uniform(10, 90, (2, 3))
+    tables = {"width": ("32 units", "64 units"), "tuning": ("dense", "x4")}
+
+    def row(value: float) -> dict:
+        tiers = dict.fromkeys(("all", "rare", "common", "frequent"), value)
+        return {"scores": tiers, "routing": []}
+
+    seeds = {
+        str(seed): {
+            kind: {name: row(numbers[i, seed]) for i, name in enumerate(names)}
+            for kind, names in tables.items()
+        }
+        for seed in range(3)
+    }
+    report = {"machine": "abacus", "commit": "e" * 40, "seeds": seeds}
+    report["settings"] = {"steps": 5, "tuning": 4, "batch": 3}
+    path = ablations_page.RESULTS / "cpu/name_memory.json"
+    path.write_text(json.dumps(report))
+    text = ablations_page.page()
+    mean = (numbers[0] - numbers[1]).mean()
+    assert re.search(rf"\| 32 units \| 3 \| \**\{mean:+.1f} ± ", text)
+    assert re.search(rf"\| x4 \| 3 \| \**\{-mean:+.1f} ± ", text)
+    assert "5 steps from scratch, 4 of tuning, of 3 objects; commit eeeeeeeeeeee" in text
 
 
 def test_step_times_are_over_the_controls(paper):
