@@ -230,21 +230,21 @@ def memory_table(report: dict, kind: str, control: str, title: str) -> str:
     seeds = report["seeds"]
     routed = kind == "tuning"
     lines = []
-    for row in next(iter(seeds.values()))[kind]:
-        found = {seed: run[kind][row] for seed, run in seeds.items()}
+    for row in dict.fromkeys(row for run in seeds.values() for row in run[kind]):
+        found = {seed: run[kind][row] for seed, run in seeds.items() if row in run[kind]}
         base = {seed: run[kind][control]["scores"]["all"] for seed, run in seeds.items()}
         values = {seed: run["scores"]["all"] for seed, run in found.items()}
         line = [row, str(len(values)), "" if row == control else difference(paired(values, base))]
         for name in ("all", "rare", "common", "frequent"):
             line.append(cell(run["scores"][name] for run in found.values()))
-        for name in ("load_entropy", "siblings", "experts_per_token") if routed else ():
+        for name in ("load_entropy", "siblings", "same_part", "experts_per_token") * routed:
             layers = zip(*(run["routing"] for run in found.values()), strict=True)
             means = [estimate([layer[name] for layer in same]).mean for same in layers]
             line.append(" ".join("-" if m < 0 else f"{m:.2f}" for m in means))
         lines.append(line)
     head = [title, "seeds", "Δ", "all", "rare", "common", "frequent"]
     if routed:
-        head += ["load entropy by layer", "siblings", "experts per token"]
+        head += ["load entropy by layer", "siblings", "same part", "experts per token"]
     return table(head, lines)
 
 
