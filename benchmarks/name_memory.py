@@ -43,7 +43,7 @@ from dynamic_dino.moe.adaptive import AdaptiveExperts
 from dynamic_dino.moe.hierarchical import HierarchicalRouter
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.losses import LoadBalanceLoss, SparseGatingLoss, SquaredBalanceLoss
-from dynamic_dino.moe.routers import SoftmaxRouter
+from dynamic_dino.moe.part_router import PartRouter
 from dynamic_dino.moe.routing import Routing
 from dynamic_dino.moe.statistics import RoutingStatistics
 from dynamic_dino.moe.top_any import TopAnyRouter
@@ -149,33 +149,12 @@ def softmax(experts: int = 16, top_k: int = 2, **options) -> Callable[[], nn.Mod
     return lambda: MoEFeedForward(DIM, BASE, experts, top_k, **options)
 
 
-class PartRouter(SoftmaxRouter):
-    """Slot j takes part j of the most probable copy for it: no token lacks a part or has one twice.
-
-    Gates are 1; their gradient is that of log p, p being the softmax over the copies of a part, so
-    that a single active expert has one as well.
-    """
-
-    def forward(self, tokens: Tensor, scene: Tensor | None = None) -> Routing:
-        x, k = tokens.flatten(0, 1).float(), self.top_k
-        logits = x @ self.weight.T
-        p = logits.view(len(x), -1, k).softmax(1)  # expert e is part e % k of copy e // k
-        best, copy_ = p.max(1)
-        ids = copy_ * k + torch.arange(k)
-        return Routing(ids.int(), best / best.detach(), logits.softmax(-1))
-
-
-def part_by_part(experts: int, top_k: int) -> Callable[[], nn.Module]:
-    def layer() -> MoEFeedForward:
-        ffn = MoEFeedForward(DIM, BASE, experts, top_k)
-        ffn.router = PartRouter(DIM, experts, top_k, groups=experts // top_k)
-        return ffn
-
-    return layer
-
-
-def whole(router: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+def by_router(router: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: MoEFeedForward(DIM, BASE, router=router())
+
+
+def part_by_part(experts: int, parts: int) -> Callable[[], nn.Module]:
+    return by_router(lambda: PartRouter(DIM, experts, parts))
 
 
 @dataclass
@@ -210,12 +189,12 @@ def tuning_rows() -> dict[str, Row]:
         "top1_learned": Row("x8-Top1, gradient to the router", part_by_part(8, 1)),
         "himoe_instance": Row(
             "HI-MoE's flat router, 16 whole copies, K = 2",
-            whole(lambda: flat(DIM, 16, 2, variant="instance")),
+            by_router(lambda: flat(DIM, 16, 2, variant="instance")),
             [SquaredBalanceLoss(0.01)],
         ),
         "dynmoe": Row(
             "DynMoE, 6 of at most 8 whole copies",
-            whole(lambda: TopAnyRouter(DIM, num_experts=8, initial_experts=6)),
+            by_router(lambda: TopAnyRouter(DIM, num_experts=8, initial_experts=6)),
             [SparseGatingLoss(0.01)],
             adaptive=True,
         ),

@@ -77,6 +77,7 @@ def dynamic(setting: str) -> dict[str, Row]:
         "x16": Row("x16-Top2", recipe),
         "x8": Row("x8-Top2", recipe, x(8)),
         "x4": Row("x4-Top2", recipe, x(4)),
+        "parts": Row("x16, each part once (ours)", f"moe_tuning/nano_x16_parts_{setting}"),
         "top1_x8": Row("x8-Top1", recipe, x(8, 1)),
         "top4_x32": Row("x32-Top4", recipe, x(32, 4)),
         "indicator": Row("x16, indicator gate", recipe, (f"{FFN}.gate=indicator",)),
@@ -94,7 +95,7 @@ def dynamic(setting: str) -> dict[str, Row]:
 DYNAMIC = {
     "table8": ("How many experts (Dynamic-DINO's Table 8)", ("x4", "x8", "x16")),
     "table10": ("Initialisation from the dense FFN (Table 10)", ("x16", "untied", "without_init")),
-    "gates": ("The three gates", ("x16", "renormalized", "indicator")),
+    "gates": ("The three gates", ("x16", "renormalized", "indicator", "parts")),
     "k": ("Active experts, of equal size together", ("top1_x8", "x16", "top4_x32")),
     "alpha": ("Weight of the load balance", ("alpha_0", "x16", "alpha_0.1")),
     "parts": ("What trains", ("only_experts", "without_heads", "without_fusion", "x16")),
@@ -174,7 +175,7 @@ SWEEPS = {
             "Dynamic-DINO, Token-MoE, HI-MoE and DynMoE against the dense control",
             "stamps",
             "control",
-            ("control", "x16", "token_moe", "himoe_x16", "dynmoe"),
+            ("control", "x16", "token_moe", "himoe_x16", "dynmoe", "parts"),
         ),
         Sweep(
             "capacity",

@@ -17,10 +17,13 @@ class Router(nn.Module):
     Attributes:
         num_experts: E, how many experts there are.
         top_k: the most experts that a token can get.
+        parts: how many parts each copy of the dense FFN is cut into, one expert each; 1 where
+            experts are whole copies.
     """
 
     num_experts: int
     top_k: int
+    parts: int = 1
 
     def forward(self, tokens: Tensor, scene: Tensor | None = None) -> Routing:
         """tokens [B, N, D], scene [B, D] -> Routing of T = B * N tokens"""
