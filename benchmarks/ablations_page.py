@@ -206,8 +206,7 @@ MEMORY = """
 def memory_section(folder: Path) -> str:
     """The tables of name_memory.py: widths over that of the base, mixtures over the control."""
     paths = sorted(folder.glob("name_memory*.json"))
-    notes = f"\n{MEMORY_NOTE}\n" if MEMORY_NOTE else ""
-    return MEMORY + notes + "".join(map(memory_tables, paths)) if paths else ""
+    return MEMORY + MEMORY_NOTE + "".join(map(memory_tables, paths)) if paths else ""
 
 
 def memory_tables(path: Path) -> str:

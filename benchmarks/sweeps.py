@@ -176,8 +176,8 @@ SWEEPS = {
             "stamps",
             "control",
             ("control", "x16", "token_moe", "himoe_x16", "dynmoe", "parts"),
-            "So few iterations, where the FFN is no bottleneck (see README), can't tell routers apart "
-            "by AP: the table shows what they cost, and that all go on from the dense model.",
+            "So few iterations, where the FFN is no bottleneck (see README), can't tell routers\n"
+            "apart by AP: the table shows what they cost, and that all go on from the dense model.",
         ),
         Sweep(
             "capacity",
@@ -240,11 +240,13 @@ SWEEPS = {
 }
 
 # What the tables of name_memory.py show.
-MEMORY_NOTE = """**Capacity binds here**: no FFN, half of one, or a double one change the score clearly.
-What Dynamic-DINO's layer does with it: initialisation from the dense FFN is worth 22 points, alpha
-makes no difference, and the k best of 16 halves end no better than the dense control with any of
-the three gates (x4 and x8 end below it). The statistics say why. With gates that teach the router,
+MEMORY_NOTE = """
+**Capacity binds here**: no FFN, half of one, or a double one change the score clearly. What
+Dynamic-DINO's layer does with it: initialisation from the dense FFN is worth 22 points, alpha makes
+no difference, and the k best of 16 halves end no better than the dense control with any of the
+three gates (x4 and x8 end below it). The statistics say why. With gates that teach the router,
 nearly all tokens take the same half of two copies ("same part"), so that the other half of the FFN
 is missing and its experts starve; with the indicator gate, or one active expert whose only gate is
 always 1, the router learns nothing but balance. Choosing each part once (`PartRouter`, ours) mends
-both, at the compute of the dense FFN; HI-MoE's flat router gains from whole copies at twice that."""
+both, at the compute of the dense FFN; HI-MoE's flat router gains from whole copies at twice that.
+"""
