@@ -24,7 +24,8 @@ test: $(READY)  ## run the tests, or some of them: make test TESTS="tests/moe -k
 	@$(PY) -m pytest -q -n auto $(TESTS)
 
 bench: $(READY)  ## measure this machine, into benchmarks/results/<machine> (minutes)
-	@for script in flops fps profile_detector moe_layer training_step peers; do \
+	@for script in flops fps profile_detector moe_layer training_step peers \
+	    public_weights; do \
 	    $(PY) benchmarks/$$script.py --save || exit 1; done
 	@$(PY) benchmarks/moe_layer.py --save moe_scaling --parts layer \
 	    --tokens 100 300 900 2700 --experts 4 16

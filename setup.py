@@ -53,7 +53,7 @@ setup(
         "torch>=2.6",
         "torchvision>=0.21",
         "numpy>=1.26,<2.4",  # Triton 3.6's interpreter, which the kernel tests use, breaks on 2.4
-        "transformers>=4.57",  # has MM-Grounding-DINO
+        "transformers>=4.57.1",  # has MM-Grounding-DINO
         "huggingface_hub>=0.34",
         "timm>=1.0.15",
         "safetensors>=0.4",

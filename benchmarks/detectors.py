@@ -33,7 +33,7 @@ def load_model_config(path: str = RECIPE, overrides: Sequence[str] = ()) -> Dict
     random = LazyConfig.load(str(ROOT / "configs/common/models/edge_random.py")).model
     if cfg.model.backbone.weights == "timm":
         cfg.model.backbone.weights = None
-    if not cfg.model.text_encoder.model.startswith("package:"):
+    if not cfg.model.text_encoder.get("model", "package:").startswith("package:"):
         cfg.model.text_encoder = random.text_encoder
     return cfg.model
 

@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 from detectors import NAMES, RECIPE, ROOT, dense_of, load_model_config, samples, use_backend
 from detectron2.config import instantiate
+from dynamic_dino.attention import BiAttention
 from dynamic_dino.engine.config import ConfigError, input_errors, load_config
 from dynamic_dino.engine.trainable import set_trainable
 from dynamic_dino.moe.layer import MoEFeedForward
@@ -121,14 +122,16 @@ HANDLES = {
 # Deliberately left out, beside what fvcore ignores: shapes, copies and integers.
 NOT_COUNTED = {
     # arithmetic, element by element
-    *("add", "addcmul", "sub", "rsub", "mul", "div", "neg", "pow", "ceil", "sin", "cos", "logit"),
-    *("cumsum", "gelu", "hardtanh_", "nan_to_num", "round", "sigmoid", "silu", "silu_", "softmax"),
+    *("abs", "add", "addcmul", "sub", "rsub", "mul", "div", "neg", "pow", "sqrt", "log1p", "ceil"),
+    *("sin", "cos", "cumsum", "gelu", "hardtanh", "logit", "nan_to_num", "prod", "reciprocal"),
+    *("relu", "round", "sigmoid", "silu", "softmax"),
     # comparisons, choices, orders
-    *("all", "amax", "any", "clamp_min", "cummax", "lt", "minimum", "ne", "scatter", "sort"),
-    *("topk", "where"),
+    *("all", "amax", "any", "clamp_min", "cummax", "lt", "max_pool2d", "minimum", "ne", "scatter"),
+    *("sort", "topk", "where"),
     # look-ups, constants, layouts
-    *("embedding", "expand_as", "eye", "fill_", "movedim", "new_ones", "numel", "numpy_T"),
-    *("ones_like", "pad", "pad_sequence", "repeat", "repeat_interleave", "unflatten", "view_as"),
+    *("embedding", "expand_as", "eye", "fill", "masked_fill", "movedim", "new_ones", "numel"),
+    *("numpy_T", "one_hot", "ones_like", "pad", "pad_sequence", "repeat", "repeat_interleave"),
+    *("unflatten", "view_as"),
 }
 
 
@@ -140,7 +143,8 @@ def count(model: nn.Module, *inputs: Tensor) -> FlopCountAnalysis:
             that its operations would be another's; the message names it.
     """
     analysis = FlopCountAnalysis(model, inputs).set_op_handle(**HANDLES)
-    analysis.set_op_handle(**{f"aten::{name}": None for name in NOT_COUNTED})
+    for name in NOT_COUNTED:  # in place as well
+        analysis.set_op_handle(f"aten::{name}", None).set_op_handle(f"aten::{name}_", None)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     with torch.no_grad(), _all_outputs(model):
         analysis.total()
@@ -176,6 +180,8 @@ def _must_run(model: nn.Module, name: str) -> bool:
     module, parent = (model.get_submodule(n) for n in (name, name.rpartition(".")[0]))
     if next(module.parameters(recurse=False), None) is None or isinstance(module, nn.Embedding):
         return False
+    if isinstance(parent, BiAttention):  # applies its image projections to the text's side
+        return False
     # The norm after experts is theirs to compute, see `MoEFeedForward`.
     mixture = isinstance(getattr(parent, "ffn", None), MoEFeedForward)
     return not (mixture and isinstance(module, nn.LayerNorm))
@@ -183,7 +189,7 @@ def _must_run(model: nn.Module, name: str) -> bool:
 
 # ---- a detector ---------------------------------------------------------------------------------
 
-STAGES = ("backbone", "text_encoder", "enhancer", "query_selection", "decoder")
+STAGES = ("backbone", "neck", "text_encoder", "enhancer", "query_selection", "decoder")
 # Of the decoder: part -> module and operator; the first that fits counts.
 PARTS = {
     "self-attention": ("layers.*.self_attention*", "*"),
@@ -352,7 +358,8 @@ def print_report(columns: dict[str, dict], paper: dict) -> None:
     print(" " * 24 + "".join(f"{name:>11}" for name in columns))
     print("GFLOPs, one multiply-add counted as one")
     for stage in flops[0]["stages"]:
-        row(stage.replace("_", " "), [f["stages"][stage] / 1e9 for f in flops])
+        if any(f["stages"][stage] for f in flops):
+            row(stage.replace("_", " "), [f["stages"][stage] / 1e9 for f in flops])
     row("whole model", [f["total"] / 1e9 for f in flops])
     print("decoder alone, GFLOPs")
     for part in PARTS:

@@ -48,6 +48,16 @@ def nano_stamps(report: dict) -> str:
     return table(["model", "iterations", *columns], rows)
 
 
+def finetune_public(report: dict) -> str:
+    keys = "val/AP", "val/AP50"
+    rows = []
+    for name, run in report["runs"].items():
+        killed = ", ".join(map(str, run["resumed_at"])) or "-"
+        scores = [f"{run['before'][k]:.1f} -> {run['after'][k]:.1f}" for k in keys]
+        rows.append([name, str(run["iterations"]), killed, *scores])
+    return table(["run", "iterations", "killed, went on from", "AP", "AP50"], rows)
+
+
 def moe_layer(report: dict) -> str:
     names = list(dict.fromkeys(n for row in report["rows"] for n in row["times"]))
     head = ["T", "experts", "dtype", "routing", "part", "pass", "dense, µs", *names[1:]]
@@ -110,6 +120,31 @@ def peers(report: dict) -> str:
     height, width = report["settings"]["size"]
     title = f"{height} x {width}, {report['settings']['dtype']}, ten names.\n\n"
     return title + table(["model", "parameters", "text", "FPS", "time / edge-x16, encoded"], rows)
+
+
+def public_weights(report: dict) -> str:
+    asked = report["settings"]
+    shortest, longest = asked["size"]
+    text = (
+        f"{len(report['photos'])} photos, shortest edge {shortest}, longest at most {longest}, "
+        f"{asked['dtype']}, {asked['threads']} threads; images per second, and how many times as "
+        "many as transformers.\n\n"
+    )
+    rows = []
+    for name, model in report["models"].items():
+        same = model["comparison"]
+        twins = f"{100 * same['twins'] / same['detections']:.1f} % of {same['detections']}"
+        cells = {
+            (row["library"], row["part"], row["text"]): (row["fps"], row["speedup"])
+            for row in model["rows"]
+        }
+        for part in ("end to end", "forward"):
+            theirs = cells["transformers", part, "encoded"][0]
+            ours = [cells["ours", part, text] for text in ("encoded", "cached")]
+            ours = [f"{fps:.3g} ({speedup:.2f})" for fps, speedup in ours]
+            rows.append([name, part, f"{theirs:.3g}", *ours, twins])
+    head = ["weights", "part", "transformers", "ours", "ours, text cached", "same detections"]
+    return text + table(head, rows)
 
 
 def training_step(report: dict) -> str:
@@ -208,9 +243,38 @@ def record_memory(report: dict) -> str:
     return text + table(head, rows)
 
 
+def expert_analysis(report: dict) -> str:
+    columns = ("load entropy", "router entropy", "siblings", "effective partners")
+    told = ("information of names", "with shuffled names")
+    rows = []
+    for dataset, found in report["datasets"].items():
+        for layer, numbers in found["layers"].items():
+            cells = [f"{numbers[c]:.2f}" for c in (*columns, *told)]
+            rows.append([dataset, layer, *cells])
+    text = table(["data set", "layer", *columns, *told], rows) + "\n"
+    rows = [
+        [row["layer"], f"{row['data set']}, {row['other']}", f"{row['correlation']:.3f}"]
+        for row in report["stability"]
+    ]
+    text += table(["layer", "data sets", "correlation of co-selection"], rows)
+    if drops := report.get("drop"):
+        rows = [
+            [d["layer"], d["dropped"], *(f"{d[k]:.1f}" for k in ("AP all", "change all"))]
+            for d in drops[:4]
+        ]
+        text += "\nThe experts without which most is lost:\n\n"
+        text += table(["layer", "without expert", "AP", "change"], rows)
+    return text
+
+
 # name: title, file in results/<machine>/, and what makes a table of it
 TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "nano_stamps": ("AP50 of nano on Stamps, percent", "nano_stamps", nano_stamps),
+    "finetune_public": (
+        "A nano-size MM-Grounding-DINO, tuned from a directory of transformers, percent",
+        "finetune_public",
+        finetune_public,
+    ),
     "fps": ("Images per second of the whole model", "fps", fps),
     "profile": ("Where one forward pass spends its time", "profile_detector", profile_detector),
     "moe_layer": ("One FFN of the decoder", "moe_layer", moe_layer),
@@ -218,7 +282,13 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "moe_scaling": ("The same over tokens and experts", "moe_scaling", moe_layer),
     "training_step": ("A training step", "training_step", training_step),
     "peers": ("Other libraries' detectors", "peers", peers),
+    "public_weights": (
+        "Grounding DINO against transformers, same weights and photos",
+        "public_weights",
+        public_weights,
+    ),
     "flops": ("Operations and parameters", "flops", flops),
+    "expert_analysis": ("What the experts of nano x16 do", "expert_analysis", expert_analysis),
     "record_memory": ("Memory of the training records", "record_memory", record_memory),
 }
 

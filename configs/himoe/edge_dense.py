@@ -2,7 +2,7 @@
 
 from ..common.moe import FUSION, HEADS
 from ..pretrain.gdino15_edge_7ep import model  # noqa: F401  (dense)
-from .edge_x16_top2 import dataloader, inference, lr_multiplier, optimizer, train  # noqa: F401
+from .edge import dataloader, inference, lr_multiplier, optimizer, train  # noqa: F401
 
 train.trainable = [*FUSION, "decoder.layers.*.ffn.*", *HEADS]
 train.output_dir = "output/himoe/edge_dense"

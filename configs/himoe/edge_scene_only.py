@@ -1,13 +1,6 @@
 """Table 4, scene-only: all queries of an image share the experts that its scene chooses."""
 
-from .edge_x16_top2 import (  # noqa: F401
-    dataloader,
-    inference,
-    lr_multiplier,
-    model,
-    optimizer,
-    train,
-)
+from .edge import dataloader, inference, lr_multiplier, model, optimizer, train  # noqa: F401
 
 model.decoder.layer.ffn.router.variant = "scene"
 train.output_dir = "output/himoe/edge_scene_only"

@@ -5,14 +5,7 @@ Table 3, 50M -> 52M, for small ones: 6 layers * (16 * 160 * 513 - 1.05M) = 1.6M.
 from the dense FFN, so they are random.
 """
 
-from .edge_x16_top2 import (  # noqa: F401
-    dataloader,
-    inference,
-    lr_multiplier,
-    model,
-    optimizer,
-    train,
-)
+from .edge import dataloader, inference, lr_multiplier, model, optimizer, train  # noqa: F401
 
 model.decoder.layer.ffn.expert_hidden = 160
 model.decoder.layer.ffn.init_experts = False

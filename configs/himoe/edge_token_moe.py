@@ -2,7 +2,7 @@
 
 from ..common.moe import diversity, hierarchical, squared_balance
 from ..pretrain.gdino15_edge_7ep import model  # dense
-from .edge_x16_top2 import dataloader, inference, lr_multiplier, optimizer, train  # noqa: F401
+from .edge import dataloader, inference, lr_multiplier, optimizer, train  # noqa: F401
 
 model.enhancer.layer.image.ffn = hierarchical(model.enhancer.layer.image.ffn, "instance")
 model.criterion.router_losses = [squared_balance, diversity]

@@ -34,8 +34,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--text",
         action="append",
-        required=True,
-        help="what to look for; once for all images, or once for each of them, in their order",
+        default=[],
+        help="what to look for; once for all images, or once for each of them, in their order "
+        "(default: all classes, of a closed-set detector)",
     )
     which = p.add_mutually_exclusive_group()
     which.add_argument("--model", default="nano-x16", help="a shipped model (default: nano-x16)")
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_numbers(args)
         prompts = [as_prompt(text) for text in args.text]
         files = find_images(args.images)
-        if len(prompts) not in (1, len(files)):
+        if prompts and len(prompts) not in (1, len(files)):
             raise ValueError(
                 f"--text was given {len(prompts)} times for {len(files)} images: give one for all "
                 "or one for each"
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = writable_folder(args.output, "choose another folder with --output")
         start = time.perf_counter()
         detector = make_detector(args)
+        prompts = prompts or [detector.all_classes()]
     except (ValueError, OSError) as error:
         return fail(error)
     print(f"{named(args)} on {detector.device}, ready in {time.perf_counter() - start:.1f} s")

@@ -116,6 +116,18 @@ def test_cropped_objects_leave_the_labels_but_become_no_negatives(data):
         assert "red panda" not in sample["prompt"].phrases
 
 
+def test_a_closed_set_is_asked_for_all_its_classes(data):
+    name, record, _ = data
+    mapper = TrainMapper(name, 60, max_phrases=None, flip=0.0)
+    for seed in range(3):
+        sample = mapper(record, np.random.default_rng(seed))
+        assert sample["prompt"].phrases == NAMES
+        assert sample["instances"].gt_classes.tolist() == [2, 0]
+    assert mapper(record, np.random.default_rng())["prompt"] is sample["prompt"]
+    with pytest.raises(ValueError, match="min_phrases 7, max_phrases 6"):
+        TrainMapper(name, 60, min_phrases=7, max_phrases=None)
+
+
 def test_without_any_object(data):
     name, record, _ = data
     empty = {**record, "annotations": []}

@@ -58,6 +58,25 @@ def test_nano_trains_on_the_mixture(root, tmp_path):
     assert "coco/AP50" in results
 
 
+def test_a_closed_set_trains_on_coco(root, tmp_path):
+    """The data of the COCO recipes, the classes of the file."""
+    small = [
+        "model.text_encoder.names=coco_2017_train",
+        "model.enhancer.num_layers=1",
+        "model.decoder.num_layers=1",
+    ]
+    recipe = CONFIGS / "pretrain/dino_nano_drawn.py"
+    cfg = load_config(recipe, [*options(tmp_path / "run"), *small, "train.max_iter=2"])
+    cfg.dataloader = LazyConfig.load(str(CONFIGS / "common/data/coco.py")).dataloader
+    cfg.dataloader.train.num_workers = cfg.dataloader.test.coco.num_workers = 0
+    cfg.dataloader.train.total_batch_size = 2
+    cfg.dataloader.train.mapper.augmentations.update(scales=[64, 96], max_size=128)
+    cfg.train.best_metric = "coco/AP"
+    rows = train(cfg, tmp_path / "run")
+    assert len(rows) == 2 and all(np.isfinite(row["total_loss"]) for row in rows)
+    assert "coco/AP50" in json.loads((tmp_path / "run/results.json").read_text())
+
+
 @pytest.mark.parametrize("kind", ["detection", "grounding"])
 def test_own_data_with_others_mixed_in(root, tmp_path, kind, monkeypatch):
     """Detection: COCO JSON; grounding: ODVG JSONL; with two data sets of the paper beside it."""

@@ -403,3 +403,34 @@ def test_training_refuses_a_caption_over_the_token_limit(nano, draw, monkeypatch
     batch[1]["caption"] += " again"
     with pytest.raises(ValueError, match="'second.png' has 6 tokens, but at most 5 fit"):
         nano(batch)
+
+
+def test_the_query_of_a_detection_is_its_row_in_the_routings(nano, nano_config, draw):
+    """Of the tokens that the last layer routed, a detection's own has its score and its box: also
+    where prompts are split and several images share a decoder batch."""
+    model = nano.eval()
+    model.decoder = with_experts(nano_config, 4).eval()
+    model.max_phrases, model.chunk_batch, model.max_detections = 4, 3, 50
+    samples, seen = [draw(phrases=n) for n in (9, 3, 6)], []  # 3 + 1 + 2 pieces
+    detect = model.detect
+    model.detect = lambda *a: seen.append(detect(*a)) or seen[-1]
+    with torch.no_grad():
+        results = model(samples)
+    assert [len(output.layers[-1].boxes) for output in seen] == [3, 3]
+    boxes = torch.cat([output.layers[-1].boxes.flatten(0, 1) for output in seen])
+    ids = torch.cat([output.routings[-1].expert_ids for output in seen])
+    assert torch.equal(results[0]["routings"][-1].expert_ids, ids)
+    queries, first = len(boxes) // 6, (0, 3, 4, 6)
+    for i, (sample, result) in enumerate(zip(samples, results, strict=True)):
+        found = result["instances"]
+        piece = found.pred_classes // 4
+        assert torch.equal(found.queries // queries, first[i] + piece)
+        h, w = sample["height"], sample["width"]
+        corners = cxcywh_to_xyxy(boxes[found.queries]).clamp(0, 1) * torch.tensor([w, h, w, h])
+        torch.testing.assert_close(found.pred_boxes.tensor, corners)
+        for k in range(len(found)):
+            row = seen[int(found.queries[k]) // (3 * queries)]
+            local = int(found.queries[k]) % (3 * queries)
+            probability = row.layers[-1].logits.sigmoid().flatten(0, 1)[local]
+            phrase = row.text.phrase_map[local // queries, int(found.pred_classes[k]) % 4]
+            torch.testing.assert_close(found.scores[k], probability @ phrase)

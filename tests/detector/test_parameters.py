@@ -55,6 +55,32 @@ def test_active_is_as_much_as_dense(models, recipe):
     assert count_parameters(models[recipe])["active"] == pytest.approx(dense["total"], abs=1e6)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "size"),
+    {
+        "pretrain/dino_r50_coco_12ep.py": 47,  # DINO's code prints 47M; HI-MoE's Table 3 says 50M
+        "himoe/dino_dense.py": 47,
+        "himoe/dino_small_experts.py": 49,  # Table 3: 2M more
+        "himoe/dino.py": 47 + 15 * 6 * 1.051,  # the other reading: 16 whole FFNs
+        "himoe/dino_x8_top2.py": 47 + 7 * 6 * 1.051,
+        "himoe/dino_x4_top2.py": 47 + 3 * 6 * 1.051,
+        "himoe/dino_encoder_decoder.py": 47 + 15 * 12 * 1.051,
+    }.items(),
+)
+def test_closed_set(recipe, size):
+    node = load_config(CONFIGS / recipe).model
+    assert node.backbone.name == "resnet50.tv_in1k" and node.backbone.weights == "timm"
+    node.backbone.weights = None
+    with torch.device("meta"):
+        model = instantiate(node)
+    assert millions(model) == pytest.approx(size, abs=0.5)
+    assert model.decoder.class_head.linear.out_features == len(model.text_encoder.names) == 80
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert all(n.startswith("backbone.") for n in frozen)
+    parts = ("conv1", "layer1", "bn", "downsample.1")  # the norm of a shortcut
+    assert all(any(part in n for part in parts) for n in frozen)
+
+
 def test_towers(towers):
     assert millions(towers["backbone"]) == pytest.approx(38.0, abs=0.1)
     assert millions(towers["text_encoder"].body) == pytest.approx(109, abs=0.6)

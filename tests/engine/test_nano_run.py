@@ -80,6 +80,20 @@ def test_moe_tuning_resumes_to_the_same_bits(dense, tmp_path, monkeypatch):
     assert losses(resumed) == losses(whole)
 
 
+def test_closed_set_dense_then_himoe(tmp_path):
+    small = ("model.enhancer.num_layers=1", "model.decoder.num_layers=1")
+    rows = train("pretrain/dino_nano_drawn.py", tmp_path / "dense", *small, "train.max_iter=2")
+    assert {"loss_class_dn", "loss_giou_selection"} <= rows[0].keys()
+    start = f"train.init_checkpoint={tmp_path / 'dense' / 'model_final.pth'}"
+    options = (*small, start, "train.max_iter=1")
+    rows = train("himoe/dino_nano_drawn.py", tmp_path / "himoe", *options)
+    assert {"loss_squared_balance", "moe/layer0/scene_entropy"} <= rows[0].keys()
+    for run in ("dense", "himoe"):
+        results = json.loads((tmp_path / run / "results.json").read_text())
+        assert "val/AP50" in results
+    assert "val/routing/layer0/load_entropy" in results
+
+
 def test_mistakes_end_with_their_message_alone(dense, tmp_path):
     recipe, output = "moe_tuning/nano_x16_drawn.py", tmp_path / "run"
     for override, message in (

@@ -234,6 +234,7 @@ def test_routing_is_reported_for_each_layer(tmp_path, log):
     saved = json.loads((tmp_path / "out" / "results.json").read_text())["routing"]
     assert saved[0]["load"] == pytest.approx([3 / 8, 3 / 8, 1 / 8, 1 / 8])
     assert "same part twice" in log.text and "75.0" in log.text
+    assert "per token" in log.text and "2.00" in log.text
 
     dense = inference_on_dataset(Replay(batches), [inputs for inputs, _ in batches], evaluator)
     assert not [key for key in dense if "routing" in key], "reset() keeps routing statistics"

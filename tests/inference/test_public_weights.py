@@ -15,11 +15,12 @@ from dynamic_dino.text import locate_model
 from PIL import Image
 from transformers import AutoTokenizer
 from transformers.image_transforms import get_size_with_aspect_ratio
-from transformers.models.grounding_dino import (
-    GroundingDinoImageProcessor,
-    GroundingDinoImageProcessorPil,
-    GroundingDinoProcessor,
-)
+from transformers.models.grounding_dino import GroundingDinoImageProcessor, GroundingDinoProcessor
+
+try:
+    from transformers.models.grounding_dino import GroundingDinoImageProcessorPil
+except ImportError:  # transformers 4 resizes with Pillow by default
+    GroundingDinoImageProcessorPil = GroundingDinoImageProcessor
 
 SMALL = (160, 266)  # in place of 800 and 1333, which take longer and show the same
 NAMES = ["red panda", "windmill", "an old bicycle"]

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from dynamic_dino_kernels import ms_deform_attn
+from dynamic_dino_kernels.deform_attn import gather
 from dynamic_dino_kernels.deform_attn.ops import ms_deform_attn_op
 
 SHAPES = [(6, 9), (3, 5), (1, 2)]
@@ -121,8 +122,10 @@ def test_shapes_may_be_a_tensor():
     )
 
 
+@pytest.mark.parametrize("block", [1, 150, 2**18], ids=["one query", "many blocks", "one block"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_without_gradients_a_cpu_gathers_the_same(dtype):
+def test_without_gradients_a_cpu_gathers_the_same(dtype, block, monkeypatch):
+    monkeypatch.setattr(gather, "BLOCK", block)
     shapes = [(5, 1), (1, 7), (16, 12)]
     args = draw(shapes, queries=50, dtype=dtype)
     expected = ms_deform_attn(args[0], shapes, *args[1:], backend="grouped")

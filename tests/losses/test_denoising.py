@@ -1,6 +1,9 @@
 import pytest
 import torch
 from dynamic_dino.losses import Denoising, box_iou, cxcywh_to_xyxy
+from dynamic_dino.losses.denoising import ClassDenoising
+from dynamic_dino.prompt import Prompt
+from dynamic_dino.vocabulary import ClassVocabulary
 
 QUERIES = 13
 
@@ -138,3 +141,29 @@ def test_works_under_autocast_with_half_precision_text(draw):
     with torch.autocast("cpu", torch.bfloat16):
         dn = Denoising(draw.dim)(targets, text, QUERIES)
     assert dn.boxes.dtype == torch.float32 and dn.content.isfinite().all()
+
+
+def test_classes_have_embeddings(draw):
+    """A prompt's phrases are some of the classes, in another order."""
+    names = [f"class {i}" for i in range(9)]
+    asked = [torch.randperm(9)[: draw.phrases].tolist() for _ in range(2)]
+    prompts = [Prompt.from_phrases([names[i] for i in row]) for row in asked]
+    text, targets = ClassVocabulary(names)(prompts), draw.targets(3, 2)
+    denoising = ClassDenoising(9, draw.dim, num_queries=40, label_noise=0.0)
+    dn = denoising(targets, text, QUERIES)
+    assert dn.groups == 40 // (2 * 3)
+    for image, slot in torch.nonzero(dn.valid).tolist():
+        label = asked[image][targets[image].labels[slot % 3]]
+        assert torch.equal(dn.content[image, slot], denoising.content.weight[label])
+    assert (dn.content[~dn.valid] == 0).all()
+
+    flipped = ClassDenoising(9, draw.dim, num_queries=400, label_noise=2.0)
+    dn = flipped(targets, text, QUERIES)
+    known = [flipped.content.weight[row] for row in asked]
+    for image, slot in torch.nonzero(dn.valid).tolist():
+        same = (known[image] == dn.content[image, slot]).all(1)
+        assert same.sum() == 1 and not same[targets[image].labels[slot % 3]]
+
+    none = denoising(draw.targets(0, 0), text, QUERIES)
+    none.content.sum().backward()
+    assert none.content.shape == (2, 0, draw.dim) and (denoising.content.weight.grad == 0).all()

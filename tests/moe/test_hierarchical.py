@@ -112,7 +112,7 @@ def test_whole_copies_are_the_dense_ffn(ffn, k):
 def test_tuned_detector_equals_dense(model, request):
     dense = request.getfixturevalue(model)
     dim = dense.config.decoder.layer.ffn.dim
-    node = L(HierarchicalRouter)(dim=dim, num_experts=8, top_k=2)
+    node = L(HierarchicalRouter)(dim=dim, num_experts=8, top_k=2, std=1.0)
     for variant in VARIANTS:
         moe = dense.with_experts(router={**node, "variant": variant})
         output = dense.detect(moe)
@@ -120,7 +120,8 @@ def test_tuned_detector_equals_dense(model, request):
             assert a.boxes.std((0, 1)).min() > 0.01
             torch.testing.assert_close(a.boxes, b.boxes, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(a.logits, b.logits, rtol=1e-4, atol=1e-3)
-        assert any(len(r.expert_ids.unique()) > 2 for r in output.routings)
+        if variant != "scene":  # two scenes may choose alike
+            assert any(len(r.expert_ids.unique()) > 2 for r in output.routings)
         if variant != "instance":
             queries = output.layers[0].boxes.shape[1]
             probs = output.routings[0].scene_probs.unflatten(0, (2, queries))

@@ -78,11 +78,14 @@ def test_training_metrics_say_the_same():
     statistics = RoutingStatistics()
     statistics.update(layers)
     metrics = training_metrics(layers)
-    assert len(metrics) == 10
+    assert len(metrics) == 12
     for i, row in enumerate(statistics.summary()):
         for name in ("load_entropy", "siblings", "same_part", "dead_experts"):
             assert metrics[f"moe/layer{i}/{name}"].item() == pytest.approx(row[name])
         assert metrics[f"moe/layer{i}/load_max"].item() == pytest.approx(max(row["load"]))
+        p = layers[i].probs
+        entropy = -(p * p.log()).sum(1).mean().item() / math.log(8)
+        assert metrics[f"moe/layer{i}/router_entropy"].item() == pytest.approx(entropy, abs=1e-5)
     assert training_metrics([]) == {}
 
 

@@ -68,6 +68,13 @@ def make_twins(folder: Path, family: str, **options) -> Twins:
     return Twins(theirs, ours, folder)
 
 
+def as_transformers(model: OpenVocabularyDetector) -> OpenVocabularyDetector:
+    """What depends on the padding of the batch there shall depend on it here."""
+    model.pad_images = model.decoder.canvas_positions = True
+    model.query_selection.rank_padding = True
+    return model
+
+
 def random_prompt(phrases: int) -> Prompt:
     rng = np.random.default_rng(int(torch.randint(2**31, ())))
     names = {" ".join(rng.choice(WORDS, rng.integers(1, 4), replace=False)) for _ in range(phrases)}

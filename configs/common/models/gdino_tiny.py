@@ -68,7 +68,7 @@ model = L(OpenVocabularyDetector)(
         refine_normed=False,
     ),
     criterion=L(Criterion)(
-        matcher=L(HungarianMatcher)(cost_class=2.0, cost_bbox=5.0, cost_giou=2.0),
+        matcher=L(HungarianMatcher)(cost_class=1.0, cost_bbox=5.0, cost_giou=2.0),
         weight_class=2.0,
         weight_bbox=5.0,
         weight_giou=2.0,

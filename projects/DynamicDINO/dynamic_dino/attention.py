@@ -110,20 +110,35 @@ class BiAttention(nn.Module):
     def forward(
         self, image: Tensor, text: Tensor, image_mask: Tensor, text_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """image [B, N, D], text [B, L, D], masks [B, N] and [B, L] -> both updated"""
+        """image [B, N, D], text [B, L, D], masks [B, N] and [B, L] -> both updated
+
+        As there are few tokens of text, the three projections of the image are applied to the other
+        factor of its products: (x Q^T) k^T = x (k Q)^T, and so on. That saves N * D * embed_dim
+        operations for each, and maps of width embed_dim.
+        """
         x, t = self.norm_image(image), self.norm_text(text)
-        q, k = (
-            split_heads(self.image_query(x), self.heads),
-            split_heads(self.text_key(t), self.heads),
-        )
-        x_value = split_heads(self.image_value(x), self.heads)
-        t_value = split_heads(self.text_value(t), self.heads)
-        to_image = merge_heads(attend(q, k, t_value, text_mask[:, None, None]))
-        to_text = merge_heads(attend(k, q, x_value, image_mask[:, None, None]))
+        key, value = (split_heads(proj(t), self.heads) for proj in (self.text_key, self.text_value))
+        key = key * key.shape[-1] ** -0.5
+        query = self.image_query.weight.unflatten(0, (self.heads, -1))  # [h, embed_dim / h, D]
+        query_bias = self.image_query.bias.view(self.heads, -1, 1)
+        scores = (key @ query).flatten(1, 2) @ x.transpose(1, 2)  # [B, h * L, N]
+        scores = scores.unflatten(1, (self.heads, -1)) + key @ query_bias  # [B, h, L, N]
+
+        out = self.image_out.weight.unflatten(1, (self.heads, -1)).transpose(0, 1)
+        value = value @ out.transpose(1, 2) + self.image_out.bias / self.heads  # [B, h, L, D]
+        shares = scores.masked_fill(~text_mask[:, None, :, None], float("-inf")).softmax(2)
+        to_image = shares.flatten(1, 2).transpose(1, 2) @ value.flatten(1, 2)
+
+        shares = scores.masked_fill(~image_mask[:, None, None], float("-inf")).softmax(3)
+        seen = (shares.flatten(1, 2) @ x).unflatten(1, (self.heads, -1))  # [B, h, L, D]
+        project = self.image_value.weight.unflatten(0, (self.heads, -1)).transpose(1, 2)
+        to_text = merge_heads(seen @ project) + self.image_value.bias
+        to_text = self.text_out(to_text)
+
         if self.add_to_normed:
             image, text = x, t
-        image = image + self.drop_path(self.image_scale * self.image_out(to_image))
-        text = text + self.drop_path(self.text_scale * self.text_out(to_text))
+        image = image + self.drop_path(self.image_scale * to_image)
+        text = text + self.drop_path(self.text_scale * to_text)
         return image, text
 
 
@@ -180,7 +195,7 @@ class DeformableAttention(nn.Module):
         """query [B, N, D], reference [B, N, 4] or [B, N, 2], memory [B, S, D], memory_mask [B, S],
         valid_ratios [B, levels, 2] (content width and height over the canvas's) -> [B, N, D]"""
         b, n, _ = query.shape
-        value = self.value_proj(memory).masked_fill(~memory_mask[..., None], 0.0)
+        value = self.value_proj(memory).masked_fill_(~memory_mask[..., None], 0.0)
         value = value.unflatten(-1, (self.heads, -1))
         offsets = self.sampling_offsets(query).view(b, n, self.heads, self.levels, self.points, 2)
         weights = self.attention_weights(query).view(b, n, self.heads, -1).softmax(-1)
@@ -192,7 +207,8 @@ class DeformableAttention(nn.Module):
             centre, size = scaled.split(2, -1)  # [B, N, 1, levels, 1, 2]
             locations = torch.addcmul(centre, offsets, size, value=0.5 / self.points)
         else:
-            locations = scaled + offsets / _widths_and_heights(shapes, valid_ratios)[:, None]
+            cell = _widths_and_heights(shapes, valid_ratios)[:, None].reciprocal()
+            locations = torch.addcmul(scaled, offsets, cell)
         return self.out_proj(ms_deform_attn(value, shapes, locations, weights))
 
 

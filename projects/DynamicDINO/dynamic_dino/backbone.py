@@ -22,6 +22,9 @@ class Backbone(nn.Module):
         weights: None for random, "timm" for timm's pretrained weights (Hugging Face hub),
             "package:MODULE/FILE" for a file inside an installed Python package, or a path.
         frozen: no gradients, batch norm in inference mode; then features can be cached on disk.
+        freeze_norm: batch norms stay as they are, in all that they have.
+        frozen_parts: modules of the timm model that get no gradients, e.g. ``["conv1", "layer1"]``
+            of a ResNet.
         strides: of the maps, powers of two from fine to coarse.
         out_norm: a layer norm on each map, as detectors put on Swin's.
         options: of the timm model, e.g. ``{"strict_img_size": False}``.
@@ -31,8 +34,9 @@ class Backbone(nn.Module):
         pretrained: whether it brings its weights, so that checkpoints needn't.
 
     Raises:
-        FileNotFoundError: the weights file or package is not there.
-        ValueError: the network has no map of some stride, or the weights don't fit it.
+        FileNotFoundError: the weights file or package is not there, or can't be fetched.
+        ValueError: the network has no map of some stride, the weights don't fit it, or
+            `frozen_parts` names none of its parts.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Backbone(nn.Module):
         weights: str | None = None,
         frozen: bool = False,
         freeze_norm: bool = False,
+        frozen_parts: Sequence[str] = (),
         grad_checkpointing: bool = False,
         strides: Sequence[int] = (8, 16, 32),
         out_norm: bool = False,
@@ -53,9 +58,16 @@ class Backbone(nn.Module):
             else value
             for key, value in (options or {}).items()
         }
-        self.body = timm.create_model(
-            name, features_only=True, pretrained=weights == "timm", **plain
-        )
+        try:
+            self.body = timm.create_model(
+                name, features_only=True, pretrained=weights == "timm", **plain
+            )
+        except OSError as error:
+            raise FileNotFoundError(
+                f"weights of backbone {name!r} are not in the Hugging Face cache, and the hub "
+                "can't be reached; download them where there is internet and set "
+                f"model.backbone.weights=/path/to/them ({error})"
+            ) from error
         accept_any_size(self.body)
         info = self.body.feature_info
         if not set(strides) <= set(info.reduction()):
@@ -72,23 +84,43 @@ class Backbone(nn.Module):
             self.body.set_grad_checkpointing(True)
         if frozen:
             self.requires_grad_(False)
+        for norm in self._batch_norms() if freeze_norm else ():
+            norm.requires_grad_(False)
+        for prefix in frozen_parts:
+            self._freeze(name, prefix)
         # Convolutions run two to three times faster, and 1x1 ones become plain matmuls.
         self.to(memory_format=torch.channels_last)
+
+    def _batch_norms(self) -> list[nn.Module]:
+        return [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    def _freeze(self, name: str, prefix: str) -> None:
+        parameters = [p for n, p in self.body.named_parameters() if n.startswith(f"{prefix}.")]
+        if not parameters:
+            parts = ", ".join(n for n, _ in self.body.named_children())
+            raise ValueError(f"frozen_parts: backbone {name!r} has no {prefix!r}, only {parts}")
+        for parameter in parameters:
+            parameter.requires_grad_(False)
 
     def _load(self, name: str, weights: str) -> None:
         state = torch.load(resolve_package_file(weights), map_location="cpu", weights_only=True)
         target = self.body.state_dict()
-        if state.keys() != target.keys():
+        names = [key for key in target if not key.endswith("num_batches_tracked")]
+        if all(key in state for key in names):
+            known = {key: state[key] for key in names}
+        else:
             # timm renames modules; both orders follow the network, so shapes settle it.
-            state = match_by_order(state, target, weights)
-        self.body.load_state_dict(state)
+            known = match_by_order(state, target, weights)
+        try:
+            self.body.load_state_dict(target | known)
+        except RuntimeError as error:
+            raise ValueError(f"weights {weights!r} don't fit backbone {name!r}: {error}") from error
 
     def train(self, mode: bool = True) -> Backbone:
         super().train(mode and not self.frozen)
         if self.freeze_norm:
-            for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+            for norm in self._batch_norms():
+                norm.eval()
         return self
 
     @property

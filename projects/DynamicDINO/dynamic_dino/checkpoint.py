@@ -49,10 +49,11 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         shipped = str(path).startswith("package:")
         path = resolve_package_file(str(path)) if shipped else Path(path)
         state = read_state_dict(path)
-        if any(name.removeprefix("module.").startswith("transformer.") for name in state):
+        theirs = ("transformer.", "module.transformer.", "bbox_head.")
+        if any(name.startswith(theirs) for name in state):
             raise ValueError(
-                f"{path} has the names of IDEA's code: make a checkpoint of it with `python -m "
-                f"dynamic_dino.checkpoint import {path} OUT.safetensors`"
+                f"{path} has the names of IDEA's code or of mmdetection: make a checkpoint of it "
+                f"with `python -m dynamic_dino.checkpoint import {path} OUT.safetensors`"
             )
     model_state = model.state_dict()
     kept = [k for k in model_state if k.startswith(FROZEN_TOWERS) and k not in state]
@@ -89,6 +90,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
                 "it isn't loaded: get it as .safetensors, or have the weights stored alone"
             ) from error
         raise ValueError(f"checkpoint {path} is corrupt or incomplete: {error}") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]  # of mmdetection
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         # What the trainer evaluates: the averaged weights, where the run has them.
         state = {**state["model"], **state.get("ema", {}).get("weights", {})}
@@ -132,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "import", help="make a checkpoint of public weights of Grounding DINO"
     )
     public.add_argument(
-        "source", help="hf:OWNER/NAME, a directory of transformers, or a .pth with IDEA's names"
+        "source",
+        help="hf:OWNER/NAME, a directory of transformers, or a .pth of IDEA or mmdetection",
     )
     public.add_argument("out", type=Path, help="file to write, *.safetensors")
     public.add_argument(

@@ -1,11 +1,13 @@
 """Grounding DINO's public weights as ours, and ours as a directory of transformers.
 
 Sources are a directory of transformers or "hf:OWNER/NAME" (Grounding DINO, MM-Grounding-DINO), .pth
-files with the names of IDEA's original code, and checkpoints of ours. Each tensor is accounted for.
+files with the names of IDEA's original code or of mmdetection, and checkpoints of ours. Each tensor
+is accounted for.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import dataclass, field
@@ -22,10 +24,11 @@ from .checkpoint import read_state_dict
 from .detector import OpenVocabularyDetector
 from .files import configs_folder
 from .hub import locate_directory
+from .mmdetection_names import as_idea, is_mmdetection
 from .transformers_config import detector_config, read_config, transformers_config
 from .weight_names import UNUSED, canonical_name, their_names
 
-SIZES = {96: "gdino_tiny.py", 128: "gdino_base.py"}  # by the width of the first stage
+SIZES = {96: "tiny", 128: "base"}  # by the width of the first stage
 
 
 @dataclass
@@ -66,35 +69,40 @@ def import_public(source: str | Path, config: DictConfig | None = None) -> Impor
     """Reads public weights.
 
     Args:
-        source: "hf:OWNER/NAME", a directory of transformers, or a file with IDEA's names or ours.
+        source: "hf:OWNER/NAME", a directory of transformers, or a file with the names of IDEA's
+            code, mmdetection or ours.
         config: of the dense detector, with `model`; default: what the directory's config.json says,
-            or, for a file, gdino_tiny or gdino_base.
+            or, for a file, the recipe of Swin-T or Swin-B with the heads that it has.
 
     Raises:
         FileNotFoundError: the source is not there, or the hub can't be reached.
         ValueError: it is corrupt, holds more than weights, or is not the whole of a model of this
             architecture (`IncompleteError`).
     """
-    file = Path(source)
+    file, found = Path(source), None
     if file.is_file():
         state = read_state_dict(file)
     else:
         folder = locate_directory(source)
-        if config is None:
-            config = detector_config(read_config(folder), folder)
+        found = detector_config(read_config(folder), folder) if config is None else None
         state = read_directory(folder)
+    if is_mmdetection(state):
+        state = as_idea(state)
     state, account = tidy(state, source)
     layout = layout_of(state)
     if layout is None:
         raise ValueError(
             f"{source} holds no weights of Grounding DINO under the names of transformers, of "
-            f"IDEA's code or of this project; it has {', '.join(list(state)[:3])}"
+            f"IDEA's code, of mmdetection or of this project; it has {', '.join(list(state)[:3])}"
         )
     if config is None:
-        size = configs_folder() / "common/models" / _config_name(state, source)
-        config = LazyConfig.load(str(size))
+        config = found or recipe_of(state, layout, source)
+        if heads_differ(state, layout):
+            config.model.decoder.separate_heads = True
+    node = copy.deepcopy(config.model)
+    node.backbone.weights, node.text_encoder.weights = None, False
     with torch.device("meta"):
-        shapes = instantiate(config.model).state_dict()
+        shapes = instantiate(node).state_dict()
     return Imported(convert(state, shapes, layout, account, source), account, config)
 
 
@@ -135,6 +143,37 @@ def layout_of(state: dict[str, Tensor]) -> str | None:
     }
     found = {layout for name in state for mark, layout in marks.items() if name.startswith(mark)}
     return found.pop() if len(found) == 1 else None
+
+
+def recipe_of(state: dict[str, Tensor], layout: str, source: str | Path) -> DictConfig:
+    """The recipe for a tidied state without a config, by its first stage's width and its heads.
+
+    Raises ValueError for a backbone that is neither Swin-T nor Swin-B.
+    """
+    pattern = re.compile(r".*patch_embed(dings)?\.proj(ection)?\.bias")
+    width = next((len(value) for name, value in state.items() if pattern.match(name)), None)
+    if width not in SIZES:
+        raise ValueError(
+            f"{source}: the first stage of its backbone has {width} channels, neither Swin-T's 96 "
+            "nor Swin-B's 128; name the model's recipe with --config-file"
+        )
+
+    scaled = _find(state, layout, "query_selection.class_head.bias") is not None
+    family = "mm_gdino" if scaled else "gdino"
+    return LazyConfig.load(str(configs_folder() / f"common/models/{family}_{SIZES[width]}.py"))
+
+
+def heads_differ(state: dict[str, Tensor], layout: str) -> bool:
+    """Whether the decoder's layers have box heads of their own, whatever a config says: those of
+    MM-Grounding-DINO do, and of Grounding DINO where mmdetection tuned it, or older transformers
+    wrote a config without that setting."""
+    biases = [_find(state, layout, f"decoder.box_head.{i}.layers.4.bias") for i in (0, 1)]
+    return all(bias is not None for bias in biases) and not torch.equal(*biases)
+
+
+def _find(state: dict[str, Tensor], layout: str, ours: str) -> Tensor | None:
+    [theirs] = (ours,) if layout == "ours" else their_names(ours, layout)
+    return state.get(theirs)
 
 
 def convert(
@@ -228,15 +267,3 @@ def _part(state: dict[str, Tensor], name: str) -> Tensor:
     """A weight, or the k-th third of it for "name[k]"."""
     value = state[_plain(name)]
     return value.chunk(3)[int(name[-2])] if name.endswith("]") else value
-
-
-def _config_name(state: dict[str, Tensor], source: str | Path) -> str:
-    """The recipe's file for a source without a config, by the width of its first stage."""
-    pattern = re.compile(r".*patch_embed(dings)?\.proj(ection)?\.bias")
-    width = next((len(value) for name, value in state.items() if pattern.match(name)), None)
-    if width not in SIZES:
-        raise ValueError(
-            f"{source}: the first stage of its backbone has {width} channels, neither Swin-T's 96 "
-            "nor Swin-B's 128; name the model's recipe with --config-file"
-        )
-    return SIZES[width]

@@ -1,4 +1,4 @@
-"""Cross-modality decoder of Grounding DINO; its FFNs are what Dynamic-DINO turns into experts."""
+"""Decoder of Grounding DINO and of DINO; its FFNs are what Dynamic-DINO turns into experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import DeformableAttention, MultiHeadAttention, box_encoding, clone_layers
 from .enhancer import ImageMemory
-from .heads import BoxHead, ContrastiveHead
+from .heads import BoxHead, ContrastiveHead, LinearHead
 from .moe.routing import Routing
 from .query_selection import Queries
 from .structures import Predictions, TextFeatures
@@ -21,6 +21,7 @@ class DecoderLayer(nn.Module):
 
     Args:
         ffn: `FeedForward` (dense) or `MoEFeedForward`; called as ffn(x, scene, norm).
+        attend_text: False leaves out the attention to the text, as in DINO.
     """
 
     def __init__(
@@ -30,12 +31,13 @@ class DecoderLayer(nn.Module):
         image_attention: DeformableAttention,
         ffn: nn.Module,
         dropout: float = 0.0,
+        attend_text: bool = True,
     ) -> None:
         super().__init__()
         self.self_attention = MultiHeadAttention(dim, heads, dropout)
         self.norm1 = nn.LayerNorm(dim)
-        self.text_attention = MultiHeadAttention(dim, heads, dropout)
-        self.norm2 = nn.LayerNorm(dim)
+        self.text_attention = MultiHeadAttention(dim, heads, dropout) if attend_text else None
+        self.norm2 = nn.LayerNorm(dim) if attend_text else None
         self.image_attention = image_attention
         self.norm3 = nn.LayerNorm(dim)
         self.ffn = ffn
@@ -53,9 +55,10 @@ class DecoderLayer(nn.Module):
         """x, position [B, N, D], boxes [B, N, 4]; attention_mask bool [1, N, N], True = attend"""
         q = x + position
         x = self.norm1(x + self.self_attention(q, q, x, attention_mask))
-        x = self.norm2(
-            x + self.text_attention(x + position, text.tokens, text.tokens, text.mask[:, None])
-        )
+        if self.text_attention is not None:
+            x = self.norm2(
+                x + self.text_attention(x + position, text.tokens, text.tokens, text.mask[:, None])
+            )
         x = self.norm3(
             x
             + self.image_attention(
@@ -96,6 +99,8 @@ class Decoder(nn.Module):
             DINO: the head reads them off the queries themselves.
         canvas_positions: encodes the boxes as parts of the padded canvas, not of the image, as the
             code of Grounding DINO does: results then depend on the padding of the batch.
+        look_forward_twice: a layer's box loss also trains the refinement of the layer before, whose
+            boxes it starts from (DINO, section 3.5). The boxes are the same.
     """
 
     def __init__(
@@ -103,11 +108,12 @@ class Decoder(nn.Module):
         dim: int,
         layer: DecoderLayer,
         num_layers: int,
-        class_head: ContrastiveHead,
+        class_head: ContrastiveHead | LinearHead,
         grad_checkpointing: bool = False,
         separate_heads: bool = False,
         refine_normed: bool = True,
         canvas_positions: bool = False,
+        look_forward_twice: bool = False,
     ) -> None:
         super().__init__()
         self.layers = clone_layers(layer, num_layers)
@@ -118,6 +124,7 @@ class Decoder(nn.Module):
             self.class_head = clone_layers(self.class_head, num_layers)
             self.box_head = clone_layers(self.box_head, num_layers)
         self.refine_normed, self.canvas_positions = refine_normed, canvas_positions
+        self.look_forward_twice = look_forward_twice
         self.grad_checkpointing = grad_checkpointing
 
     def forward(
@@ -128,7 +135,7 @@ class Decoder(nn.Module):
         attention_mask: Tensor | None = None,
     ) -> DecoderOutput:
         """attention_mask: bool [N, N], True where a query may attend to another; None = all"""
-        x, boxes = queries.content, queries.boxes
+        x, boxes, start = queries.content, queries.boxes, queries.boxes
         mask = None if attention_mask is None else attention_mask[None]
         output = DecoderOutput([], [])
         ratios = memory.valid_ratios[:, :1].repeat(1, 1, 2) if self.canvas_positions else 1.0
@@ -141,12 +148,15 @@ class Decoder(nn.Module):
             if routing is not None:
                 output.routings.append(routing)
             normed = self.norm(x)
-            refined = box_head(normed, boxes)
             logits = class_head(normed, text.tokens, text.mask)
+            refined = box_head(normed, start)  # `start` is `boxes`, with or without a gradient
             output.layers.append(Predictions(logits, refined))
-            if not self.refine_normed and layer is not self.layers[-1]:
-                refined = box_head(x, boxes)
+            if layer is self.layers[-1]:
+                break
+            if start is not boxes or not self.refine_normed:
+                refined = box_head(normed if self.refine_normed else x, boxes)
             boxes = refined.detach()
+            start = refined if self.look_forward_twice and self.training else boxes
         return output
 
     def _heads(self) -> list[Sequence[nn.Module]]:

@@ -1,8 +1,8 @@
 """A trained detector made ready to serve: the same results, less to compute.
 
-Batch norms become part of the convolutions before them, as GELU does on a CPU; the branches of
-RepVGG blocks become one convolution (arXiv 2101.03697, section 3.3); weights are cast once. It
-can't be trained after.
+Batch norms become part of the convolutions before them, as GELU does on a CPU, which after a linear
+layer works in place; the branches of RepVGG blocks become one convolution (arXiv 2101.03697,
+section 3.3); weights are cast once. It can't be trained after.
 """
 
 from __future__ import annotations
@@ -75,18 +75,35 @@ def fold_batch_norms(model: nn.Module, run: Callable[[], object]) -> int:
 
 
 def fuse_gelu(model: nn.Module, run: Callable[[], object]) -> int:
-    """Lets convolutions apply the GELU that reads their output; returns how many.
+    """Lets convolutions apply the GELU that reads their output, and makes the one that reads a
+    linear layer's work in place; returns how many there were.
 
     Args:
         run: a forward pass, see `_readers`.
     """
     replaced: dict[nn.Module, nn.Module] = {}
-    for gelu, convolution in _readers(model, (nn.GELU, GELUTanh), run).items():
+    gelus = _readers(model, (nn.GELU, GELUTanh), run, (nn.Conv2d, nn.Linear))
+    for gelu, source in gelus.items():
         tanh = isinstance(gelu, GELUTanh) or gelu.approximate == "tanh"
-        replaced[convolution] = ConvGELU(convolution, "tanh" if tanh else "none")
-        replaced[gelu] = nn.Identity()
+        approximate = "tanh" if tanh else "none"
+        if isinstance(source, nn.Linear):
+            replaced[gelu] = GELUInPlace(approximate)
+        else:
+            replaced[source] = ConvGELU(source, approximate)
+            replaced[gelu] = nn.Identity()
     _replace(model, replaced)
-    return len(replaced) // 2
+    return len(gelus)
+
+
+class GELUInPlace(nn.Module):
+    """GELU that overwrites its input, for inference: maps as large needn't be allocated anew."""
+
+    def __init__(self, approximate: str) -> None:
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_(x, approximate=self.approximate)
 
 
 class ConvGELU(nn.Module):
@@ -137,18 +154,21 @@ def gelu_tanh_(x: Tensor, block: int = 2**18) -> Tensor:
 
 
 def _readers(
-    model: nn.Module, kinds: type | tuple[type, ...], run: Callable[[], object]
-) -> dict[nn.Module, nn.Conv2d]:
-    """Modules of some kinds, and the convolution whose output each reads.
+    model: nn.Module,
+    kinds: type | tuple[type, ...],
+    run: Callable[[], object],
+    sources: type | tuple[type, ...] = nn.Conv2d,
+) -> dict[nn.Module, nn.Module]:
+    """Modules of some kinds, and the convolution (or other source) whose output each reads.
 
     Names and order of modules differ from network to network, so `run`, a forward pass, shows which
     it is: both run once, and one's output is the other's input.
     """
-    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is kept, so its id stays its own
-    source: dict[nn.Module, nn.Conv2d] = {}
+    outputs: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensor is kept, so its id stays its own
+    source: dict[nn.Module, nn.Module] = {}
     runs: Counter[nn.Module] = Counter()
 
-    def after_convolution(module, _, output) -> None:
+    def after_source(module, _, output) -> None:
         outputs[id(output)] = (module, output)
         runs[module] += 1
 
@@ -159,8 +179,8 @@ def _readers(
 
     hooks = []
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(after_convolution))
+        if isinstance(module, sources):
+            hooks.append(module.register_forward_hook(after_source))
         elif isinstance(module, kinds):
             hooks.append(module.register_forward_pre_hook(before_reader))
     try:

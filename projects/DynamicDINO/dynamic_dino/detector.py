@@ -2,11 +2,14 @@
 
 images -> backbone -> P3, P4, P5 ─┐
 prompts -> text encoder ----------┴> enhancer -> query selection -> decoder -> detections
+
+A closed-set detector has a `ClassVocabulary` for a text encoder, and nothing that reads its tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
@@ -16,25 +19,30 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .decoder import Decoder
+from .deformable_enhancer import DeformableEnhancer
 from .enhancer import EdgeEnhancer
 from .losses.boxes import xyxy_to_cxcywh
 from .losses.criterion import Criterion
 from .losses.denoising import Denoising
+from .moe.proposals import ProposalStatistics
 from .moe.routing import Routing
 from .moe.statistics import training_metrics
 from .postprocess import Detections, best_pairs, to_instances
 from .query_selection import Queries, QuerySelection
 from .structures import DetectorOutput, Predictions, Target, TextFeatures
 from .text import TextEncoder
+from .vocabulary import ClassVocabulary
 
 
 class OpenVocabularyDetector(nn.Module):
-    """Grounding DINO 1.5 Edge; Dynamic-DINO when the decoder's FFNs are mixtures of experts.
+    """Grounding DINO 1.5 Edge; Dynamic-DINO when the decoder's FFNs are mixtures of experts; DINO
+    with a closed vocabulary.
 
     Args:
         criterion: the training losses; None builds a detector for inference only.
         denoising: contrastive denoising queries for training, optional.
         neck: maps of the backbone to those that the enhancer takes; None: they are the same.
+        proposal_statistics: adds to the scene that the decoder's routers see, optional.
         canvas: side of the square that images are padded to; None pads each batch to its largest
             image. A square canvas makes the result independent of what else is in the batch.
         size_divisor: canvases are multiples of it, in pixels.
@@ -52,8 +60,8 @@ class OpenVocabularyDetector(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        text_encoder: TextEncoder,
-        enhancer: EdgeEnhancer,
+        text_encoder: TextEncoder | ClassVocabulary,
+        enhancer: EdgeEnhancer | DeformableEnhancer,
         query_selection: QuerySelection,
         decoder: Decoder,
         criterion: Criterion | None = None,
@@ -61,6 +69,7 @@ class OpenVocabularyDetector(nn.Module):
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
         neck: nn.Module | None = None,
+        proposal_statistics: ProposalStatistics | None = None,
         canvas: int | None = None,
         size_divisor: int = 32,
         pad_images: bool = True,
@@ -73,6 +82,7 @@ class OpenVocabularyDetector(nn.Module):
         super().__init__()
         self.backbone, self.neck, self.text_encoder = backbone, neck, text_encoder
         self.enhancer, self.query_selection, self.decoder = enhancer, query_selection, decoder
+        self.proposal_statistics = proposal_statistics
         self.criterion, self.denoising = criterion, denoising
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), False)
@@ -116,6 +126,8 @@ class OpenVocabularyDetector(nn.Module):
         """Everything after the two towers; targets only serve the denoising queries."""
         memory, text, routings = self.enhancer(features, masks, text)
         queries, selection = self.query_selection(memory, text)
+        if self.proposal_statistics is not None:
+            memory = replace(memory, scene=self.proposal_statistics(memory.scene, selection))
         denoising = None
         if targets is not None and self.denoising is not None:
             denoising = self.denoising(targets, text, queries.content.shape[1])
@@ -251,7 +263,7 @@ class OpenVocabularyDetector(nn.Module):
             best, chunk_routings = self.search(*chosen, text)
             routings.append(chunk_routings)
             for row, (i, piece) in enumerate(chunk):
-                found[i].append(best.of_image(row, piece))
+                found[i].append(best.of_image(row, piece, start + row))
         most = self.max_detections if self.max_detections_per == "image" else None
         results = to_instances(batch, found, most)
         if self.return_routings and results:

@@ -81,9 +81,12 @@ class ImageLayer(nn.Module):
 
 
 class EnhancerLayer(nn.Module):
-    """Cross-modal fusion, then the text layer (optional) and the image layer."""
+    """Cross-modal fusion, then the text layer and the image layer; a closed-set detector has the
+    image layer alone."""
 
-    def __init__(self, fusion: BiAttention, text: TextLayer | None, image: nn.Module) -> None:
+    def __init__(
+        self, fusion: BiAttention | None, text: TextLayer | None, image: nn.Module
+    ) -> None:
         super().__init__()
         self.fusion, self.text, self.image = fusion, text, image
 
@@ -91,7 +94,9 @@ class EnhancerLayer(nn.Module):
         self, x: Tensor, text: TextFeatures, position: Tensor, mask: Tensor, *geometry: object
     ) -> tuple[Tensor, Tensor, Routing | None]:
         """`geometry`: what a `DeformableImageLayer` asks for besides."""
-        x, tokens = self.fusion(x, text.tokens, mask, text.mask)
+        tokens = text.tokens
+        if self.fusion is not None:
+            x, tokens = self.fusion(x, tokens, mask, text.mask)
         if self.text is not None:
             tokens = self.text(text.replace_tokens(tokens))
         x, routing = self.image(x, position, mask, masked_mean(x, mask), *geometry)

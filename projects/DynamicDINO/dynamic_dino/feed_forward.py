@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,5 +27,8 @@ class FeedForward(nn.Module):
         self, x: Tensor, scene: Tensor | None = None, norm: nn.LayerNorm | None = None
     ) -> tuple[Tensor, Routing | None]:
         """x [B, N, D] -> (y [B, N, D], None), or norm(x + y) if a norm is given"""
-        y = self.linear2(getattr(F, self.activation)(self.linear1(x)))
+        hidden = self.linear1(x)
+        # In place where autograd doesn't need what was there: it is the largest map of all.
+        activate = torch.relu_ if self.activation == "relu" else getattr(F, self.activation)
+        y = self.linear2(activate(hidden))
         return (y if norm is None else norm(x + y)), None

@@ -1,4 +1,4 @@
-"""Detection heads: a contrastive class head over text tokens, and a box head."""
+"""Detection heads: class heads over text tokens and over classes, and a box head."""
 
 from __future__ import annotations
 
@@ -29,6 +29,33 @@ class ContrastiveHead(nn.Module):
         logits = (x @ text.transpose(1, 2)).float() * self.scale
         if self.bias is not None:
             logits = logits + self.bias
+        return logits.masked_fill(~text_mask[:, None], float("-inf"))
+
+
+class LinearHead(nn.Module):
+    """Logits of a closed set of classes: a linear layer, -inf on classes that aren't asked for.
+
+    Called as `ContrastiveHead` is; the tokens of a `ClassVocabulary` are classes. The biases start
+    at the same prior probability of 0.01.
+    """
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.linear.reset_parameters()
+        nn.init.constant_(self.linear.bias, -4.595)
+
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """x [B, Q, D], text_mask [B, C] -> logits [B, Q, C], fp32; `text` tells nothing"""
+        logits = self.linear(x).float()
+        if logits.shape[-1] != text_mask.shape[1]:
+            raise ValueError(
+                f"the class head has {logits.shape[-1]} classes, the vocabulary "
+                f"{text_mask.shape[1]}: set num_classes of both class heads and of the denoising"
+            )
         return logits.masked_fill(~text_mask[:, None], float("-inf"))
 
 

@@ -25,10 +25,12 @@ from .checkpoint_import import import_public
 from .data.images import Size, load_image, resize_transform, to_tensor
 from .deploy import optimize_for_inference
 from .detector import OpenVocabularyDetector
+from .engine.checkpointing import last_checkpoint
 from .engine.config import load_config
 from .files import PACKAGE, configs_folder
 from .hub import is_hub_spec
 from .prompt import Prompt
+from .vocabulary import ClassVocabulary
 
 ImageLike = str | Path | Image.Image | np.ndarray
 PromptLike = str | Sequence[str] | Prompt
@@ -93,7 +95,7 @@ class Detector:
     def __call__(
         self,
         images: ImageLike | Sequence[ImageLike],
-        prompts: PromptLike | Sequence[PromptLike],
+        prompts: PromptLike | Sequence[PromptLike] | None = None,
         threshold: float | None = None,
         max_detections: int = 100,
     ) -> Instances | list[Instances]:
@@ -103,7 +105,8 @@ class Detector:
             images: a path, PIL image or RGB array (uint8 [H, W, 3]), or a list of them.
             prompts: what to look for: "red panda. windmill.", ["red panda", "windmill"], or a
                 `Prompt`; it holds for all images. Or, for a list of images, a list of lists of
-                phrases (or of `Prompt`s), one for each image.
+                phrases (or of `Prompt`s), one for each image. None: all classes of a closed-set
+                detector.
             threshold: drops detections whose score is lower; default: the detector's.
             max_detections: keeps this many per image at most, the best.
 
@@ -113,8 +116,10 @@ class Detector:
 
         Raises:
             FileNotFoundError, ValueError: for an image that is missing or can't be read, an empty
-                prompt, or another number of prompts than images.
+                prompt, another number of prompts than images, no prompt for an open vocabulary, or
+                a phrase that is no class of a closed set.
         """
+        prompts = self.all_classes() if prompts is None else prompts
         single = not isinstance(images, list | tuple)
         images = [images] if single else list(images)
         samples = [
@@ -128,6 +133,16 @@ class Detector:
                 for output in self.model(samples[start : start + self.batch_size]):
                     results.append(_best(output["instances"], threshold, max_detections))
         return results[0] if single else results
+
+    def all_classes(self) -> Prompt:
+        """The prompt that asks for everything. Raises ValueError for an open vocabulary."""
+        vocabulary = getattr(self.model, "text_encoder", None)
+        if not isinstance(vocabulary, ClassVocabulary):
+            raise ValueError(
+                "nothing to look for: give phrases (predict.py: --text); only a closed-set "
+                "detector knows all that it can find"
+            )
+        return Prompt.from_phrases(vocabulary.names)
 
     def _sample(self, image: ImageLike, prompt: Prompt) -> dict:
         """What `TestMapper` makes of a record, of an image that belongs to no data set."""
@@ -157,9 +172,10 @@ def load_detector(
 
     Args:
         model: "nano-dense", "nano-x16", the path of a LazyConfig file (.py, or the config.yaml of a
-            run), or public weights of Grounding DINO, "hf:OWNER/NAME" or "hf:DIRECTORY".
-        weights: checkpoint, or public weights; default for a shipped model: the shipped one. Public
-            weights without a recipe are a model of their own.
+            run), the folder of a run, or public weights of Grounding DINO, "hf:OWNER/NAME" or
+            "hf:DIRECTORY".
+        weights: checkpoint, or public weights; default for a shipped model: the shipped one; for a
+            run: its last. Public weights without a recipe are a model of their own.
         device: "cuda", "cpu", ...; default: a GPU if there is one.
         threshold: default of `Detector`'s.
         dtype: "float32", "float16" or "bfloat16", what the weights are cast to, once.
@@ -169,6 +185,19 @@ def load_detector(
     Raises:
         FileNotFoundError, ValueError: naming the file or the argument, and what to give instead.
     """
+    device = _device(device)
+    detector, cfg = load_model(model, weights, device, dtype, accelerate)
+    return Detector(detector, cfg.inference.size, device, threshold)
+
+
+def load_model(
+    model: str | Path = "nano-x16",
+    weights: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str = "float32",
+    accelerate: str = "eager",
+) -> tuple[nn.Module, DictConfig]:
+    """What `load_detector` makes a `Detector` of: the model, ready to detect, and its recipe."""
     device = _device(device)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -188,7 +217,7 @@ def load_detector(
     detector.to(device)
     if isinstance(detector, OpenVocabularyDetector):  # a recipe may have a model of another kind
         optimize_for_inference(detector, DTYPES[dtype], accelerate)
-    return Detector(detector, cfg.inference.size, device, threshold)
+    return detector.eval(), cfg
 
 
 def _recipe(model: str | Path, weights: str | Path | None) -> tuple[DictConfig, str | Path]:
@@ -197,6 +226,13 @@ def _recipe(model: str | Path, weights: str | Path | None) -> tuple[DictConfig, 
         shipped = SHIPPED_MODELS[str(model)]
         config = configs_folder() / shipped.config
         weights = weights or PACKAGE / "weights" / shipped.weights
+    elif Path(model).is_dir():
+        config, weights = Path(model) / "config.yaml", weights or last_checkpoint(model)
+        if weights is None or not config.is_file():
+            raise FileNotFoundError(
+                f"{model} has no {'config.yaml' if weights else 'checkpoint'}, so it isn't the "
+                "train.output_dir of a run"
+            )
     elif Path(model).suffix in (".py", ".yaml", ".yml"):
         config = Path(model)
         if weights is None:

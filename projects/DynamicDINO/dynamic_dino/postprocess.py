@@ -17,21 +17,25 @@ from .text import Piece
 class Detections:
     """The best (query, phrase) pairs, best first: of a batch, or of an image without its B.
 
-    scores [B, K], phrases int64 [B, K] (index in the prompt), boxes [B, K, 4] (cx, cy, w, h)
+    scores [B, K], phrases int64 [B, K] (index in the prompt), boxes [B, K, 4] (cx, cy, w, h), rows
+    int64 [B, K] (which query, of `queries` an image)
     """
 
     scores: Tensor
     phrases: Tensor
     boxes: Tensor
+    rows: Tensor
     queries: int
 
-    def of_image(self, row: int, piece: Piece) -> Detections:
-        """Those of one piece of a prompt; its phrases get their places in the whole prompt."""
+    def of_image(self, row: int, piece: Piece, before: int = 0) -> Detections:
+        """Those of one piece of a prompt; its phrases get their places in the whole prompt, and its
+        queries theirs behind the ones of the `before` pieces of the batch before it."""
         real = min(self.scores.shape[1], self.queries * len(piece.prompt.spans))  # less padding
         return Detections(
             self.scores[row, :real],
             self.phrases[row, :real] + piece.first,
             self.boxes[row, :real],
+            self.rows[row, :real] + before * self.queries,
             self.queries,
         )
 
@@ -49,7 +53,7 @@ def best_pairs(last: Predictions, phrase_map: Tensor, most: int) -> Detections:
     scores, flat = scores.flatten(1).topk(min(most, queries * phrases))
     query = torch.div(flat, phrases, rounding_mode="floor")
     boxes = last.boxes.gather(1, query[..., None].expand(-1, -1, 4))
-    return Detections(scores, flat % phrases, boxes, queries)
+    return Detections(scores, flat % phrases, boxes, query, queries)
 
 
 def to_instances(batch: list[dict], found: list[list[Detections]], most: int | None) -> list[dict]:
@@ -57,23 +61,26 @@ def to_instances(batch: list[dict], found: list[list[Detections]], most: int | N
     original size.
 
     Returns {"instances": Instances} for each sample, with pred_boxes (XYXY, pixels), scores,
-    pred_classes (index of the phrase) and phrases: to read those, the host waits for the device.
+    pred_classes (index of the phrase), queries (the row of each detection's query among all of the
+    batch, as the decoder's `Routing`s have them) and phrases: to read those, the host waits for the
+    device.
     """
     results = []
     for sample, pieces in zip(batch, found, strict=True):
         scores = torch.cat([p.scores for p in pieces])
         phrases = torch.cat([p.phrases for p in pieces])
         boxes = torch.cat([p.boxes for p in pieces])
+        queries = torch.cat([p.rows for p in pieces])
         if len(pieces) > 1:
             scores, order = scores.sort(descending=True, stable=True)
             scores, order = scores[:most], order[:most]
-            phrases, boxes = phrases[order], boxes[order]
+            phrases, boxes, queries = phrases[order], boxes[order], queries[order]
         height, width = sample["height"], sample["width"]
         x0, y0, x1, y1 = cxcywh_to_xyxy(boxes).clamp(0, 1).unbind(-1)
         scaled = (x0 * width, y0 * height, x1 * width, y1 * height)
         result = Instances((height, width))
         result.pred_boxes = Boxes(torch.stack(scaled, -1))
-        result.scores, result.pred_classes = scores, phrases
+        result.scores, result.pred_classes, result.queries = scores, phrases, queries
         results.append({"instances": result})
     classes = [result["instances"].pred_classes for result in results]
     indices = torch.cat(classes).tolist() if classes else []

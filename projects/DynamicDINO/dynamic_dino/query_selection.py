@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .attention import grid_centres
 from .enhancer import ImageMemory
-from .heads import BoxHead, ContrastiveHead
+from .heads import BoxHead, ContrastiveHead, LinearHead
 from .structures import Predictions, TextFeatures
 
 
@@ -39,7 +39,7 @@ class QuerySelection(nn.Module):
         self,
         dim: int,
         num_queries: int,
-        class_head: ContrastiveHead,
+        class_head: ContrastiveHead | LinearHead,
         base_size: float = 0.05,
         rank_unusable: bool = False,
         rank_padding: bool = False,

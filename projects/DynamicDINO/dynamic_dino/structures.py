@@ -1,7 +1,8 @@
 """The values that travel between the parts of the detector (see README, "One forward pass").
 
-B images, Q queries, L text tokens, P phrases of a prompt, D channels. Boxes are ``cx, cy, w, h`` in
-[0, 1], relative to the content of the image, that is, without the padding of the batch.
+B images, Q queries, L text tokens (of a closed set: classes), P phrases of a prompt, D channels.
+Boxes are ``cx, cy, w, h`` in [0, 1], relative to the content of the image, that is, without the
+padding of the batch.
 """
 
 from __future__ import annotations

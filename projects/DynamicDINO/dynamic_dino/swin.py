@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from timm.layers import PatchEmbed
-from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
+from timm.models.swin_transformer import SwinTransformerBlock, window_partition
 from torch import Tensor, nn
 
 
@@ -20,19 +19,15 @@ class PaddedBlock(SwinTransformerBlock):
 
     def _attn(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]"""
-        height, width, channels = x.shape[1:]
-        window, shift = tuple(self.window_size), tuple(self.shift_size)
-        x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
-        padded, mask = x.shape[1:3], None
-        if any(shift):
-            x = x.roll((-shift[0], -shift[1]), (1, 2))
-            inference = torch.is_inference_mode_enabled()
-            mask = shift_mask(*padded, window, shift, x.device, x.dtype, inference)
-        windows = self.attn(window_partition(x, window).flatten(1, 2), mask)
-        x = window_reverse(windows.view(-1, *window, channels), window, *padded)
-        if any(shift):
-            x = x.roll(shift, (1, 2))
-        return x[:, :height, :width]
+        batch, height, width, channels = x.shape
+        geometry = (height, width, tuple(self.window_size), tuple(self.shift_size), x.device)
+        inference = torch.is_inference_mode_enabled()
+        places, cells = window_places(*geometry, inference)
+        mask = shift_mask(*geometry, x.dtype, inference) if any(self.shift_size) else None
+        windows = x.new_zeros(batch, cells, channels).index_copy_(1, places, x.flatten(1, 2))
+        windows = self.attn(windows.view(-1, self.window_area, channels), mask)
+        x = windows.reshape(batch, cells, channels).index_select(1, places)
+        return x.view(batch, height, width, channels)
 
 
 def accept_any_size(model: nn.Module) -> None:
@@ -47,6 +42,28 @@ def accept_any_size(model: nn.Module) -> None:
             module.attn.fused_attn = True
 
 
+@lru_cache(maxsize=16)
+def window_places(
+    height: int,
+    width: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    device: torch.device,
+    inference: bool,
+) -> tuple[Tensor, int]:
+    """Where each cell of a map is when windows stand one after the other, int64 [height * width],
+    and how many cells these have.
+
+    Made once for each size, and not to be written to. `inference` keeps tensors of inference mode,
+    which autograd refuses, apart from others.
+    """
+    rows, columns = (-(-size // w) * w for size, w in zip((height, width), window, strict=True))
+    cells = torch.arange(rows * columns, device=device).view(1, rows, columns, 1)
+    shifted = cells.roll((-shift[0], -shift[1]), (1, 2))
+    places = window_partition(shifted, window).flatten().argsort().view(rows, columns)
+    return places[:height, :width].flatten(), rows * columns
+
+
 @lru_cache(maxsize=8)
 def shift_mask(
     height: int,
@@ -58,13 +75,10 @@ def shift_mask(
     inference: bool,
 ) -> Tensor:
     """Parts the cells that only the cyclic shift brought into one window: 0 or -100, in one window
-    of N cells after the other [windows, N, N].
-
-    Made once for each size, and not to be written to. `inference` keeps tensors of inference mode,
-    which autograd refuses, apart from others.
-    """
+    of N cells after the other [windows, N, N]. See `window_places`."""
 
     def parts(size: int, window: int, shift: int) -> Tensor:
+        size += -size % window
         index = torch.arange(size, device=device)
         return (index >= size - window).long() + (index >= size - shift)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -118,7 +119,7 @@ class TextEncoder(nn.Module):
             else:
                 body_config = AutoConfig.from_pretrained(path, **(config or {}))
                 self.body = AutoModel.from_config(body_config, add_pooling_layer=False)
-        except OSError as error:
+        except (OSError, HFValidationError) as error:
             raise FileNotFoundError(
                 f"text encoder {model!r} is neither in the Hugging Face cache nor a local "
                 "directory, and the hub can't be reached; download it where there is internet and "

@@ -11,7 +11,7 @@ from transformers import (
     AutoConfig,
     GroundingDinoConfig,
     MMGroundingDinoConfig,
-    PreTrainedConfig,
+    PretrainedConfig,
     SwinConfig,
 )
 
@@ -39,7 +39,7 @@ FIXED_SWIN = {
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path) -> PretrainedConfig:
     """The config of a directory; raises FileNotFoundError or ValueError if it is none of ours."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is no model of transformers")
@@ -55,7 +55,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def detector_config(config: PreTrainedConfig, folder: Path | None = None) -> DictConfig:
+def detector_config(config: PretrainedConfig, folder: Path | None = None) -> DictConfig:
     """`model` and `inference`, as of a recipe, for a config of transformers.
 
     Args:
@@ -148,16 +148,12 @@ def detector_config(config: PreTrainedConfig, folder: Path | None = None) -> Dic
     decoder.class_head.dim = dim
     decoder.layer.update(dim=dim, heads=config.decoder_attention_heads)
     decoder.layer.ffn.update(dim=dim, hidden=config.decoder_ffn_dim)
-    shares = {config.decoder_bbox_embed_share}
-    if config.model_type == "mm-grounding-dino":
-        shares.add(config.decoder_cls_embed_share)
-    if len(shares) > 1:
-        raise ValueError("decoder layers that share one head, but not the other, can't be loaded")
-    decoder.separate_heads = not shares.pop()
+    # Transformers 4 has no such setting for MM-Grounding-DINO.
+    decoder.separate_heads = not getattr(config, "decoder_bbox_embed_share", True)
     return cfg
 
 
-def transformers_config(model: OpenVocabularyDetector) -> PreTrainedConfig:
+def transformers_config(model: OpenVocabularyDetector) -> PretrainedConfig:
     """The config of transformers for a dense detector of the full Grounding DINO variant.
 
     Raises:

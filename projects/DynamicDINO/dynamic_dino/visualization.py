@@ -67,6 +67,7 @@ def draw_boxes(
     phrases: Sequence[str],
     scores: Sequence[float] | None = None,
     min_size: int = 640,
+    colors: Sequence[Color] | None = None,
 ) -> np.ndarray:
     """The image with a box and a label, phrase and score if there are scores, for each object.
 
@@ -74,6 +75,7 @@ def draw_boxes(
         image: uint8 [H, W, 3], RGB.
         boxes: x0, y0, x1, y1 in pixels of the image, the most important first.
         min_size: see `draw_detections`.
+        colors: one for each object. Default: one for each phrase.
 
     Returns:
         uint8 [H', W', 3], RGB, of the image's aspect ratio.
@@ -85,13 +87,15 @@ def draw_boxes(
         canvas = canvas.resize(size, Image.Resampling.BICUBIC)
     boxes = [[v * scale for v in box] for box in boxes]
     endings = [""] * len(boxes) if scores is None else [f" {score:.2f}" for score in scores]
-    colors = phrase_colors(phrases)
+    if colors is None:
+        of_phrase = phrase_colors(phrases)
+        colors = [of_phrase[phrase] for phrase in phrases]
 
     unit = max(canvas.size) / 640  # line widths and letters grow with the picture
     line = max(2, round(2.6 * unit))
     pen = ImageDraw.Draw(canvas, "RGBA")
-    for box, phrase in reversed(list(zip(boxes, phrases, strict=True))):
-        _draw_box(pen, box, colors[phrase], line, canvas.size)
+    for box, color in reversed(list(zip(boxes, colors, strict=True))):
+        _draw_box(pen, box, color, line, canvas.size)
     crowding = min(1.0, (12 / max(len(boxes), 1)) ** 0.35)
     font = _font(max(10, round(14 * unit * crowding)))
     tags: list[Rect] = []
@@ -101,8 +105,8 @@ def draw_boxes(
         texts.append(_shorten(phrase, ending, font, canvas.width - 2 * line))
         tags.append(_place(_text_size(texts[-1], font), box, tags, others, line, canvas.size))
     # The best last, so that where labels can't but overlap, theirs are on top.
-    for tag, text, phrase in reversed(list(zip(tags, texts, phrases, strict=True))):
-        _draw_tag(pen, tag, text, colors[phrase], font)
+    for tag, text, color in reversed(list(zip(tags, texts, colors, strict=True))):
+        _draw_tag(pen, tag, text, color, font)
     return np.asarray(canvas)
 
 

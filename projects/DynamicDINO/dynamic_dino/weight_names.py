@@ -1,7 +1,8 @@
 """What Grounding DINO's weights are called here, in transformers, and in IDEA's original code.
 
 One table gives the other two names of each of our weights, so that import and export can't differ.
-Names of IDEA's are those of github.com/IDEA-Research/GroundingDINO.
+Names of IDEA's are those of github.com/IDEA-Research/GroundingDINO, and what its modules would be
+called with the heads of MM-Grounding-DINO; mmdetection's become those first (`mmdetection_names`).
 """
 
 from __future__ import annotations
@@ -19,19 +20,23 @@ text_encoder.body.<p>  model.text_backbone.<p>  bert.<p>
 text_encoder.proj.<p>  model.text_projection.<p>  feat_map.<p>
 neck.layers.<i>.<p>  model.input_proj_vision.<i>.<p>  input_proj.<i>.<p>
 enhancer.level_embed  model.level_embed  transformer.level_embed
-query_selection.proj.<p>  model.enc_output.<p>  transformer.enc_output.<p>
-query_selection.norm.<p>  model.enc_output_norm.<p>  transformer.enc_output_norm.<p>
-query_selection.content.<p>  model.query_position_embeddings.<p>  transformer.tgt_embed.<p>
-query_selection.class_head.bias  model.encoder_output_class_embed.bias  -
 decoder.norm.<p>  model.decoder.layer_norm.<p>  transformer.decoder.norm.<p>
-decoder.class_head.bias  class_embed.0.bias  -
-decoder.class_head.<i>.bias  class_embed.<i>.bias  -
+decoder.class_head.bias  class_embed.0.bias  class_embed.0.bias
+decoder.class_head.<i>.bias  class_embed.<i>.bias  class_embed.<i>.bias
 decoder.box_head.layers.<i>.<p>  bbox_embed.0.layers.<i/2>.<p>  bbox_embed.0.layers.<i/2>.<p>
-decoder.box_head.<i>.layers.<j>.<p>  bbox_embed.<i>.layers.<j/2>.<p>  -
 """
 
 # Modules in modules: (ours, transformers', IDEA's) prefixes, and what stands behind them.
 NESTED = {
+    ("query_selection", "model", "transformer"): """
+proj.<p>  enc_output.<p>  enc_output.<p>
+norm.<p>  enc_output_norm.<p>  enc_output_norm.<p>
+content.<p>  query_position_embeddings.<p>  tgt_embed.<p>
+class_head.bias  encoder_output_class_embed.bias  enc_out_class_embed.bias
+""",
+    ("decoder.box_head.<i>.layers", "bbox_embed.<i>.layers", "bbox_embed.<i>.layers"): """
+<j>.<p>  <j/2>.<p>  <j/2>.<p>
+""",
     (
         "query_selection.box_head.layers",
         "model.encoder_output_bbox_embed.layers",
@@ -151,9 +156,10 @@ _IN_MEMORY = [
 ]
 
 # What files hold besides: numbers that follow from the architecture, a norm and a pooling that the
-# detector doesn't have, and the label embedding of IDEA's training code.
+# detector doesn't have, and the label embeddings of IDEA's and mmdetection's training code.
 UNUSED = re.compile(
     r"relative_position_index$|position_ids$|attn_mask$|\.pooler\.|^label_enc\.weight$"
+    r"|^dn_query_generator\.label_embedding\.weight$"
     r"|conv_encoder\.model\.(swin\.)?layernorm\."
 )
 

@@ -35,7 +35,8 @@ class TrainMapper:
     augmentations  one or several of Detectron2's, applied before the resizing; those that choose a
                    scale themselves (`detr_augmentations`, `large_scale_jitter`) want size=None
     flip           probability of a horizontal flip; captions that say left or right aren't flipped
-    max_phrases, min_phrases   see `PromptSampler`
+    max_phrases, min_phrases   see `PromptSampler`; max_phrases=None: all classes of the data set,
+                   in their order, as a closed set is trained
     features       cached backbone features to be used in the place of the image, or the folder
                    of the cache; `size` must be its canvas and `augmentations` empty
     min_box_size   boxes narrower or lower than this, in pixels of the network, are left out
@@ -59,7 +60,7 @@ class TrainMapper:
         *,
         augmentations: T.Augmentation | Sequence[T.Augmentation] = (),
         flip: float = 0.5,
-        max_phrases: int = 80,
+        max_phrases: int | None = 80,
         min_phrases: int | None = None,
         features: FeatureCache | str | None = None,
         min_box_size: float = 1.0,
@@ -80,17 +81,20 @@ class TrainMapper:
                 "cached features can't be augmented: leave dataloader.train.mapper.augmentations "
                 "empty or features unset"
             )
-        self.samplers = {}
+        self.samplers, self.fixed = {}, {}
         for name in _flat_names(dataset):
             metadata = get_metadata(name)
+            names = metadata.thing_classes
             novel = getattr(metadata, "novel", None) or []
             self.samplers[name] = PromptSampler(
-                metadata.thing_classes,
-                max_phrases,
+                names,
+                max(len(names), 1) if max_phrases is None else max_phrases,
                 min_phrases=min_phrases,
                 near_synonyms=getattr(metadata, "near_synonyms", None),
                 never_negative=[i for i, is_novel in enumerate(novel) if is_novel],
             )
+            if max_phrases is None and names:
+                self.fixed[name] = Prompt.from_phrases(names)
         self.size = size
         self.augmentation = T.AugmentationList([*augmentations, *resize_augmentations(size)])
         self.flip = flip
@@ -131,9 +135,13 @@ class TrainMapper:
             sample["prompt"], position = self._caption_prompt(record, classes, rng)
         else:
             sampler = _sampler_of(record, self.samplers)
-            present = [annotation["category_id"] for annotation in record["annotations"]]
-            phrases = sampler(classes.tolist(), present, rng)
-            sample["prompt"] = Prompt.from_phrases([sampler.names[i] for i in phrases])
+            if self.fixed:
+                phrases = range(len(sampler.names))
+                sample["prompt"] = self.fixed[_dataset_of(record, self.samplers)]
+            else:
+                present = [annotation["category_id"] for annotation in record["annotations"]]
+                phrases = sampler(classes.tolist(), present, rng)
+                sample["prompt"] = Prompt.from_phrases([sampler.names[i] for i in phrases])
             position = {c: i for i, c in enumerate(phrases)}
         sample["instances"] = _instances(boxes, classes, position, sample["image_size"])
         return sample

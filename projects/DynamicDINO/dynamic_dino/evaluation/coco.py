@@ -122,6 +122,7 @@ def read_ground_truth(source: str | Path | dict) -> dict:
                     "area": float(a.get("area", w * h)),
                     "iscrowd": int(a.get("iscrowd", 0)),
                     "ignore": int(a.get("ignore", 0)),
+                    **({"occluded": bool(a["occluded"])} if "occluded" in a else {}),
                 }
             )
         except (KeyError, TypeError, ValueError) as error:

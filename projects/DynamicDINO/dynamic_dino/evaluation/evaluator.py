@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import Instances
 from detectron2.utils import comm
 from PIL import Image
 
@@ -91,7 +92,9 @@ class DetectionEvaluator(DatasetEvaluator):
         self._protocol_name = self.protocol or DEFAULTS.get(kind, "coco")
         self._protocol = protocol_named(self._protocol_name)
         self._most = self._protocol.max_dets if self.max_dets is None else self.max_dets
-        self._category_ids = self._read_category_ids()
+        # P@k heeds no category: the one phrase is MDETR's one category
+        refexp = self._protocol_name == "refexp"
+        self._category_ids = [1] if refexp else category_ids_of(self.dataset_name)
         if comm.is_main_process():
             self._truth = self._read_truth()
             if self.output_dir:
@@ -113,7 +116,7 @@ class DetectionEvaluator(DatasetEvaluator):
             images.append(sample["image_id"])
             self._files[sample["image_id"]] = sample.get("file_name", "")
             prompts.append(tuple(sample["prompt_classes"]))
-            parts.append(self._predictions(sample, output["instances"], where))
+            parts.append(predictions_of(sample, output["instances"], self._category_ids, where))
         statistics = RoutingStatistics()
         if outputs and outputs[0].get("routings"):
             statistics.update(outputs[0]["routings"])
@@ -122,19 +125,6 @@ class DetectionEvaluator(DatasetEvaluator):
         if self.log:
             self.log.append(found)
         self._add(found)
-
-    def _predictions(self, sample: dict, instances, where: str) -> Predictions:
-        boxes = instances.pred_boxes.tensor.detach().float().cpu().numpy()
-        scores = instances.scores.detach().float().cpu().numpy()
-        if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
-            raise ValueError(f"the detector's boxes or scores are not finite on {where}")
-        asked = np.array([self._category_ids[c] for c in sample["prompt_classes"]], np.int64)
-        return Predictions(
-            np.array([sample["image_id"]] * len(scores)),
-            asked[instances.pred_classes.long().cpu().numpy()],
-            np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1),
-            scores,
-        )
 
     def _add(self, found: Found) -> None:
         for image, prompt in zip(found.images, found.prompts, strict=True):
@@ -212,18 +202,6 @@ class DetectionEvaluator(DatasetEvaluator):
             Image.fromarray(sheet).save(path, quality=90)
             logger.info("Pictures: %s", path)
 
-    def _read_category_ids(self) -> list[int]:
-        """Contiguous class -> category id of the JSON file."""
-        if self._protocol_name == "refexp":
-            return [1]  # the one phrase; MDETR's files have one category, and P@k heeds none
-        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
-        if not mapping:
-            raise ValueError(
-                f"data set {self.dataset_name} has no categories to score (its metadata lacks "
-                "thing_dataset_id_to_contiguous_id): COCO AP needs a COCO .json file"
-            )
-        return [category for category, _ in sorted(mapping.items(), key=lambda item: item[1])]
-
     def _read_truth(self) -> dict:
         truth = read_ground_truth(self._metadata.json_file)
         if self._protocol_name == "refexp":
@@ -268,6 +246,42 @@ class DetectionEvaluator(DatasetEvaluator):
             if novel:
                 row["novel"] = bool(novel[position[row["id"]]])
         return per_class
+
+
+def category_ids_of(dataset_name: str) -> list[int]:
+    """Contiguous class -> category id of the JSON file. Raises ValueError where there are none."""
+    mapping = get_metadata(dataset_name).get("thing_dataset_id_to_contiguous_id")
+    if not mapping:
+        raise ValueError(
+            f"data set {dataset_name} has no categories to score (its metadata lacks "
+            "thing_dataset_id_to_contiguous_id): COCO AP needs a COCO .json file"
+        )
+    return [category for category, _ in sorted(mapping.items(), key=lambda item: item[1])]
+
+
+def predictions_of(
+    sample: dict, instances: Instances, category_ids: Sequence[int], where: str
+) -> Predictions:
+    """What was found in one image, in the order of `instances`.
+
+    Args:
+        sample: has "image_id", and the class of each phrase of its prompt, "prompt_classes".
+        category_ids: contiguous class -> category id.
+        where: names the image in the error.
+
+    Raises ValueError if a box or a score is not finite.
+    """
+    boxes = instances.pred_boxes.tensor.detach().float().cpu().numpy()
+    scores = instances.scores.detach().float().cpu().numpy()
+    if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+        raise ValueError(f"the detector's boxes or scores are not finite on {where}")
+    asked = np.array([category_ids[c] for c in sample["prompt_classes"]], np.int64)
+    return Predictions(
+        np.array([sample["image_id"]] * len(scores)),
+        asked[instances.pred_classes.long().cpu().numpy()],
+        np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1),
+        scores,
+    )
 
 
 def _merge(parts: list[dict]) -> dict:

@@ -74,19 +74,26 @@ def lvis_ap(
     cap = predictions.best_per_class if fixed else predictions.best_per_image
     predictions = cap(max_dets)
 
-    known = {(a["image_id"], a["category_id"]) for a in truth["annotations"]}
-    known |= {(i["id"], c) for i in truth["images"] for c in i["neg_category_ids"]}
-    open_ended = {(i["id"], c) for i in truth["images"] for c in i["not_exhaustive_category_ids"]}
-    predictions = predictions[_are_among(known, predictions)]
+    judged, unpunished = federated(truth, predictions)
+    predictions, unpunished = predictions[judged], unpunished[judged]
     return average_precision(
         truth,
         predictions,
         max_dets={"AR" if fixed else f"AR{max_dets}": None},
         groups=groups_of(truth) if groups is None else groups,
         image_ids=image_ids,
-        ignored="ignore",
-        unpunished=_are_among(open_ended, predictions),
+        ignored=("ignore",),
+        unpunished=unpunished,
     )
+
+
+def federated(truth: dict, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+    """bool [N], the detections of classes that are known to be in the image or not; bool [N], those
+    of classes of which not all objects are annotated."""
+    known = {(a["image_id"], a["category_id"]) for a in truth["annotations"]}
+    known |= {(i["id"], c) for i in truth["images"] for c in i["neg_category_ids"]}
+    open_ended = {(i["id"], c) for i in truth["images"] for c in i["not_exhaustive_category_ids"]}
+    return _are_among(known, predictions), _are_among(open_ended, predictions)
 
 
 def _are_among(pairs: set[tuple], predictions: Predictions) -> np.ndarray:

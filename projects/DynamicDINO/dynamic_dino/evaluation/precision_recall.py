@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
@@ -39,7 +38,7 @@ def average_precision(
     max_dets: Mapping[str, int | None],
     groups: Mapping[str, Collection[int]],
     image_ids: Collection | None = None,
-    ignored: Literal["iscrowd", "ignore"] = "iscrowd",
+    ignored: Collection[str] = ("iscrowd",),
     unpunished: np.ndarray | None = None,
 ) -> DetectionResult:
     """Mean over IoU 0.50:0.95 and classes of the precision at 101 recalls, and of the recall.
@@ -51,7 +50,7 @@ def average_precision(
         groups: suffix of the metrics -> category ids.
         image_ids: evaluate on these images only. Default: all.
         ignored: which objects must not be found but may be: "iscrowd" ones, any number of times
-            and by any box inside them, as in COCO, or "ignore" ones, like objects, as in LVIS.
+            and by any box inside them, as in COCO; "ignore" ones, like objects, as in LVIS.
         unpunished: bool [N], predictions that are no mistake where they find nothing.
 
     Returns AP, AP50, AP75, APs, APm, APl, the recalls, ARs, ARm, ARl, AP<group>, AP50<group>.
@@ -103,7 +102,9 @@ def average_precision(
         metrics[f"AP{suffix}"] = _mean(best[:, :, columns])
         metrics[f"AP50{suffix}"] = _mean(best[iou50][:, columns])
 
-    counts = Counter({c: sum(not a[ignored] for a in found) for c, found in objects.items()})
+    counts = Counter(
+        {c: sum(not any(a[k] for k in ignored) for a in found) for c, found in objects.items()}
+    )
     per_class = [
         {
             "id": category["id"],
@@ -124,7 +125,7 @@ def _curves(
     found_in: np.ndarray,
     unpunished: np.ndarray,
     max_dets: list[int | None],
-    ignored: str,
+    ignored: Collection[str],
 ) -> tuple[np.ndarray, np.ndarray, object]:
     """Of one class: precision [IoU, recall, area, max_dets], recall [IoU, area, max_dets]."""
     annotations = [
@@ -134,8 +135,8 @@ def _curves(
             "category_id": 1,
             "bbox": a["bbox"],
             # an area of no range: ignored in each, and otherwise matched like an object
-            "area": -1.0 if ignored == "ignore" and a["ignore"] else a["area"],
-            "iscrowd": a["iscrowd"] if ignored == "iscrowd" else 0,
+            "area": -1.0 if "ignore" in ignored and a["ignore"] else a["area"],
+            "iscrowd": a["iscrowd"] if "iscrowd" in ignored else 0,
         }
         for i, a in enumerate(objects, start=1)
     ]

@@ -51,6 +51,8 @@ def _routing_table(layers: list[dict]) -> str:
         [
             i,
             len(layer["load"]),
+            layer["active_experts"],
+            f"{layer['experts_per_token']:.2f}",
             f"{layer['load_entropy']:.3f}",
             _number(100 * min(layer["load"])),
             _number(100 * max(layer["load"])),
@@ -61,8 +63,8 @@ def _routing_table(layers: list[dict]) -> str:
         ]
         for i, layer in enumerate(layers)
     ]
-    headers = "layer,experts,load entropy,min load,max load,under 1%,dead,siblings,same part twice"
-    return "Routing\n" + _table(rows, headers.split(","))
+    headers = "layer,experts,active,per token,load entropy,min load,max load,under 1%,dead"
+    return "Routing\n" + _table(rows, [*headers.split(","), "siblings", "same part twice"])
 
 
 def _class_table(scored: list[dict], max_classes: int | None) -> str:

@@ -93,8 +93,12 @@ class Denoising(nn.Module):
         flip = torch.rand(labels.shape, device=labels.device) < self.label_noise / 2
         labels = torch.where(flip & (others > 0), (labels + step) % (others + 1), labels)
 
-        phrases = self.content(text.phrase_map.to(text.tokens.dtype) @ text.tokens)  # [B, P, D]
+        phrases = self._phrases(text)
         return phrases.gather(1, labels.unsqueeze(-1).expand(-1, -1, phrases.shape[-1]))
+
+    def _phrases(self, text: TextFeatures) -> Tensor:
+        """Content of a query that shows a phrase: [B, P, D]"""
+        return self.content(text.phrase_map.to(text.tokens.dtype) @ text.tokens)
 
     def _jitter(self, boxes: Tensor, negative: Tensor) -> Tensor:
         """Moves the corners of cxcywh boxes [B, M, 4]; `negative` bool [M] moves them farther."""
@@ -105,6 +109,21 @@ class Denoising(nn.Module):
         noised = xyxy_to_cxcywh(corners.clamp(0, 1))
         # Corners that passed each other leave a box that is almost a point, as in DINO.
         return torch.cat([noised[..., :2], noised[..., 2:].clamp(min=self.min_size)], dim=-1)
+
+
+class ClassDenoising(Denoising):
+    """As in DINO itself: the content of a query is the embedding of a class, of which a
+    `ClassVocabulary` has `num_classes`.
+
+    DINO's "100 denoising queries" are 100 positives, and as many negatives.
+    """
+
+    def __init__(self, num_classes: int, embed_dim: int = 256, **options: float) -> None:
+        super().__init__(embed_dim, **options)
+        self.content = nn.Embedding(num_classes, embed_dim)
+
+    def _phrases(self, text: TextFeatures) -> Tensor:
+        return self.content(text.phrase_map.argmax(-1))
 
 
 def _attention_mask(groups: int, group_size: int, num_matching: int, device) -> Tensor:

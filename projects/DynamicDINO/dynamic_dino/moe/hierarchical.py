@@ -9,7 +9,7 @@ import torch
 from dynamic_dino_kernels.moe.reference import best_first
 from torch import Tensor, nn
 
-from .routers import Router
+from .routers import Router, best_experts
 from .routing import Routing
 
 VARIANTS = ("full", "instance", "scene")
@@ -38,6 +38,7 @@ class HierarchicalRouter(Router):
         route_experts: the experts of each route. The paper doesn't say which they are; None gives
             each route E / R of them, in order.
         std: standard deviation of the rows at the start.
+        scene_dim: width of the scene's features, if not `dim`, see `ProposalStatistics`.
 
     Raises:
         ValueError: numbers out of range, experts without a route, or pools of fewer than k experts.
@@ -57,6 +58,7 @@ class HierarchicalRouter(Router):
         temperature: float = 1.0,
         route_experts: Sequence[Sequence[int]] | None = None,
         std: float = 0.02,
+        scene_dim: int | None = None,
     ) -> None:
         super().__init__()
         if variant not in VARIANTS:
@@ -78,7 +80,7 @@ class HierarchicalRouter(Router):
             check_pools(owned, active_routes, top_k)
             pools = torch.tensor([[e in experts for e in range(num_experts)] for experts in owned])
             self.register_buffer("pools", pools, persistent=False)  # [R, E]
-            self.scene_weight = nn.Parameter(torch.empty(num_routes, dim))
+            self.scene_weight = nn.Parameter(torch.empty(num_routes, scene_dim or dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -90,7 +92,7 @@ class HierarchicalRouter(Router):
         repeated for each token of its image. In float32, outside autocast.
 
         Raises:
-            ValueError: no scene, unless the variant needs none.
+            ValueError: no scene, or one of another width, unless the variant needs none.
         """
         if self.variant == "instance":
             with torch.autocast(tokens.device.type, enabled=False):
@@ -99,6 +101,12 @@ class HierarchicalRouter(Router):
             raise ValueError(
                 f"HierarchicalRouter with variant={self.variant!r} needs the scene, [B, D], which "
                 "this layer isn't given: use variant='instance' here"
+            )
+        if scene.shape[1] != self.scene_weight.shape[1]:
+            raise ValueError(
+                f"the scene has {scene.shape[1]} features, the router's scene_dim is "
+                f"{self.scene_weight.shape[1]}: with ProposalStatistics it is dim + "
+                "len(STATISTICS), in the decoder alone"
             )
         with torch.autocast(tokens.device.type, enabled=False):
             g = (scene.float() @ self.scene_weight.float().T / self.scene_temperature).softmax(-1)
@@ -113,9 +121,11 @@ class HierarchicalRouter(Router):
     def choose(self, x: Tensor, pool: Tensor | None = None) -> Routing:
         """x [T, width of W_i], pool bool [T, E] or None -> Routing"""
         logits = x @ self.weight.float().T / self.temperature
-        allowed = logits if pool is None else logits.masked_fill(~pool, -torch.inf)
-        ids = best_first(allowed)[:, : self.top_k]
-        return Routing(ids.int(), allowed.gather(1, ids).softmax(-1), logits.softmax(-1))
+        barred = self.barred(x.device)
+        if pool is not None:
+            barred = ~pool if barred is None else ~pool | barred
+        ids, gates = best_experts(logits, self.top_k, barred)
+        return Routing(ids, gates, logits.softmax(-1))
 
 
 def owned_experts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from dynamic_dino_kernels.moe import route
+from dynamic_dino_kernels.moe.reference import best_first
 from torch import Tensor, nn
 
 from .routing import Routing
@@ -19,11 +20,22 @@ class Router(nn.Module):
         top_k: the most experts that a token can get.
         parts: how many parts each copy of the dense FFN is cut into, one expert each; 1 where
             experts are whole copies.
+        dropped: experts that no token gets, to see what they are good for. May be changed at any
+            time; not part of checkpoints.
     """
 
     num_experts: int
     top_k: int
     parts: int = 1
+    dropped: tuple[int, ...] = ()
+
+    def barred(self, device: torch.device) -> Tensor | None:
+        """bool [E], True for the experts that are dropped; None where none is."""
+        if not self.dropped:
+            return None
+        mask = torch.zeros(self.num_experts, dtype=torch.bool, device=device)
+        mask[list(self.dropped)] = True
+        return mask
 
     def forward(self, tokens: Tensor, scene: Tensor | None = None) -> Routing:
         """tokens [B, N, D], scene [B, D] -> Routing of T = B * N tokens"""
@@ -77,11 +89,35 @@ class SoftmaxRouter(Router):
 
     def forward(self, tokens: Tensor, scene: Tensor | None = None) -> Routing:
         """tokens [B, N, D] -> Routing of T = B * N tokens; `scene` is for scene-aware routers."""
-        ids, soft, probs, counts = route(tokens.flatten(0, 1), self.weight, self.top_k)
+        x = tokens.flatten(0, 1)
+        ids, soft, probs, counts = route(x, self.weight, self.top_k)
+        barred = self.barred(x.device)
+        if barred is not None:  # not what the kernel is for, and in no hurry
+            logits = (x.double() @ self.weight.double().T).float()
+            ids, soft = best_experts(logits, self.top_k, barred)
+            soft, counts = soft * self.top_k, None
         if self.gate == "renormalized":
             gates = soft
         elif self.gate == "straight_through" and soft.requires_grad:
             gates = torch.ones_like(soft) + (soft - soft.detach())
         else:
             gates = torch.ones_like(soft)
+        if barred is not None:
+            gates = gates.masked_fill(ids < 0, 0)
         return Routing(ids, gates, probs, counts)
+
+
+def best_experts(logits: Tensor, top_k: int, barred: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The k best experts of each token that aren't barred, ids int32 [T, K], and the softmax over
+    them [T, K]. Where there are fewer, slots are empty: -1 and 0.
+
+    Args:
+        logits: [T, E]
+        barred: bool [E] or [T, E]
+    """
+    if barred is not None:
+        logits = logits.masked_fill(barred, -torch.inf)
+    ids = best_first(logits)[:, :top_k]
+    best = logits.gather(1, ids)
+    empty = best == -torch.inf
+    return ids.masked_fill(empty, -1).int(), best.softmax(-1).masked_fill(empty, 0)

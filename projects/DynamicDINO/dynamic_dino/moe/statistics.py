@@ -155,7 +155,9 @@ def training_metrics(routings: list[Routing]) -> dict[str, Tensor]:
             if parts_of(routing) > 1 or routing.expert_ids.shape[1] == 1:
                 flags = sibling_tokens(routing.expert_ids, parts_of(routing))
                 found["siblings"], found["same_part"] = (flag.float().mean() for flag in flags)
-            if routing.active is not None:
+            if routing.active is None:  # a distribution, not a top-any router's scores
+                found["router_entropy"] = normalised_entropy(routing.probs).mean()
+            else:
                 taken = (routing.expert_ids >= 0).sum(1).float()
                 found["active_experts"] = on.float().sum()
                 found["experts_per_token"] = taken.mean()

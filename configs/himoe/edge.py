@@ -17,4 +17,4 @@ from ..moe_tuning.dynamic_dino_x16_top2 import (  # noqa: F401
 
 model.decoder.layer.ffn = hierarchical(model.decoder.layer.ffn)
 model.criterion.router_losses = [squared_balance, diversity]
-train.output_dir = "output/himoe/edge_x16_top2"
+train.output_dir = "output/himoe/edge"

@@ -1,0 +1,3 @@
+from .collect import Collection, collect
+
+__all__ = ["Collection", "collect"]

@@ -1,0 +1,117 @@
+"""The report as files, as HTML, and in a real browser."""
+
+import csv
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dynamic_dino.analysis.exhibit import Exhibit, Section, plot, slug
+from dynamic_dino.analysis.report import write_report
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))
+from browser import find_browser, look_at  # noqa: E402
+
+VOID = {"meta", "link", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed in order; collects what could be loaded from elsewhere."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.images, self.addresses, self.ids = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(found["alt"])
+        assert tag not in ("script", "iframe", "object", "embed")
+        self.addresses += [found[k] for k in ("src", "href") if k in found]
+        self.ids += [found["id"]] if "id" in found else []
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, tag
+
+
+def check_page(text: str) -> Page:
+    """Well-formed, nothing from outside, every link leads somewhere."""
+    page = Page(text)
+    assert "url(" not in text and "@import" not in text
+    for address in page.addresses:
+        assert address.startswith(("data:", "#"))
+        assert not address.startswith("#") or address[1:] in page.ids
+    assert len(page.ids) == len(set(page.ids))
+    return page
+
+
+def check_in_browser(page: Path, titles: list[str], folder: Path) -> None:
+    """Nothing on the console, all figures loaded; wide tables and photos scroll in frames."""
+    if find_browser() is None:
+        pytest.skip("no browser: install Debian's chromium, or Chrome")
+    for width in (390, 1200):
+        seen, console = look_at(page, width, folder)
+        assert console == ""
+        assert [image["alt"] for image in seen["images"]] == titles
+        assert all(image["width"] > 200 for image in seen["images"])
+        assert seen["viewport"] == width and seen["page"] <= width
+        assert seen["edges"] and all(right <= width for right in seen["edges"])
+
+
+@pytest.fixture
+def sections(rng):
+    figure, axes = plot()
+    axes[0, 0].plot(rng.random(5))
+    picture = rng.integers(0, 255, (300, 1100, 3), dtype=np.uint8)
+    wide = [[f"<b>& {i}", i / 7, True, None, float("nan"), *range(30)] for i in range(60)]
+    head = ["name", "float", "bool", "none", "nan", *(f"column {i}" for i in range(30))]
+    return [
+        Section(
+            "Of <one> & all",
+            "Text with <tags>",
+            [Exhibit("a-plot", "A plot", "Look.", head, wide, figure)],
+        ),
+        Section(
+            "Pictures",
+            exhibits=[
+                Exhibit("a-picture", 'A "picture"', "Look.", ["x"], [[1]], picture, shown=0),
+                Exhibit("a-table", "A table", "Read & learn <it>.", head, wide),
+            ],
+        ),
+    ]
+
+
+def test_files(sections, tmp_path):
+    write_report(tmp_path / "new", "Title", "Text", sections)
+    names = {"report.html", "a-plot.png", "a-plot.csv", "a-picture.png", "a-picture.csv"}
+    assert {file.name for file in (tmp_path / "new").iterdir()} == names | {"a-table.csv"}
+    with (tmp_path / "new/a-table.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    exhibit = sections[1].exhibits[1]
+    assert rows[0] == exhibit.head and len(rows) == 61
+    assert rows[3] == ["<b>& 2", str(2 / 7), "True", "", "nan", *map(str, range(30))]
+    picture = np.asarray(Image.open(tmp_path / "new/a-picture.png"))
+    np.testing.assert_array_equal(picture, sections[1].exhibits[0].figure)
+    sections[0].exhibits[0].name = "a-table"
+    with pytest.raises(ValueError, match="two exhibits are called a-table"):
+        write_report(tmp_path, "Title", "Text", sections)
+
+
+def test_page(sections, tmp_path):
+    file = write_report(tmp_path, "Title & <more>", "Text", sections)
+    page = check_page(file.read_text())
+    assert page.images == ["A plot", 'A "picture"']
+    assert {"of-one-all", "pictures", "a-plot", "a-table", "a-picture"} <= set(page.ids)
+    check_in_browser(file, page.images, tmp_path)
+
+
+def test_slug():
+    assert slug("run 0", "stamps_val", "load") == "run-0_stamps_val_load"
+    assert slug("", "load") == "load" and slug("AP of x16!") == "ap-of-x16"
