@@ -31,7 +31,7 @@ NODES = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "inferenc
 
 def device(cfg) -> str:
     """Large models are only counted; nano has its real towers."""
-    return "cpu" if cfg.model.query_selection.num_queries == 100 else "meta"
+    return "cpu" if cfg.model.query_selection.num_queries <= 100 else "meta"
 
 
 @functools.cache
