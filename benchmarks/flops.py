@@ -223,14 +223,21 @@ class OneImage(nn.Module):
         return found.scores, found.pred_classes, found.pred_boxes.tensor
 
 
-def empty_slots(detector: nn.Module, sample: dict) -> dict[str, Counter]:
-    """What `experts` counts for slots that a router leaves empty: by module of a `OneImage`."""
+def empty_slots(
+    detector: nn.Module, sample: dict, taken: Sequence[float] | None = None
+) -> dict[str, Counter]:
+    """What `experts` counts for slots that a router leaves empty: by module of a `OneImage`.
+
+    taken: how many experts a token takes on average, by layer; None: those of this sample.
+    """
     with torch.no_grad():
         routings = detector([sample])[0].get("routings", [])
     mixtures = [(n, m) for n, m in detector.named_modules() if isinstance(m, MoEFeedForward)]
     found = {}
-    for (name, layer), routing in zip(mixtures, routings, strict=True):
+    for i, ((name, layer), routing) in enumerate(zip(mixtures, routings, strict=True)):
         slots = int((routing.expert_ids < 0).sum())
+        if taken is not None:
+            slots = round(len(routing.expert_ids) * (layer.top_k - taken[i]))
         _, hidden, dim = layer.experts.w1.shape
         if slots:
             found[f"detector.{name}.experts"] = Counter(
@@ -282,6 +289,7 @@ def measure(
     size: tuple[int, int],
     names: str = NAMES,
     depth: int = 0,
+    taken: Sequence[float] | None = None,
 ) -> dict:
     """FLOPs and parameters of a detector for one image.
 
@@ -289,6 +297,8 @@ def measure(
         trainable: the recipe's patterns, None for what the model doesn't freeze itself.
         size: height and width in pixels.
         depth: how far down "modules", the list of modules by name, goes.
+        taken: experts that a token takes on average in each MoE layer, as `RoutingStatistics` has
+            it; None: as many as the noise takes here, and in "parameters" the most it can.
 
     Raises:
         RuntimeError: see `count`.
@@ -297,11 +307,17 @@ def measure(
         detector = instantiate(model).eval()
         set_trainable(detector, trainable)
     parameters = count_parameters(detector)
+    if taken:
+        mixtures = [m for m in detector.modules() if isinstance(m, MoEFeedForward)]
+        parameters["active"] += sum(
+            round(sum(p.numel() for p in m.experts.parameters()) * (t - m.top_k) / m.num_experts)
+            for m, t in zip(mixtures, taken, strict=True)
+        )
     detector.criterion = detector.denoising = None  # only training calls them
     detector.canvas = None
     (sample,) = samples(size, names=names)
     analysis = count(OneImage(use_backend(detector, "grouped"), sample), sample["image"])
-    empty = empty_slots(detector, sample)
+    empty = empty_slots(detector, sample, taken)
     modules = analysis.by_module()
     for module, operators in empty.items():
         for name in modules:

@@ -9,6 +9,7 @@ from dynamic_dino.moe.losses import (
     SparseGatingLoss,
     SquaredBalanceLoss,
 )
+from dynamic_dino.moe.part_router import PartRouter
 from dynamic_dino.moe.top_any import TopAnyRouter
 
 # What trains, part by part (paper, section 3.1)
@@ -23,6 +24,12 @@ def experts(dense, num_experts: int, top_k: int = 2, **options):
     return L(MoEFeedForward)(
         dim=dense.dim, hidden=dense.hidden, num_experts=num_experts, top_k=top_k, **options
     )
+
+
+def part_by_part(dense, num_experts: int = 16, parts: int = 2, **options):
+    """xE-TopK of which a token takes each part once, from whichever copy."""
+    router = L(PartRouter)(dim=dense.dim, num_experts=num_experts, parts=parts)
+    return L(MoEFeedForward)(dim=dense.dim, hidden=dense.hidden, router=router, **options)
 
 
 def hierarchical(dense, variant: str = "full", num_experts: int = 16, top_k: int = 2, **options):

@@ -31,7 +31,7 @@ NODES = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "inferenc
 
 def device(cfg) -> str:
     """Large models are only counted; nano has its real towers."""
-    return "cpu" if cfg.model.query_selection.num_queries == 100 else "meta"
+    return "cpu" if cfg.model.query_selection.num_queries <= 100 else "meta"
 
 
 @functools.cache
@@ -116,7 +116,7 @@ def test_recipe(recipe):
     mixtures = {n: m for n, m in model.named_modules() if isinstance(m, MoEFeedForward)}
     dense = recipe.startswith(("pretrain", "finetune"))
     end_to_end = recipe.startswith("himoe/dino") and "tuning" not in recipe and "nano" not in recipe
-    if not dense and not recipe.endswith(("control_stamps.py", "dense.py")):
+    if not dense and not recipe.endswith(("control_stamps.py", "control_glyphs.py", "dense.py")):
         places = {
             f"decoder.layers.{i}.ffn": "decoder" for i in range(cfg.model.decoder.num_layers)
         } | {
@@ -126,7 +126,7 @@ def test_recipe(recipe):
         placed = {places[name] for name in mixtures}
         assert set(mixtures) == {name for name, place in places.items() if place in placed}
         both, enhancer = "encoder_decoder" in recipe or "table9" in recipe, "enhancer"
-        alone = recipe.endswith(("_encoder.py", "token_moe.py", "token_moe_stamps.py"))
+        alone = recipe.endswith(("_encoder.py", "nano_encoder_stamps.py")) or "token_moe" in recipe
         assert placed == ({enhancer} if alone else {"decoder", enhancer} if both else {"decoder"})
         family = recipe.split("/")[0]
         losses = [type(loss).__name__ for loss in model.criterion.router_losses]

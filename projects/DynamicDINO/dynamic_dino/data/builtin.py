@@ -67,6 +67,7 @@ def _ours() -> list[Builtin]:
     licences = {
         "stamps": "GPL-2 (tuxpaint-stamps) and per-photo licences (gcompris-qt)",
         "drawn": "Apache-2.0",
+        "glyphs": "Apache-2.0",
     }
     return [
         Builtin(
@@ -79,6 +80,7 @@ def _ours() -> list[Builtin]:
         for family, splits in (
             ("stamps", ("train", "val", "val_novel", "val_real")),
             ("drawn", ("train", "val")),
+            ("glyphs", ("train", "val")),
         )
         for split in splits
     ]

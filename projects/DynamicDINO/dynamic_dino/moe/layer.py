@@ -17,7 +17,8 @@ class MoEFeedForward(nn.Module):
 
     Without a `router` it is Dynamic-DINO's layer, whose k experts cost what the dense FFN costs:
     "xE-TopK" of the paper's Table 8 has E = `num_experts` experts of hidden / k units each, that
-    is, E / k copies of the FFN, each cut into k parts. With one, every expert is a whole copy.
+    is, E / k copies of the FFN, each cut into k parts. With one, the router says into how many
+    parts a copy is cut; mostly into 1: every expert is a whole copy.
 
     MoE-Tuning is loading: `load_state_dict` with a dense FFN's keys (linear1, linear2) under this
     module's prefix initialises the experts from it (Algorithm 1) and keeps the router as it was
@@ -64,13 +65,15 @@ class MoEFeedForward(nn.Module):
             groups = num_experts // top_k if init_router else None
             router = SoftmaxRouter(dim, num_experts, top_k, gate, groups, router_std)
         else:
-            self.parts = 1
+            self.parts = router.parts
             for name, value in (("num_experts", num_experts), ("top_k", top_k)):
                 if value not in (None, getattr(router, name)):
                     raise ValueError(
                         f"{name}={value}, but the layer's router has "
                         f"{name}={getattr(router, name)}: set that of the router"
                     )
+            if self.parts > 1:
+                check_parts(hidden, router.num_experts, self.parts)
         if expert_hidden not in (None, hidden // self.parts) and init_experts:
             raise ValueError(
                 f"expert_hidden={expert_hidden} is not the size {hidden // self.parts} of the "

@@ -18,12 +18,15 @@ class Router(nn.Module):
     Attributes:
         num_experts: E, how many experts there are.
         top_k: the most experts that a token can get.
+        parts: how many parts each copy of the dense FFN is cut into, one expert each; 1 where
+            experts are whole copies.
         dropped: experts that no token gets, to see what they are good for. May be changed at any
             time; not part of checkpoints.
     """
 
     num_experts: int
     top_k: int
+    parts: int = 1
     dropped: tuple[int, ...] = ()
 
     def barred(self, device: torch.device) -> Tensor | None:

@@ -1,0 +1,322 @@
+#!/usr/bin/env python
+"""How many names a decoder's FFNs can remember, dense or as experts; the rest of it left away.
+
+    python -m dynamic_dino.data.glyphs          # and their features, which this script caches
+    python benchmarks/name_memory.py --seeds 0 1 2 3 4
+    python benchmarks/name_memory.py --tuning 1500 --rows control x16 top1_x8 \\
+        --json benchmarks/results/cpu/name_memory_long.json
+
+A detector must do much more than to remember names, and takes long to train. Here nano's frozen
+features at the centre of a glyph (three levels side by side) pass a linear map and the FFNs of the
+decoder, y = norm(x + ffn(x)) layer by layer, and are compared with the embeddings of all names, as
+by the class head. The loss is cross entropy; scored is how often the right one of 720 names is
+first, in percent, on pictures of `glyphs_val`, where all names are equally frequent.
+
+`width`: dense FFNs of several widths, from scratch. `tuning`: MoE-Tuning of the dense one of 64
+units: only experts and routers train on, in the control only the dense FFNs, for as many steps on
+the same data in the same order. Each seed has a base of its own; what is done is kept, and left
+out another time. Results and tables: benchmarks/results/cpu/name_memory.json, ABLATIONS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ablations_page
+import numpy as np
+import torch
+import torch.nn.functional as F
+from detectors import ROOT
+from detectron2.structures import BoxMode
+from dynamic_dino.data.catalog import dataset_root
+from dynamic_dino.data.datasets import get_metadata, load_datasets
+from dynamic_dino.data.feature_cache import FeatureCache, cache_features
+from dynamic_dino.engine.config import load_config
+from dynamic_dino.feed_forward import FeedForward
+from dynamic_dino.heads import ContrastiveHead
+from dynamic_dino.moe.adaptive import AdaptiveExperts
+from dynamic_dino.moe.hierarchical import HierarchicalRouter
+from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.moe.losses import LoadBalanceLoss, SparseGatingLoss, SquaredBalanceLoss
+from dynamic_dino.moe.part_router import PartRouter
+from dynamic_dino.moe.routing import Routing
+from dynamic_dino.moe.statistics import RoutingStatistics
+from dynamic_dino.moe.top_any import TopAnyRouter
+from dynamic_dino.prompt import Prompt
+from dynamic_dino.text import TextEncoder
+from report import provenance, results_folder, write_json
+from torch import Tensor, nn
+from tqdm import tqdm
+
+RECIPE = "configs/pretrain/nano_glyphs.py"
+DIM, LAYERS, BATCH = 64, 3, 128
+WIDTHS = (0, 16, 32, 64, 128, 256, 512)
+BASE = 64
+FREQUENCIES = {"rare": "r", "common": "c", "frequent": "f"}
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Glyphs:
+    """Features at the centres of objects [n, C], and which names they have [n]."""
+
+    x: Tensor
+    y: Tensor
+
+
+def read(split: str, cache: FeatureCache) -> Glyphs:
+    """All objects of a split."""
+    rows, labels = [], []
+    for record in load_datasets(f"glyphs_{split}"):
+        features = cache.load(record)
+        for annotation in record["annotations"]:
+            mode = annotation["bbox_mode"]
+            x0, y0, x1, y1 = BoxMode.convert(annotation["bbox"], mode, BoxMode.XYXY_ABS)
+            u, v = (x0 + x1) / 2 / cache.canvas, (y0 + y1) / 2 / cache.canvas
+            levels = [features[name] for name in sorted(features)]
+            cells = [f[:, int(v * f.shape[1]), int(u * f.shape[2])] for f in levels]
+            rows.append(torch.cat(cells))
+            labels.append(annotation["category_id"])
+    return Glyphs(torch.stack(rows).float(), torch.tensor(labels))
+
+
+def load_data() -> tuple[Glyphs, Glyphs]:
+    """Training and test objects, normalised; their features are cached where they aren't yet."""
+    folders = {split: dataset_root() / f"glyphs/features/{split}" for split in ("train", "test")}
+    try:
+        caches = {split: FeatureCache(folder) for split, folder in folders.items()}
+    except (FileNotFoundError, ValueError):
+        overrides = [
+            f"dataloader.train.mapper.features={folders['train']}",
+            f"dataloader.test.val.mapper.features={folders['test']}",
+        ]
+        cache_features(load_config(ROOT / RECIPE, overrides))
+        caches = {split: FeatureCache(folder) for split, folder in folders.items()}
+    train, test = read("train", caches["train"]), read("val", caches["test"])
+    mean, deviation = train.x.mean(0), train.x.std(0) + 1e-3
+    for part in (train, test):
+        part.x = (part.x - mean) / deviation
+    return train, test
+
+
+@torch.no_grad()
+def name_embeddings(names: list[str]) -> Tensor:
+    """MiniLM's embedding of each name, not normalised [N, 384]."""
+    spec = load_config(ROOT / RECIPE).model.text_encoder.model
+    encoder = TextEncoder(spec, dim=384, frozen=True, pooled=True).eval()
+    encoder.proj.weight.copy_(torch.eye(384))
+    return encoder([Prompt.from_phrases(names)]).tokens[0].clone()
+
+
+# ---- model --------------------------------------------------------------------------------------
+
+
+class Memory(nn.Module):
+    """Features [n, C] -> logits of all names [n, N], and a routing per layer of experts."""
+
+    def __init__(self, channels: int, names: Tensor, ffn: Callable[[], nn.Module | None]) -> None:
+        super().__init__()
+        self.input, self.input_norm = nn.Linear(channels, DIM), nn.LayerNorm(DIM)
+        self.text, self.text_norm = nn.Linear(names.shape[1], DIM), nn.LayerNorm(DIM)
+        self.head = ContrastiveHead(DIM)
+        self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(LAYERS))
+        self.ffn = nn.ModuleList(m for m in (ffn() for _ in range(LAYERS)) if m is not None)
+        self.register_buffer("names", names, persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Routing]]:
+        x = self.input_norm(self.input(x))[None]
+        routings = []
+        for ffn, norm in zip(self.ffn, self.norms, strict=False):
+            x, routing = ffn(x, None, norm)
+            routings += [routing] if routing is not None else []
+        text = self.text_norm(self.text(self.names))[None]
+        mask = torch.ones(text.shape[:2], dtype=torch.bool)
+        return self.head(x, text, mask)[0], routings
+
+
+def dense(width: int) -> Callable[[], nn.Module | None]:
+    return lambda: FeedForward(DIM, width) if width else None
+
+
+def softmax(experts: int = 16, top_k: int = 2, **options) -> Callable[[], nn.Module]:
+    return lambda: MoEFeedForward(DIM, BASE, experts, top_k, **options)
+
+
+def by_router(router: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: MoEFeedForward(DIM, BASE, router=router())
+
+
+def part_by_part(experts: int, parts: int) -> Callable[[], nn.Module]:
+    return by_router(lambda: PartRouter(DIM, experts, parts))
+
+
+@dataclass
+class Row:
+    """A mixture and its router losses; adaptive: DynMoE's experts come and go."""
+
+    title: str
+    ffn: Callable[[], nn.Module | None]
+    losses: list = field(default_factory=lambda: [LoadBalanceLoss(0.01)])
+    adaptive: bool = False
+
+
+def tuning_rows() -> dict[str, Row]:
+    flat = HierarchicalRouter
+    return {
+        "control": Row("dense", dense(BASE), []),
+        "x4": Row("x4-Top2", softmax(4)),
+        "x8": Row("x8-Top2", softmax(8)),
+        "x16": Row("x16-Top2", softmax(16)),
+        "top1_x8": Row("x8-Top1", softmax(8, 1)),
+        "top4_x32": Row("x32-Top4", softmax(32, 4)),
+        "renormalized": Row("x16, renormalised gate", softmax(gate="renormalized")),
+        "indicator": Row("x16, indicator gate", softmax(gate="indicator")),
+        "untied": Row("x16, router rows apart", softmax(init_router=False)),
+        "without_init": Row(
+            "x16, random experts and router", softmax(init_router=False, init_experts=False)
+        ),
+        "alpha_0": Row("x16, alpha 0", softmax(), []),
+        "alpha_0.1": Row("x16, alpha 0.1", softmax(), [LoadBalanceLoss(0.1)]),
+        "router_std_0.2": Row("x16, router drawn with 0.2", softmax(router_std=0.2)),
+        "part_by_part": Row("x16, a slot for each part", part_by_part(16, 2)),
+        "top1_learned": Row("x8-Top1, gradient to the router", part_by_part(8, 1)),
+        "himoe_instance": Row(
+            "HI-MoE's flat router, 16 whole copies, K = 2",
+            by_router(lambda: flat(DIM, 16, 2, variant="instance")),
+            [SquaredBalanceLoss(0.01)],
+        ),
+        "dynmoe": Row(
+            "DynMoE, 6 of at most 8 whole copies",
+            by_router(lambda: TopAnyRouter(DIM, num_experts=8, initial_experts=6)),
+            [SparseGatingLoss(0.01)],
+            adaptive=True,
+        ),
+    }
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def train(
+    model: Memory, data: Glyphs, steps: int, lr: float, seed: int, row: Row | None = None
+) -> None:
+    """AdamW, cosine; which objects a step sees follows from the seed alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order = torch.Generator().manual_seed(seed)
+    adaptive = AdaptiveExperts(model) if row and row.adaptive else None
+    model.train()
+    for step in range(steps):
+        batch = torch.randint(len(data.y), (BATCH,), generator=order)
+        logits, routings = model(data.x[batch])
+        loss = F.cross_entropy(logits, data.y[batch])
+        loss = loss + sum(term(routings) for term in (row.losses if row else []))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if adaptive:
+            adaptive.record(routings)
+            if (step + 1) % 100 == 0 and step + 1 < steps:
+                adaptive.adapt(optimizer)
+
+
+@torch.no_grad()
+def score(model: Memory, data: Glyphs, frequency: list[str]) -> dict:
+    """Accuracies in percent, and what the routers did."""
+    logits, routings = model.eval()(data.x)
+    right = (logits.argmax(1) == data.y).float()
+    tier = np.array(frequency)[data.y.numpy()]
+    found = {"all": 100 * float(right.mean())}
+    for title, letter in FREQUENCIES.items():
+        found[title] = 100 * float(right[torch.from_numpy(tier == letter)].mean())
+    statistics = RoutingStatistics()
+    if routings:
+        statistics.update(routings)
+    return {"scores": found, "routing": statistics.summary()}
+
+
+def tuned(base: Memory, row: Row, channels: int, data: Glyphs, steps: int, seed: int) -> Memory:
+    """The base with its FFNs replaced by the row's, which alone train on."""
+    torch.manual_seed(seed)
+    model = Memory(channels, base.names, row.ffn)
+    model.load_state_dict(copy.deepcopy(base.state_dict()))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("ffn."))
+    train(model, data, steps, 1e-3, seed, row)
+    return model
+
+
+def run(
+    seed: int, options: argparse.Namespace, data: Glyphs, test: Glyphs, names: Tensor
+) -> dict[str, dict]:
+    """{"width", "tuning"} -> row -> its scores and routing with this seed."""
+    frequency, channels = get_metadata("glyphs_train").frequency, data.x.shape[1]
+    found: dict[str, dict] = {"width": {}, "tuning": {}}
+    rows = {name: row for name, row in tuning_rows().items() if name in options.rows}
+    widths = WIDTHS if len(rows) == len(tuning_rows()) else [BASE]
+    with tqdm(total=len(widths) + len(rows), desc=f"seed {seed}", unit="run") as progress:
+        for width in widths:
+            torch.manual_seed(seed)
+            model = Memory(channels, names, dense(width))
+            train(model, data, options.steps, 2e-3, seed)
+            found["width"][f"{width} units"] = score(model, test, frequency)
+            if width == BASE:
+                base = model
+            progress.update()
+        for row in rows.values():
+            model = tuned(base, row, channels, data, options.tuning, seed)
+            found["tuning"][row.title] = score(model, test, frequency)
+            progress.update()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=800, help="of the base")
+    parser.add_argument("--tuning", type=int, default=500, help="steps of MoE-Tuning")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=tuning_rows(),
+        default=list(tuning_rows()),
+        help="of the tuning, the control among them; with less than all no widths are trained",
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, default=results_folder() / "name_memory.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    settings = {"steps": options.steps, "tuning": options.tuning, "batch": BATCH}
+    if len(options.rows) < len(tuning_rows()):
+        settings["rows"] = options.rows
+    report = provenance(("torch", "timm", "transformers", "scipy")) | {"settings": settings}
+    report["seeds"] = {}
+    if options.json.is_file() and (old := json.loads(options.json.read_text())):
+        if old["settings"] != settings:
+            raise SystemExit(f"{options.json} is of {old['settings']}: delete it to start anew")
+        report["seeds"] = old["seeds"]
+    todo = [seed for seed in options.seeds if str(seed) not in report["seeds"]]
+    if todo:
+        data, test = load_data()
+        names = name_embeddings(get_metadata("glyphs_train").thing_classes)
+    for seed in todo:
+        found = run(seed, options, data, test, names)
+        report["seeds"][str(seed)] = found
+        write_json(options.json, report)
+    ablations_page.main()
+
+
+if __name__ == "__main__":
+    main()

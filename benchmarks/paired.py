@@ -1,0 +1,50 @@
+"""What a few seeds say: means with confidence intervals, and differences of pairs.
+
+The intervals are Student's: of the mean of normally distributed values of unknown variance. With
+the two or three seeds that are affordable they are wide, and that is their message.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from scipy.stats import t as student
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean of `count` values, their standard deviation, and the half width of the mean's
+    confidence interval; both NaN for a single value."""
+
+    mean: float
+    deviation: float
+    margin: float
+    count: int
+
+    @property
+    def differs(self) -> bool:
+        """Whether zero is outside the interval."""
+        return self.margin < abs(self.mean)
+
+
+def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
+    """Raises ValueError for no values."""
+    count = len(values)
+    if not count:
+        raise ValueError("there are no values to take the mean of")
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Estimate(mean, math.nan, math.nan, 1)
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1))
+    quantile = float(student.ppf((1 + level) / 2, count - 1))
+    return Estimate(mean, deviation, quantile * deviation / math.sqrt(count), count)
+
+
+def paired(
+    values: Mapping[int, float], control: Mapping[int, float], level: float = 0.95
+) -> Estimate | None:
+    """Of value - control over the seeds that both have; None where there is none."""
+    seeds = sorted(values.keys() & control.keys())
+    return estimate([values[s] - control[s] for s in seeds], level) if seeds else None

@@ -1,0 +1,252 @@
+"""The sweeps of ablations.py: settings, their rows, and the questions that tables of rows answer.
+
+A `Setting` is data, a base checkpoint and a length of training that its rows share; a `Row` is a
+recipe with overrides. A row is trained once for all sweeps that show it. Each sweep has a control,
+which the others are compared with: where a dense model is tuned, it is that same model, tuned as
+dense for as long, on the same data in the same order, with the same parts free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FFN = "model.decoder.layer.ffn"
+ENCODER_FFN = "model.enhancer.layer.image.ffn"
+EXPERTS = ("*.ffn.experts.*", "*.ffn.router.*")
+FUSION = ("enhancer.layers.*.fusion.*",)
+HEADS = ("*.class_head.*", "*.box_head.*")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe under configs/, without ".py", and what is changed of it."""
+
+    title: str
+    config: str
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What rows share.
+
+    tests      names of the test sets; differences are drawn for the first
+    overrides  of every row
+    features   where the mappers' backbone features are cached: "train", "test" -> folder
+    base       the row whose last weights, with seed 0, the others of its sweeps start from, but for
+               those that are `from_scratch`; None: they start from what their recipes name
+    """
+
+    name: str
+    title: str
+    tests: tuple[str, ...]
+    rows: Mapping[str, Row]
+    overrides: tuple[str, ...] = ()
+    features: Mapping[str, str] | None = None
+    base: str | None = None
+    from_scratch: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A table: rows of a setting beside their control; `note` says what it shows."""
+
+    name: str
+    title: str
+    setting: str
+    control: str
+    rows: tuple[str, ...]
+    note: str = ""
+
+
+def dynamic(setting: str) -> dict[str, Row]:
+    """Dynamic-DINO and what varies of it, with its control."""
+    recipe = f"moe_tuning/nano_x16_{setting}"
+
+    def x(experts: int, top_k: int = 2) -> tuple[str, str]:
+        return (f"{FFN}.num_experts={experts}", f"{FFN}.top_k={top_k}")
+
+    def trains(*patterns: str) -> tuple[str]:
+        return ("train.trainable=[" + ",".join(f"'{pattern}'" for pattern in patterns) + "]",)
+
+    new_experts, new_router = f"{FFN}.init_experts=false", f"{FFN}.init_router=false"
+    weight = "model.criterion.router_losses.0.weight"
+    return {
+        "control": Row("dense", f"moe_tuning/nano_dense_control_{setting}"),
+        "x16": Row("x16-Top2", recipe),
+        "x8": Row("x8-Top2", recipe, x(8)),
+        "x4": Row("x4-Top2", recipe, x(4)),
+        "parts": Row("x16, each part once (ours)", f"moe_tuning/nano_x16_parts_{setting}"),
+        "top1_x8": Row("x8-Top1", recipe, x(8, 1)),
+        "top4_x32": Row("x32-Top4", recipe, x(32, 4)),
+        "indicator": Row("x16, indicator gate", recipe, (f"{FFN}.gate=indicator",)),
+        "renormalized": Row("x16, renormalised gate", recipe, (f"{FFN}.gate=renormalized",)),
+        "without_init": Row("x16, random experts and router", recipe, (new_experts, new_router)),
+        "untied": Row("x16, initialised experts, router rows apart", recipe, (new_router,)),
+        "alpha_0": Row("x16, alpha 0", recipe, (f"{weight}=0.0",)),
+        "alpha_0.1": Row("x16, alpha 0.1", recipe, (f"{weight}=0.1",)),
+        "only_experts": Row("x16, experts alone train", recipe, trains(*EXPERTS)),
+        "without_heads": Row("x16, heads don't train", recipe, trains(*EXPERTS, *FUSION)),
+        "without_fusion": Row("x16, fusion doesn't train", recipe, trains(*EXPERTS, *HEADS)),
+    }
+
+
+DYNAMIC = {
+    "table8": ("How many experts (Dynamic-DINO's Table 8)", ("x4", "x8", "x16")),
+    "table10": ("Initialisation from the dense FFN (Table 10)", ("x16", "untied", "without_init")),
+    "gates": ("The three gates", ("x16", "renormalized", "indicator", "parts")),
+    "k": ("Active experts, of equal size together", ("top1_x8", "x16", "top4_x32")),
+    "alpha": ("Weight of the load balance", ("alpha_0", "x16", "alpha_0.1")),
+    "parts": ("What trains", ("only_experts", "without_heads", "without_fusion", "x16")),
+}
+
+
+def himoe(name: str, title: str, *overrides: str) -> tuple[str, Row]:
+    return f"himoe_{name}", Row(f"HI-MoE, {title}", "himoe/nano_x16_stamps", overrides)
+
+
+def dynmoe(name: str, title: str, *overrides: str) -> tuple[str, Row]:
+    often = ("train.adaptive_experts.period=50", "train.adaptive_experts.window=50")
+    return name, Row(f"DynMoE, {title}", "dynmoe/nano_stamps", (*often, *overrides))
+
+
+ROUTER = f"{FFN}.router"
+STAMPS = Setting(
+    "stamps",
+    "nano on Stamps, MoE-Tuning of the shipped dense model",
+    ("val", "val_novel", "val_real"),
+    {
+        **dynamic("stamps"),
+        "encoder": Row("x16 in the encoder too", "moe_tuning/nano_encoder_decoder_stamps"),
+        "token_moe": Row("Token-MoE (image tokens)", "himoe/nano_token_moe_stamps"),
+        "himoe_instance": Row("HI-MoE, instance only", "himoe/nano_instance_only_stamps"),
+        "himoe_scene": Row("HI-MoE, scene only", "himoe/nano_scene_only_stamps"),
+        "himoe_both": Row("HI-MoE, encoder and decoder", "himoe/nano_encoder_decoder_stamps"),
+        "himoe_encoder": Row("HI-MoE, encoder", "himoe/nano_encoder_stamps"),
+        **dict(
+            [
+                himoe("x16", "16 experts, K = 2"),
+                himoe("top1", "16 experts, K = 1", f"{ROUTER}.top_k=1"),
+                himoe("top4", "16 experts, K = 4", f"{ROUTER}.top_k=4"),
+                himoe("x8", "8 experts, K = 2", f"{ROUTER}.num_experts=8"),
+                himoe("x4", "4 experts, K = 2", f"{ROUTER}.num_experts=4"),
+                dynmoe("dynmoe", "6 of at most 8 experts at the start"),
+                dynmoe(
+                    "dynmoe_fixed", "8 experts that stay", "train.adaptive_experts.enabled=false"
+                ),
+                dynmoe("dynmoe_max16", "at most 16", f"{ROUTER}.num_experts=16"),
+            ]
+        ),
+    },
+    # 10,000 images * 0.1 epochs / 8 images = 125 iterations
+    overrides=("train.max_iter=125", "train.checkpointer.period=50", "train.eval_period=0"),
+    features={"train": "datasets/stamps/features", "test": "datasets/stamps/features_test"},
+)
+
+GLYPHS = Setting(
+    "glyphs",
+    "nano at a quarter of its width on glyphs, 720 names to be learnt by heart",
+    ("val",),
+    {
+        **dynamic("glyphs"),
+        **{
+            f"ffn_{width}": Row(
+                f"FFN of {width} units" if width else "without FFN",
+                "pretrain/nano_glyphs",
+                (f"{FFN}.hidden={width}",),
+            )
+            for width in (0, 32, 64, 128, 256, 512)
+        },
+    },
+    overrides=("train.checkpointer.period=200",),
+    features={"train": "datasets/glyphs/features/train", "test": "datasets/glyphs/features/test"},
+    base="ffn_64",
+    from_scratch=("ffn_0", "ffn_32", "ffn_64", "ffn_128", "ffn_256", "ffn_512"),
+)
+
+SETTINGS = {setting.name: setting for setting in (STAMPS, GLYPHS)}
+
+SWEEPS = {
+    sweep.name: sweep
+    for sweep in (
+        Sweep(
+            "routers",
+            "Dynamic-DINO, Token-MoE, HI-MoE and DynMoE against the dense control",
+            "stamps",
+            "control",
+            ("control", "x16", "token_moe", "himoe_x16", "dynmoe", "parts"),
+            "So few iterations, where the FFN is no bottleneck (see README), can't tell routers\n"
+            "apart by AP: the table shows what they cost, and that all go on from the dense model.",
+        ),
+        Sweep(
+            "capacity",
+            "Where the decoder's FFN is a bottleneck: its width, from scratch",
+            "glyphs",
+            "ffn_64",
+            ("ffn_0", "ffn_32", "ffn_64", "ffn_128", "ffn_256", "ffn_512"),
+        ),
+        *(
+            Sweep(f"glyphs_{name}", title, "glyphs", "control", ("control", *rows))
+            for name, (title, rows) in DYNAMIC.items()
+        ),
+        *(
+            Sweep(f"stamps_{name}", title, "stamps", "control", ("control", *rows))
+            for name, (title, rows) in DYNAMIC.items()
+        ),
+        Sweep(
+            "stamps_table9",
+            "Experts in the image encoder (Dynamic-DINO's Table 9)",
+            "stamps",
+            "control",
+            ("control", "x16", "encoder"),
+        ),
+        Sweep(
+            "himoe_table4",
+            "HI-MoE: what chooses (its Table 4)",
+            "stamps",
+            "control",
+            ("control", "token_moe", "himoe_instance", "himoe_scene", "himoe_x16"),
+        ),
+        Sweep(
+            "himoe_table5",
+            "HI-MoE: active experts (its Table 5)",
+            "stamps",
+            "control",
+            ("control", "himoe_top1", "himoe_x16", "himoe_top4"),
+        ),
+        Sweep(
+            "himoe_table6",
+            "HI-MoE: experts (its Table 6)",
+            "stamps",
+            "control",
+            ("control", "himoe_x4", "himoe_x8", "himoe_x16"),
+        ),
+        Sweep(
+            "himoe_table7",
+            "HI-MoE: where experts are (its Table 7)",
+            "stamps",
+            "control",
+            ("control", "himoe_encoder", "himoe_x16", "himoe_both"),
+        ),
+        Sweep(
+            "dynmoe",
+            "DynMoE against fixed numbers of experts",
+            "stamps",
+            "control",
+            ("control", "dynmoe", "dynmoe_max16", "dynmoe_fixed", "himoe_top1", "himoe_instance"),
+        ),
+    )
+}
+
+# What the tables of name_memory.py show.
+MEMORY_NOTE = """
+**Capacity binds here**: no FFN, half of one, or a double one change the score clearly. What
+Dynamic-DINO's layer does with it: initialisation from the dense FFN is worth 22 points, alpha makes
+no difference, and the k best of 16 halves end no better than the dense control with any of the
+three gates (x4 and x8 end below it). The statistics say why. With gates that teach the router,
+nearly all tokens take the same half of two copies ("same part"), so that the other half of the FFN
+is missing and its experts starve; with the indicator gate, or one active expert whose only gate is
+always 1, the router learns nothing but balance. Choosing each part once (`PartRouter`, ours) mends
+both, at the compute of the dense FFN; HI-MoE's flat router gains from whole copies at twice that.
+"""

@@ -1,0 +1,61 @@
+"""Means, intervals and paired differences against scipy's tests."""
+
+import math
+
+import numpy as np
+import pytest
+from paired import estimate, paired
+from scipy import stats
+
+
+def test_interval_of_a_known_case():
+    # 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.3027
+    found = estimate([1.0, 2.0, 3.0])
+    assert (found.mean, found.deviation, found.count) == (2.0, 1.0, 3)
+    assert found.margin == pytest.approx(4.302652729911275 / math.sqrt(3))
+    assert not found.differs
+    assert estimate([1.0, 1.1, 1.2]).differs
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.99])
+def test_agrees_with_scipy(level):
+    rng = np.random.default_rng()
+    values = rng.normal(rng.normal(), 3, size=int(rng.integers(2, 12))).tolist()
+    found = estimate(values, level)
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(level)
+    assert found.mean - found.margin == pytest.approx(low)
+    assert found.mean + found.margin == pytest.approx(high)
+    assert found.deviation == pytest.approx(np.std(values, ddof=1))
+    if abs(abs(found.mean) - found.margin) > 1e-9:
+        assert found.differs == (stats.ttest_1samp(values, 0).pvalue < 1 - level)
+
+
+def test_pairs_are_those_of_the_same_seed_as_in_scipys_paired_test():
+    rng = np.random.default_rng()
+    control = {seed: float(rng.normal(50, 5)) for seed in range(6)}
+    values = {seed: control[seed] + float(rng.normal(1, 0.3)) for seed in (5, 3, 1, 4)}
+    found = paired(values | {9: 1e6}, control)
+    pairs = [list(map(column.get, (1, 3, 4, 5))) for column in (values, control)]
+    low, high = stats.ttest_rel(*pairs).confidence_interval()
+    assert found.count == 4
+    assert found.mean == pytest.approx(np.mean(pairs[0]) - np.mean(pairs[1]))
+    assert found.mean - found.margin == pytest.approx(low)
+    assert found.mean + found.margin == pytest.approx(high)
+    # what seeds share cancels: the interval is far narrower than an unpaired one
+    shifted = {seed: value + 1000 * seed for seed, value in values.items()}
+    base = {seed: value + 1000 * seed for seed, value in control.items()}
+    assert paired(shifted, base).margin == pytest.approx(found.margin, abs=1e-6)
+
+
+def test_one_value_has_no_interval_and_no_values_are_an_error():
+    found = estimate([7.0])
+    assert found.mean == 7.0 and math.isnan(found.margin) and math.isnan(found.deviation)
+    assert not found.differs
+    assert paired({0: 1.0}, {1: 1.0}) is None
+    with pytest.raises(ValueError, match="no values"):
+        estimate([])
+
+
+def test_equal_values_have_an_interval_of_no_width():
+    assert estimate([2.0] * 3).margin == 0 and estimate([2.0] * 3).differs
+    assert not estimate([0.0] * 3).differs
