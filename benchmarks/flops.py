@@ -126,7 +126,19 @@ NOT_COUNTED = {
     *("sin", "cos", "cumsum", "gelu", "hardtanh", "logit", "nan_to_num", "prod", "reciprocal"),
     *("relu", "round", "sigmoid", "silu", "softmax"),
     # comparisons, choices, orders
-    *("all", "amax", "any", "clamp_min", "cummax", "lt", "max_pool2d", "minimum", "ne", "scatter"),
+    *(
+        "all",
+        "amax",
+        "any",
+        "argmax",
+        "clamp_min",
+        "cummax",
+        "lt",
+        "max_pool2d",
+        "minimum",
+        "ne",
+        "scatter",
+    ),
     *("sort", "topk", "where"),
     # look-ups, constants, layouts
     *("embedding", "expand_as", "eye", "fill", "masked_fill", "movedim", "new_ones", "numel"),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from dynamic_dino.attention import DeformableAttention, MultiHeadAttention
 from dynamic_dino.feed_forward import FeedForward
 from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.moe.part_router import PartRouter
 from dynamic_dino.moe.top_any import TopAnyRouter
 from dynamic_dino_kernels.moe import route_any
 from torch import nn
@@ -108,6 +109,11 @@ def test_cosine_router(monkeypatch, backend):
     tensors = torch.rand(14, 16), torch.rand(8, 16), torch.rand(8)
     call = Call(nn.Identity(), lambda _, *t: route_any(*t).gates)
     assert total(call, *tensors) == 14 * 8 * 16 + 14 * 16 + 8 * 16
+
+
+def test_part_router():
+    call = Call(PartRouter(16, num_experts=8, parts=2), lambda router, x: router(x).gates)
+    assert total(call, torch.rand(2, 7, 16)) == 14 * 8 * 16
 
 
 @pytest.mark.parametrize("masked", [False, True])
