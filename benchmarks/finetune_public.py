@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 
 import results
+from finished_run import read_folder
 from report import provenance, write_json
 
 PACKAGES = ("torch", "transformers", "timm", "numpy", "faster-coco-eval")
@@ -42,29 +43,32 @@ def main() -> None:
 
 def read_run(folder: Path, start: Path | None = None) -> dict:
     """Commands, length and scores of a run; raises SystemExit where it is not finished."""
-    try:
-        after = read_scores(folder)
-        log = (folder / "log.txt").read_text()
-        rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-        first = next((row for row in rows[:-1] if "val/AP" in row), {})
-        before = first if start is None else read_scores(start)
-    except FileNotFoundError as error:
-        raise SystemExit(f"{folder} is not a finished run of train_net.py: {error}") from None
+    run = read_folder(folder)
+    if start is None:
+        before = next((row for row in run.metrics[:-1] if "val/AP" in row), {})
+    else:
+        before = read_scores(start)
     if "val/AP" not in before:
         raise SystemExit(f"{folder} has no scores from before it: name a folder that has them")
-    commands = re.findall(r"Command: (.*)", log)
+    resumed = re.findall(r"Resuming from .*, iteration (\d+)", run.log)
     return {
         # Where its folder was doesn't matter
-        "commands": [re.sub(r"(train.output_dir=)\S+", rf"\1{folder}", c) for c in commands],
-        "resumed_at": [int(i) + 1 for i in re.findall(r"Resuming from .*, iteration (\d+)", log)],
-        "iterations": max(row["iteration"] for row in rows if "total_loss" in row) + 1,
+        "commands": [re.sub(r"(train.output_dir=)\S+", rf"\1{folder}", c) for c in run.commands],
+        "resumed_at": [int(i) + 1 for i in resumed],
+        "iterations": run.iterations,
         "before": {key: value for key, value in before.items() if key.startswith("val/")},
-        "after": after,
+        "after": known(run.scores),
     }
 
 
 def read_scores(folder: Path) -> dict[str, float]:
-    scores = json.loads((folder / "results.json").read_text())
+    try:
+        return known(json.loads((folder / "results.json").read_text()))
+    except FileNotFoundError as error:
+        raise SystemExit(f"{folder} holds no evaluation of train_net.py: {error}") from None
+
+
+def known(scores: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in scores.items() if value == value}  # no NaN
 
 

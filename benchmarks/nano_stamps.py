@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 import results
@@ -20,6 +19,7 @@ from detectron2.data import MetadataCatalog
 from dynamic_dino import load_detector
 from dynamic_dino.data.datasets import load_datasets
 from dynamic_dino.demo import draw_photos
+from finished_run import read_folder
 from report import provenance, write_json
 
 PACKAGES = ("torch", "transformers", "timm", "numpy", "faster-coco-eval")
@@ -51,19 +51,9 @@ def main() -> None:
 
 def read_run(folder: Path) -> dict:
     """The command, length and final scores of a run; raises SystemExit where there are none."""
-    try:
-        scores = json.loads((folder / "results.json").read_text())
-        log = (folder / "log.txt").read_text()
-        rows = map(json.loads, (folder / "metrics.json").read_text().splitlines())
-        last = max(row["iteration"] for row in rows if "total_loss" in row)
-    except FileNotFoundError as error:
-        raise SystemExit(f"{folder} is not a finished run of train_net.py: {error}") from None
-    command = re.findall(r"Command: (.*)", log)
-    return {
-        "command": command[-1] if command else "",
-        "iterations": last + 1,
-        "scores": scores,
-    }
+    run = read_folder(folder)
+    command = run.commands[-1] if run.commands else ""
+    return {"command": command, "iterations": run.iterations, "scores": run.scores}
 
 
 def draw_public_domain(model: str, path: Path, count: int = 12) -> None:
