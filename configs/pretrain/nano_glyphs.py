@@ -34,8 +34,8 @@ model.canvas = 128
 model.max_phrases = 120
 inference.size = 128
 
-# 4,000 images * 2.4 epochs / 16 images = 600 iterations
-train.max_iter = 600
+# 4,000 images * 4 epochs / 16 images = 1000 iterations
+train.max_iter = 1000
 lr_multiplier = cosine_schedule(warmup=0.05)
 optimizer.lr = 2e-3
 train.clip_grad.max_norm = 1.0
