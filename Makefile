@@ -21,6 +21,7 @@ demo: $(READY)  ## from a dense detector to Dynamic-DINO: tune, evaluate, detect
 	@$(PY) -m dynamic_dino.demo
 
 test: $(READY)  ## run the tests, or some of them: make test TESTS="tests/moe -k router"
+	@$(PY) tests/analysis/browser.py
 	@$(PY) -m pytest -q -n auto $(TESTS)
 
 bench: $(READY)  ## measure this machine, into benchmarks/results/<machine> (minutes)

@@ -58,7 +58,7 @@ def test_one_model(drawn, run_of, tmp_path, capsys):
     assert sorted(row["dropped"] for row in table(output / "drop.csv")) == ["0", "1", "2", "3"]
     numbers = json.loads((output / "numbers.json").read_text())["drawn_val"]["x4"]
     assert 0 <= numbers["AP"] <= 100 and "decoder 2: effective partners" in numbers
-    check_in_browser(output / "report.html", page.images, tmp_path)
+    check_in_browser(output / "report.html", page.images)
 
 
 def test_several_runs_on_two_data_sets(drawn, run_of, tmp_path):
