@@ -88,10 +88,8 @@ class Run:
     @property
     def base(self) -> Run | None:
         """The run whose last weights this one starts from."""
-        setting = self.setting
-        if setting.base is None or self.row in setting.from_scratch:
-            return None
-        return Run(setting, setting.base, 0, self.device, self.changes)
+        base = self.setting.rows[self.row].base
+        return Run(self.setting, base, 0, self.device, self.changes) if base else None
 
     @property
     def overrides(self) -> list[str]:
@@ -363,20 +361,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.sweep is None or options.check:
         return ablations_page.main(options.check)
     try:
-        base, runs = planned(options)
+        bases, runs = planned(options)
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
     if options.times:
         return measure_times(options)
     if options.dry_run:
-        for run in [*base, *runs]:
+        for run in [*bases, *runs]:
             print(shlex.join([*options.launcher, "python", *run.command()]))
         return 0
     failed = []
-    if base or runs:
-        cache_features([*base, *runs][0])
+    if bases or runs:
+        cache_features([*bases, *runs][0])
         gpus = torch.cuda.device_count() if options.device == "cuda" else 1
-        failed = run_all(base, options.launcher, 1) or run_all(runs, options.launcher, gpus)
+        failed = run_all(bases, options.launcher, 1) or run_all(runs, options.launcher, gpus)
     ablations_page.main()
     for run in failed:
         print(f"failed: {run.name}", file=sys.stderr)
@@ -384,8 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def planned(options: argparse.Namespace) -> tuple[list[Run], list[Run]]:
-    """What there is to train: the base, if others need it, and then seed by seed, so that pairs
-    with the control come early."""
+    """What there is to train: what others start from, and then seed by seed, so that pairs with the
+    control come early."""
     sweep = SWEEPS[options.sweep]
     setting = SETTINGS[sweep.setting]
     options.device = resolve_device(options.device)
@@ -396,13 +394,14 @@ def planned(options: argparse.Namespace) -> tuple[list[Run], list[Run]]:
         for row in rows
     ]
     runs = [run for run in runs if not run.is_done()]
-    base = []
-    if any(run.base for run in runs):
-        base = [Run(setting, setting.base, 0, options.device, options.overrides)]
-        base = [run for run in base if next_phase(ROOT / run.folder) or not run.is_done()]
-    for run in [*base, *runs]:  # a mistake shows before hours of training
+    bases: list[Run] = []
+    for run in runs:
+        while (run := run.base) and run not in bases:
+            bases.insert(0, run)
+    bases = [run for run in bases if next_phase(ROOT / run.folder) or not run.is_done()]
+    for run in [*bases, *runs]:  # a mistake shows before hours of training
         load_config(ROOT / run.config_file, run.overrides)
-    return base, runs
+    return bases, runs
 
 
 if __name__ == "__main__":

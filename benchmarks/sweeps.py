@@ -9,7 +9,7 @@ dense for as long, on the same data in the same order, with the same parts free.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FFN = "model.decoder.layer.ffn"
 ENCODER_FFN = "model.enhancer.layer.image.ffn"
@@ -20,11 +20,13 @@ HEADS = ("*.class_head.*", "*.box_head.*")
 
 @dataclass(frozen=True)
 class Row:
-    """A recipe under configs/, without ".py", and what is changed of it."""
+    """A recipe under configs/, without ".py", what is changed of it, and the row whose last weights
+    with seed 0 it starts from; None: from what the recipe names."""
 
     title: str
     config: str
     overrides: tuple[str, ...] = ()
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,6 @@ class Setting:
     tests      names of the test sets; differences are drawn for the first
     overrides  of every row
     features   where the mappers' backbone features are cached: "train", "test" -> folder
-    base       the row whose last weights, with seed 0, the others of its sweeps start from, but for
-               those that are `from_scratch`; None: they start from what their recipes name
     """
 
     name: str
@@ -44,8 +44,6 @@ class Setting:
     rows: Mapping[str, Row]
     overrides: tuple[str, ...] = ()
     features: Mapping[str, str] | None = None
-    base: str | None = None
-    from_scratch: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,25 +142,25 @@ STAMPS = Setting(
     features={"train": "datasets/stamps/features", "test": "datasets/stamps/features_test"},
 )
 
+WIDTHS = (0, 16, 32, 64, 128, 256)
 GLYPHS = Setting(
     "glyphs",
-    "nano at a quarter of its width on glyphs, 720 names to be learnt by heart",
+    "nano at a quarter of its width on glyphs, whose 720 names its decoder alone learns by heart",
     ("val",),
     {
-        **dynamic("glyphs"),
+        "alias": Row("other names, all trains", "pretrain/nano_glyphs_alias"),
         **{
             f"ffn_{width}": Row(
                 f"FFN of {width} units" if width else "without FFN",
                 "pretrain/nano_glyphs",
                 (f"{FFN}.hidden={width}",),
+                base="alias",
             )
-            for width in (0, 32, 64, 128, 256, 512)
+            for width in WIDTHS
         },
+        **{name: replace(row, base="ffn_64") for name, row in dynamic("glyphs").items()},
     },
-    overrides=("train.checkpointer.period=200",),
     features={"train": "datasets/glyphs/features/train", "test": "datasets/glyphs/features/test"},
-    base="ffn_64",
-    from_scratch=("ffn_0", "ffn_32", "ffn_64", "ffn_128", "ffn_256", "ffn_512"),
 )
 
 SETTINGS = {setting.name: setting for setting in (STAMPS, GLYPHS)}
@@ -181,10 +179,10 @@ SWEEPS = {
         ),
         Sweep(
             "capacity",
-            "Where the decoder's FFN is a bottleneck: its width, from scratch",
+            "Where the decoder's FFN is a bottleneck: its width",
             "glyphs",
             "ffn_64",
-            ("ffn_0", "ffn_32", "ffn_64", "ffn_128", "ffn_256", "ffn_512"),
+            tuple(f"ffn_{width}" for width in WIDTHS),
         ),
         *(
             Sweep(f"glyphs_{name}", title, "glyphs", "control", ("control", *rows))

@@ -147,19 +147,23 @@ def test_a_killed_runner_leaves_no_second_training(toy):
     assert job.result.exists() and len(calls(toy)) == 1
 
 
-def test_the_base_is_trained_first_and_given_to_those_that_start_from_it(toy, monkeypatch, capsys):
-    rows = {**SETTING.rows, "base": Row("base", "pretrain/nano_drawn")}
-    setting = replace(SETTING, rows=rows, base="base", from_scratch=("base",))
-    monkeypatch.setattr(ablations, "SETTINGS", {"toy": setting})
+def test_bases_are_trained_first_and_given_to_those_that_start_from_them(toy, monkeypatch, capsys):
+    rows = {name: replace(row, base="base") for name, row in SETTING.rows.items()}
+    rows["base"] = Row("base", "pretrain/nano_drawn", base="first")
+    rows["first"] = Row("first", "pretrain/nano_drawn")
+    monkeypatch.setattr(ablations, "SETTINGS", {"toy": replace(SETTING, rows=rows)})
     run("--seeds", "4", "--dry-run")
     lines = capsys.readouterr().out.splitlines()
-    assert ["toy/base/seed0" in line for line in lines] == [True] * 3
-    assert "init_checkpoint" not in lines[0]
-    weights = "train.init_checkpoint=output/ablations/toy/base/seed0/model_final.pth"
-    assert all(weights in line for line in lines[1:])
-    assert run("--seeds", "4") == 0 and len(calls(toy, "base", 0)) == 1
+    weights = "train.init_checkpoint=output/ablations/toy/{}/seed0/model_final.pth"
+    for line, row, base in zip(
+        lines, ("first", "base", "control", "other"), (None, "first", "base", "base"), strict=True
+    ):
+        assert f"train.output_dir=output/ablations/toy/{row}/seed" in line
+        assert weights.format(base) in line if base else "init_checkpoint" not in line
+    assert run("--seeds", "4") == 0
+    assert len(calls(toy, "base", 0)) == len(calls(toy, "first", 0)) == 1
     run("--seeds", "5", "--dry-run")
-    assert len(capsys.readouterr().out.splitlines()) == 2, "there is a base now"
+    assert len(capsys.readouterr().out.splitlines()) == 2, "there are bases now"
 
 
 @pytest.mark.parametrize(
@@ -186,8 +190,8 @@ def test_every_row_is_a_recipe_with_the_settings_test_sets(setting):
         cfg = load_config(ablations.ROOT / run.config_file, run.overrides)
         assert cfg.train.seed == cfg.dataloader.train.seed == 1
         assert set(setting.tests) == set(cfg.dataloader.test)
-        if setting.base and row not in setting.from_scratch:
-            assert cfg.train.init_checkpoint.endswith(f"{setting.base}/seed0/model_final.pth")
+        if base := setting.rows[row].base:
+            assert cfg.train.init_checkpoint.endswith(f"{base}/seed0/model_final.pth")
 
 
 def test_every_sweep_shows_its_control_and_compares_runs_of_one_length():

@@ -73,6 +73,12 @@ def test_a_split_is_read_as_a_data_set_and_made_again_alike(tmp_path):
     assert first.read_text() != other.read_text()
     names = [c["name"] for c in json.loads(first.read_text())["categories"]]
     assert names == [c["name"] for c in json.loads(other.read_text())["categories"]]
+    same, renamed = (
+        json.loads((first.parent / f"{p}train.json").read_text()) for p in ("", "alias_")
+    )
+    aliases = [c.pop("name") for c in renamed["categories"]]
+    assert not set(aliases) & set(names) and len(set(aliases)) == 40
+    assert [c.pop("name") for c in same["categories"]] == names and same == renamed
     datasets.register_coco_json("test_glyphs", first, first.parents[1] / "train")
     assert len(datasets.load_datasets("test_glyphs")) == 4
     assert datasets.get_metadata("test_glyphs").thing_classes == names

@@ -7,12 +7,16 @@ transformer is the work of the feed-forward networks (as key-value memories: Gev
 many of them a detector can tell apart hence depends on how wide its FFNs are; AP on photographs at
 nano's size doesn't. Frequencies in training are long-tailed, those of val even.
 
-python -m dynamic_dino.data.glyphs       # glyphs_train and glyphs_val under DETECTRON2_DATASETS
+The same pictures come under other names too, as glyphs_alias_*: a detector learns these first, to
+find glyphs and tell them apart, and its decoder, alone, the actual ones after.
+
+python -m dynamic_dino.data.glyphs       # glyphs_{train,val,alias_train,alias_val}
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from functools import partial
 from itertools import permutations, product
@@ -77,7 +81,8 @@ def draw_glyph(pen: ImageDraw.ImageDraw, glyph: tuple[str, str, str], x: int, y:
 
 
 def vocabulary(count: int) -> list[str]:
-    """Distinct English words, from the vocabulary of nano's text encoder.
+    """Distinct English words, from the vocabulary of nano's text encoder; a larger count gives the
+    same ones first.
 
     Raises:
         FileNotFoundError: MiniLM is not installed.
@@ -133,10 +138,16 @@ def draw_image(
 def write_glyphs(
     root: str | Path, count: int, num_images: int, size: int, split: str, seed: int
 ) -> Path:
-    """Writes a split of `count` names, to be found as ``glyphs_<split>``; returns its JSON."""
+    """Writes a split of `count` names, to be found as ``glyphs_<split>``, and under other names as
+    ``glyphs_alias_<split>``; returns the JSON of the former."""
     names, glyphs, share = categories(count)
     draw = partial(draw_image, size=size, glyphs=glyphs, share=share if split == "train" else None)
-    return write_pictures(Path(root) / "glyphs", split, num_images, seed, names, draw)
+    path = write_pictures(Path(root) / "glyphs", split, num_images, seed, names, draw)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for category, word in zip(content["categories"], vocabulary(2 * count)[count:], strict=True):
+        category["name"] = word
+    path.with_name(f"alias_{path.name}").write_text(json.dumps(content), encoding="utf-8")
+    return path
 
 
 def main() -> None:
