@@ -148,13 +148,13 @@ GLYPHS = Setting(
     "nano at a quarter of its width on glyphs, whose 720 names its decoder alone learns by heart",
     ("val",),
     {
-        "alias": Row("other names, all trains", "pretrain/nano_glyphs_alias"),
+        "described": Row("descriptions, all trains", "pretrain/nano_glyphs_described"),
         **{
             f"ffn_{width}": Row(
                 f"FFN of {width} units" if width else "without FFN",
                 "pretrain/nano_glyphs",
                 (f"{FFN}.hidden={width}",),
-                base="alias",
+                base="described",
             )
             for width in WIDTHS
         },

@@ -18,4 +18,5 @@ train.max_iter = 400
 optimizer.lr = 1e-3
 train.trainable = MOE_TUNING
 train.init_checkpoint = "output/nano_glyphs/model_final.pth"
+train.init_except = []
 train.output_dir = "output/nano_x16_glyphs"

@@ -74,10 +74,10 @@ def test_a_split_is_read_as_a_data_set_and_made_again_alike(tmp_path):
     names = [c["name"] for c in json.loads(first.read_text())["categories"]]
     assert names == [c["name"] for c in json.loads(other.read_text())["categories"]]
     same, renamed = (
-        json.loads((first.parent / f"{p}train.json").read_text()) for p in ("", "alias_")
+        json.loads((first.parent / f"{p}train.json").read_text()) for p in ("", "described_")
     )
-    aliases = [c.pop("name") for c in renamed["categories"]]
-    assert not set(aliases) & set(names) and len(set(aliases)) == 40
+    texts = [c.pop("name") for c in renamed["categories"]]
+    assert not set(texts) & set(names) and len(set(texts)) == 40
     assert [c.pop("name") for c in same["categories"]] == names and same == renamed
     datasets.register_coco_json("test_glyphs", first, first.parents[1] / "train")
     assert len(datasets.load_datasets("test_glyphs")) == 4

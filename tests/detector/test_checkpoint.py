@@ -141,6 +141,19 @@ def test_another_architecture(model, tmp_path):
         load_checkpoint(Model(), path)
 
 
+@pytest.mark.parametrize("wider", [{"hidden": 16}, {"hidden": 16, "experts": 4}])
+def test_what_is_skipped_stays_as_it_was(model, tmp_path, wider):
+    path = tmp_path / "weights.pth"
+    torch.save(model.state_dict(), path)
+    other = Model(**wider)
+    ffn = copy.deepcopy(other.ffn)
+    load_checkpoint(other, path, skip=["ffn.*"])
+    assert same_state(other.ffn, ffn)
+    assert same_state(other, model, ("backbone", "text_encoder", "norm"))
+    with pytest.raises(ValueError, match="nothing of the model matches 'fnn.*'"):
+        load_checkpoint(Model(**wider), path, skip=["ffn.*", "fnn.*"])
+
+
 def test_shipped_checkpoint_needs_frozen_towers(model, tmp_path):
     path = tmp_path / "shipped.safetensors"
     export_weights(model, path)

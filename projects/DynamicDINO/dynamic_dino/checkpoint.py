@@ -12,6 +12,7 @@ public weights are, and how they become ours, see ``dynamic_dino.checkpoint_impo
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,16 +31,17 @@ logger = logging.getLogger(__name__)
 FROZEN_TOWERS = ("backbone.", "text_encoder.body.")
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()) -> None:
     """Loads .safetensors, or .pth of this project's trainer, into a model.
 
     A path "package:MODULE/FILE" names a file inside an installed package, such as the shipped
     "package:dynamic_dino/weights/nano_dense.safetensors"; "hf:OWNER/NAME" or "hf:DIRECTORY" public
-    weights of Grounding DINO.
+    weights of Grounding DINO. What matches a pattern of `skip` (fnmatch) stays as it is.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is corrupt, or doesn't match the model key by key and shape by shape.
+        ValueError: the file is corrupt, or doesn't match the model key by key and shape by shape;
+            a pattern matches nothing.
     """
     if is_hub_spec(path):
         from .checkpoint_import import import_public  # it reads files as this module does
@@ -56,6 +58,10 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
                 f"with `python -m dynamic_dino.checkpoint import {path} OUT.safetensors`"
             )
     model_state = model.state_dict()
+    for pattern in skip:
+        if not fnmatch.filter(model_state, pattern):
+            raise ValueError(f"nothing of the model matches {pattern!r}, which should be skipped")
+        state = {k: v for k, v in state.items() if not fnmatch.fnmatchcase(k, pattern)}
     kept = [k for k in model_state if k.startswith(FROZEN_TOWERS) and k not in state]
     if kept and not _towers_are_frozen(model):
         raise ValueError(
@@ -66,7 +72,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         result = model.load_state_dict(state, strict=False)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is of another architecture than this config: {error}") from error
-    missing = [k for k in result.missing_keys if k not in kept]
+    skipped = {k for pattern in skip for k in fnmatch.filter(model_state, pattern)}
+    missing = [k for k in result.missing_keys if k not in kept and k not in skipped]
     if missing or result.unexpected_keys:
         raise ValueError(
             f"{path} is of another architecture than this config: "

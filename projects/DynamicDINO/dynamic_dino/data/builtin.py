@@ -73,16 +73,17 @@ def _ours() -> list[Builtin]:
         Builtin(
             f"{family}_{split}",
             "coco",
-            ((f"{family}/annotations/{split}.json", f"{family}/{split.removeprefix('alias_')}"),),
+            ((f"{family}/annotations/{split}.json", f"{family}/{pictures}"),),
             f"python -m dynamic_dino.data.{family}",
             licences[family],
         )
         for family, splits in (
             ("stamps", ("train", "val", "val_novel", "val_real")),
             ("drawn", ("train", "val")),
-            ("glyphs", ("train", "val", "alias_train", "alias_val")),
+            ("glyphs", ("train", "val", "described_train", "described_val")),
         )
         for split in splits
+        for pictures in [split.removeprefix("described_")]
     ]
 
 

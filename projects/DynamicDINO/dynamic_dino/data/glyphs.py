@@ -7,10 +7,10 @@ transformer is the work of the feed-forward networks (as key-value memories: Gev
 many of them a detector can tell apart hence depends on how wide its FFNs are; AP on photographs at
 nano's size doesn't. Frequencies in training are long-tailed, those of val even.
 
-The same pictures come under other names too, as glyphs_alias_*: a detector learns these first, to
-find glyphs and tell them apart, and its decoder, alone, the actual ones after.
+The same pictures come with descriptions in the place of names, as glyphs_described_*. With these a
+detector learns to see glyphs, and its decoder, alone, what they are called after.
 
-python -m dynamic_dino.data.glyphs       # glyphs_{train,val,alias_train,alias_val}
+python -m dynamic_dino.data.glyphs       # glyphs_{train,val,described_train,described_val}
 """
 
 from __future__ import annotations
@@ -81,8 +81,7 @@ def draw_glyph(pen: ImageDraw.ImageDraw, glyph: tuple[str, str, str], x: int, y:
 
 
 def vocabulary(count: int) -> list[str]:
-    """Distinct English words, from the vocabulary of nano's text encoder; a larger count gives the
-    same ones first.
+    """Distinct English words, from the vocabulary of nano's text encoder.
 
     Raises:
         FileNotFoundError: MiniLM is not installed.
@@ -138,15 +137,15 @@ def draw_image(
 def write_glyphs(
     root: str | Path, count: int, num_images: int, size: int, split: str, seed: int
 ) -> Path:
-    """Writes a split of `count` names, to be found as ``glyphs_<split>``, and under other names as
-    ``glyphs_alias_<split>``; returns the JSON of the former."""
+    """Writes a split of `count` names, to be found as ``glyphs_<split>``, and with descriptions as
+    ``glyphs_described_<split>``; returns the JSON of the former."""
     names, glyphs, share = categories(count)
     draw = partial(draw_image, size=size, glyphs=glyphs, share=share if split == "train" else None)
     path = write_pictures(Path(root) / "glyphs", split, num_images, seed, names, draw)
     content = json.loads(path.read_text(encoding="utf-8"))
-    for category, word in zip(content["categories"], vocabulary(2 * count)[count:], strict=True):
-        category["name"] = word
-    path.with_name(f"alias_{path.name}").write_text(json.dumps(content), encoding="utf-8")
+    for category, (shape, outer, inner) in zip(content["categories"], glyphs, strict=True):
+        category["name"] = f"{outer} {shape} with a {inner} disc"
+    path.with_name(f"described_{path.name}").write_text(json.dumps(content), encoding="utf-8")
     return path
 
 

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 TRAIN_DEFAULTS: dict[str, Any] = {
     "output_dir": "output",
     "init_checkpoint": "",  # weights to start from; dense ones become experts in an MoE model
+    "init_except": (),  # fnmatch patterns on what stays as initialised, such as "decoder.*.ffn.*"
     "seed": 0,
     "device": "auto",  # "cuda", "cpu" or "auto"
     "max_iter": 90000,

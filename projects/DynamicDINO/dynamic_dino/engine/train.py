@@ -91,7 +91,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
         if train.init_checkpoint and not resumable:
             from ..checkpoint import load_checkpoint
 
-            load_checkpoint(model, train.init_checkpoint)
+            load_checkpoint(model, train.init_checkpoint, train.init_except)
         set_trainable(model, train.trainable)
         optimizer = build_optimizer(cfg.optimizer, model)
     logger.info(parameter_table(count_parameters(model)))

@@ -1,5 +1,5 @@
-"""nano at a quarter of its width, without FFNs in its decoder, on glyphs by their other names: it
-learns to find glyphs and to tell them apart, and nano_glyphs starts from it."""
+"""nano at a quarter of its width, dense, on glyphs and their descriptions: it learns to see them,
+and nano_glyphs starts from it."""
 
 from ..common.data.glyphs import dataloader
 from ..common.models.nano import inference, model
@@ -8,11 +8,11 @@ from ..common.train import train
 
 DIM = 64
 
-dataloader.train.dataset.names = "glyphs_alias_train"
-dataloader.train.mapper.dataset = "glyphs_alias_train"
-dataloader.test.val.dataset.names = "glyphs_alias_val"
-dataloader.test.val.mapper.dataset = "glyphs_alias_val"
-dataloader.evaluator.val.dataset_name = "glyphs_alias_val"
+dataloader.train.dataset.names = "glyphs_described_train"
+dataloader.train.mapper.dataset = "glyphs_described_train"
+dataloader.test.val.dataset.names = "glyphs_described_val"
+dataloader.test.val.mapper.dataset = "glyphs_described_val"
+dataloader.evaluator.val.dataset_name = "glyphs_described_val"
 
 model.text_encoder.dim = DIM
 model.enhancer.dim = DIM
@@ -31,7 +31,7 @@ model.decoder.layer.dim = DIM
 model.decoder.layer.image_attention.dim = DIM
 model.decoder.layer.image_attention.value_dim = DIM
 model.decoder.layer.ffn.dim = DIM
-model.decoder.layer.ffn.hidden = 0
+model.decoder.layer.ffn.hidden = 64
 model.decoder.class_head.dim = DIM
 model.denoising.embed_dim = DIM
 model.canvas = 128
@@ -43,6 +43,6 @@ train.max_iter = 1000
 lr_multiplier = cosine_schedule(warmup=0.05)
 optimizer.lr = 2e-3
 train.clip_grad.max_norm = 1.0
-train.output_dir = "output/nano_glyphs_alias"
+train.output_dir = "output/nano_glyphs_described"
 train.eval_period = 0
 train.checkpointer.period = 250
