@@ -68,6 +68,8 @@ def dynamic(setting: str) -> dict[str, Row]:
     def trains(*patterns: str) -> tuple[str]:
         return ("train.trainable=[" + ",".join(f"'{pattern}'" for pattern in patterns) + "]",)
 
+    # Only by a gradient can a router whose rows are drawn apart learn not to take a part twice.
+    straight = f"{FFN}.gate=straight_through"
     new_experts, new_router = f"{FFN}.init_experts=false", f"{FFN}.init_router=false"
     weight = "model.criterion.router_losses.0.weight"
     return {
@@ -78,10 +80,10 @@ def dynamic(setting: str) -> dict[str, Row]:
         "parts": Row("x16, each part once (ours)", f"moe_tuning/nano_x16_parts_{setting}"),
         "top1_x8": Row("x8-Top1", recipe, x(8, 1)),
         "top4_x32": Row("x32-Top4", recipe, x(32, 4)),
-        "indicator": Row("x16, indicator gate", recipe, (f"{FFN}.gate=indicator",)),
         "renormalized": Row("x16, renormalised gate", recipe, (f"{FFN}.gate=renormalized",)),
-        "without_init": Row("x16, random experts and router", recipe, (new_experts, new_router)),
-        "untied": Row("x16, initialised experts, router rows apart", recipe, (new_router,)),
+        "straight_through": Row("x16, straight-through gate", recipe, (straight,)),
+        "without_init": Row("... random experts, too", recipe, (straight, new_experts, new_router)),
+        "untied": Row("... router rows apart", recipe, (straight, new_router)),
         "alpha_0": Row("x16, alpha 0", recipe, (f"{weight}=0.0",)),
         "alpha_0.1": Row("x16, alpha 0.1", recipe, (f"{weight}=0.1",)),
         "only_experts": Row("x16, experts alone train", recipe, trains(*EXPERTS)),
@@ -92,8 +94,11 @@ def dynamic(setting: str) -> dict[str, Row]:
 
 DYNAMIC = {
     "table8": ("How many experts (Dynamic-DINO's Table 8)", ("x4", "x8", "x16")),
-    "table10": ("Initialisation from the dense FFN (Table 10)", ("x16", "untied", "without_init")),
-    "gates": ("The three gates", ("x16", "renormalized", "indicator", "parts")),
+    "table10": (
+        "Initialisation from the dense FFN (Table 10)",
+        ("straight_through", "untied", "without_init"),
+    ),
+    "gates": ("The three gates", ("x16", "renormalized", "straight_through", "parts")),
     "k": ("Active experts, of equal size together", ("top1_x8", "x16", "top4_x32")),
     "alpha": ("Weight of the load balance", ("alpha_0", "x16", "alpha_0.1")),
     "parts": ("What trains", ("only_experts", "without_heads", "without_fusion", "x16")),

@@ -173,7 +173,7 @@ def test_ablations_change_one_thing():
     main = load_config(CONFIGS / "moe_tuning/dynamic_dino_x16_top2.py")
     ffn = "model.decoder.layer.ffn"
     expected = {
-        "gate_indicator": {f"{ffn}.gate"},
+        "gate_straight_through": {f"{ffn}.gate"},
         "gate_renormalized": {f"{ffn}.gate"},
         "parts_experts": {"train.trainable"},
         "parts_experts_fusion": {"train.trainable"},

@@ -100,6 +100,7 @@ def test_mistakes_end_with_their_message_alone(dense, tmp_path):
         ("model.decoder.layer.ffn.top_k=3", "top_k=3 doesn't divide the FFN's hidden size 512"),
         ("model.decoder.num_layers=2", "is of another architecture than this config"),
         ("train.init_checkpoint=nowhere.pth", "checkpoint nowhere.pth doesn't exist"),
+        ("train.init_except=[fnn.*]", "nothing of the model matches 'fnn.*'"),
         ("dataloader.train.dataset.names=nowhere.json", "nowhere.json"),
     ):
         with pytest.raises(ConfigError, match=message):

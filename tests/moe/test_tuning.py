@@ -268,7 +268,7 @@ def test_backends_agree(ffn):
         (dict(top_k=4, num_experts=6), "num_experts=6 is not a multiple of top_k=4"),
         (dict(top_k=4, num_experts=2), "num_experts=2 is not a multiple of top_k=4"),
         (dict(num_experts=0), "top_k=2 must lie between 1 and num_experts=0"),
-        (dict(gate="hard"), "gate 'hard': choose one of straight_through, renormalized, indicator"),
+        (dict(gate="hard"), "gate 'hard': choose one of indicator, renormalized, straight_through"),
     ],
 )
 def test_impossible_combinations(options, message):

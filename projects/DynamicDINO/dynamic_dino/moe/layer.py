@@ -46,7 +46,7 @@ class MoEFeedForward(nn.Module):
         hidden: int,
         num_experts: int | None = None,
         top_k: int | None = None,
-        gate: str = "straight_through",
+        gate: str = "indicator",
         activation: str = "relu",
         init_experts: bool = True,
         init_router: bool = True,

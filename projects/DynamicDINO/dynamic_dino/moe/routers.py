@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .routing import Routing
 
-GATES = ("straight_through", "renormalized", "indicator")
+GATES = ("indicator", "renormalized", "straight_through")
 
 
 class Router(nn.Module):
@@ -49,9 +49,12 @@ class SoftmaxRouter(Router):
     a converted model starts as the dense one:
 
     - ``indicator``: 1, as the paper writes it. No gradient of the detection loss reaches the
-      router, and sibling rows never part.
+      router, and sibling rows never part: experts work as the copies that they are parts of.
     - ``renormalized``: the softmax over the k chosen logits, times k.
     - ``straight_through``: 1 in the forward pass, the gradient of ``renormalized`` backward.
+
+    With the latter two siblings part, many tokens take the same part of two copies, and lose by it
+    (benchmarks/ABLATIONS.md); `PartRouter` learns from the detection loss without that.
 
     Args:
         groups: rows are drawn for this many groups, and repeated for the siblings of each
@@ -65,7 +68,7 @@ class SoftmaxRouter(Router):
         dim: int,
         num_experts: int,
         top_k: int,
-        gate: str = "straight_through",
+        gate: str = "indicator",
         groups: int | None = None,
         std: float = 0.02,
     ) -> None:
