@@ -1,7 +1,7 @@
-"""nano x16, each part once, MoE-tuned on your own data; see common/data/custom.py."""
+"""nano x16-Top2, MoE-tuned on your own data; see common/data/custom.py."""
 
 from ..common.data.custom import data, dataloader  # noqa: F401
-from .nano_x16_parts_stamps import inference, lr_multiplier, model, optimizer, train  # noqa: F401
+from .nano_x16_stamps import inference, lr_multiplier, model, optimizer, train  # noqa: F401
 
 # 8 images * 1,000 iterations
 train.max_iter = 1000
