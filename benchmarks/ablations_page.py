@@ -170,15 +170,20 @@ def label(row: str, sweep: Sweep) -> str:
 # ---- the page -----------------------------------------------------------------------------------
 
 
+def is_shown(sweep: Sweep, runs: Runs) -> bool:
+    """Whether most of the rows that it compares with its control have been run."""
+    return 2 * len(runs.keys() & {*sweep.rows} - {sweep.control}) >= len(sweep.rows)
+
+
 def section(sweep: Sweep, setting: Setting, machine: str) -> str:
-    """A sweep's tables; nothing where no row but the control has been run."""
+    """A sweep's tables, if it is shown."""
     runs = read(RESULTS / machine / "ablations" / setting.name)
-    rows = {row: runs[row] for row in sweep.rows if row in runs}
-    if not rows.keys() - {sweep.control}:
+    if not is_shown(sweep, runs):
         return ""
+    rows = {row: runs[row] for row in sweep.rows if row in runs}
     text = f"\n### {sweep.title}\n`python benchmarks/ablations.py {sweep.name}`; {setting.title}.\n"
     if sweep.note:
-        text += f"\n{sweep.note}\n"
+        text += f"\n{sweep.note.strip()}\n"
     if missing := ", ".join(f"`{row}`" for row in sweep.rows if row not in runs):
         text += f"\nNot run yet: {missing}.\n"
     for test in setting.tests:
@@ -303,7 +308,7 @@ def draw_plots() -> None:
         for sweep in SWEEPS.values():
             runs = read(folder / sweep.setting)
             figure = plot(sweep, SETTINGS[sweep.setting], runs)
-            if figure is not None:
+            if is_shown(sweep, runs) and figure is not None:
                 figure.savefig(PAGE.parent / plot_path(sweep, folder.parent.name), dpi=110)
                 plt.close(figure)
 

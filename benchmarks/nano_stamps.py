@@ -5,7 +5,7 @@
 
 Each argument is a name and the folder of a finished run of train_net.py. Writes
 ``benchmarks/results/cpu/nano_stamps.json`` with machine, versions, commit and commands, and prints
-the README's table.
+the README's table. Runs that the file has and that aren't named stay in it.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ def main() -> None:
         "--picture", metavar="MODEL", help="also draw its detections on public-domain photos"
     )
     args = parser.parse_args()
-    rows = {}
+    report, out = provenance(PACKAGES), args.out / "nano_stamps.json"
+    rows = json.loads(out.read_text())["runs"] if out.is_file() else {}
     for run in args.runs:
         name, _, folder = run.partition("=")
         if not folder:
             parser.error(f"{run!r} is not of the form NAME=FOLDER")
-        rows[name] = read_run(Path(folder))
-    report = provenance(PACKAGES) | {"runs": rows}
-    write_json(args.out / "nano_stamps.json", report)
+        rows[name] = {k: report[k] for k in ("machine", "commit")} | read_run(Path(folder))
+    report["runs"] = rows
+    write_json(out, report)
     print(results.nano_stamps(report))
     if args.picture:
         name = args.picture.replace("-", "_")

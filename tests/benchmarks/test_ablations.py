@@ -280,16 +280,18 @@ def test_page_disagrees_with_a_changed_or_a_missing_result(paper, capsys):
 
 
 def test_rows_and_sweeps_without_results_are_named(paper, monkeypatch):
-    rows = {**SETTING.rows, "third": Row("third", "pretrain/nano_drawn")}
+    rows = {**SETTING.rows, **{n: Row(n, "pretrain/nano_drawn") for n in ("third", "fourth")}}
     monkeypatch.setattr(ablations_page, "SETTINGS", {"toy": replace(SETTING, rows=rows)})
-    sweep = Sweep("toys", "Toys", "toy", "control", ("control", "other", "third"))
+    sweep = Sweep("toys", "Toys", "toy", "control", ("control", "other", "third", "fourth"))
     monkeypatch.setattr(ablations_page, "SWEEPS", {"toys": sweep})
-    assert "Not run yet: `third`." in ablations_page.page()
-    for path in (ablations_page.RESULTS / "cpu/ablations/toy").glob("other-*.json"):
-        path.unlink()
     text = ablations_page.page()
-    assert "### Toys" not in text
-    assert "| `toys` | Toys | toy | `control`, `other`, `third` |" in text
+    assert "### Toys" not in text, "one of three rows is no comparison"
+    assert "| `toys` | Toys | toy | `control`, `other`, `third`, `fourth` |" in text
+    folder = ablations_page.RESULTS / "cpu/ablations/toy"
+    result = json.loads((folder / "other-seed1.json").read_text())
+    (folder / "third-seed1.json").write_text(json.dumps(result | {"row": "third"}))
+    text = ablations_page.page()
+    assert "### Toys" in text and "Not run yet: `fourth`." in text
 
 
 def test_tables_of_name_memory_compare_with_the_base_and_the_control(paper):
