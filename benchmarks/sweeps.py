@@ -175,6 +175,8 @@ NOTES = {
 pictures with descriptions ("red star with a blue disc": 93.7 AP50), and learn what glyphs are
 called with their decoder alone. Trained as a whole, a detector remembers names in its neck as well,
 and the width of the decoder's FFNs hardly counts.""",
+    "glyphs_table8": """
+More experts gain more at the same compute, as in the paper's Table 8.""",
     "glyphs_gates": """
 **MoE-Tuning beats its control where capacity binds**, at the same compute and with every gate; in
 proportion it gains most on rare names. The paper's gate does best, although the detection loss
