@@ -145,8 +145,11 @@ def dense(width: int) -> Callable[[], nn.Module | None]:
     return lambda: FeedForward(DIM, width) if width else None
 
 
-def softmax(experts: int = 16, top_k: int = 2, **options) -> Callable[[], nn.Module]:
-    return lambda: MoEFeedForward(DIM, BASE, experts, top_k, **options)
+def softmax(
+    experts: int = 16, top_k: int = 2, gate: str = "straight_through", **options
+) -> Callable[[], nn.Module]:
+    """With the indicator gate nothing that is varied here but `experts` would reach the router."""
+    return lambda: MoEFeedForward(DIM, BASE, experts, top_k, gate, **options)
 
 
 def by_router(router: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
