@@ -274,12 +274,13 @@ SWEEPS = {
 # What the tables of name_memory.py show.
 MEMORY_NOTE = """
 **Capacity binds here**: no FFN, half of one, or a double one change the score clearly. What
-Dynamic-DINO's layer does with it, by the straight-through gate where none is named: initialisation from the dense FFN is worth 22 points, alpha makes
-no difference, and the k best of 16 halves end no better than the dense control with any of the
-three gates (x4 and x8 end below it). The statistics say why. With gates that teach the router,
-nearly all tokens take the same half of two copies ("same part"), so that the other half of the FFN
-is missing and its experts starve; with the indicator gate, or one active expert whose only gate is
-always 1, the router learns nothing but balance. Choosing each part once (`PartRouter`, ours) mends
-both, at the compute of the dense FFN; HI-MoE's flat router gains from whole copies at twice that.
+Dynamic-DINO's layer does with it, by the straight-through gate where none is named: initialisation
+from the dense FFN is worth 22 points, alpha makes no difference, and the k best of 16 halves end no
+better than the dense control with any of the three gates (x4 and x8 end below it). The statistics
+say why. With gates that teach the router, nearly all tokens take the same half of two copies ("same
+part"), so that the other half of the FFN is missing and its experts starve; with the indicator
+gate, or one active expert whose only gate is always 1, the router learns nothing but balance.
+Choosing each part once (`PartRouter`, ours) mends both, at the compute of the dense FFN; HI-MoE's
+flat router gains from whole copies at twice that.
 In whole detectors (`glyphs_gates`) the indicator gains as much; why not here, is not known.
 """
