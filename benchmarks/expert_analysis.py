@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     report = provenance(("torch", "numpy", "faster-coco-eval")) | numbers_of(options.report)
     if options.drop:
         report["drop"] = [
-            {k: float(v) if v[-1:].isdigit() and k != "dropped" else v for k, v in row.items()}
+            {k: float(v) if v and k not in ("layer", "dropped") else v for k, v in row.items()}
             for row in read_table(options.drop / "drop.csv")
         ]
     folder = results_folder()
