@@ -35,7 +35,12 @@ def train_step(model, batch, seed: int = 0):
 def with_experts(config, num_experts: int):
     node = config.model.decoder.copy()
     dense = node.layer.ffn
-    node.layer.ffn = L(MoEFeedForward)(dim=dense.dim, hidden=dense.hidden, num_experts=num_experts)
+    node.layer.ffn = L(MoEFeedForward)(
+        dim=dense.dim,
+        hidden=dense.hidden,
+        num_experts=num_experts,
+        gate="straight_through",  # the detection loss reaches all weights
+    )
     return instantiate(node)
 
 
