@@ -183,6 +183,10 @@ proportion it gains most on rare names. The paper's gate does best, although the
 never reaches its router: parts stay together, and each copy of the FFN gets an even share of the
 queries. With the gates that teach the router, half of all queries take the same part of two copies.
 Choosing each part once teaches it without that, and ends like the paper's gate.""",
+    "glyphs_alpha": """
+The weight makes no difference that three seeds could show. Without it the router stays as it was
+drawn: that similar queries go to the same copy is enough, and no expert is dead after 400
+iterations. The default is the paper's 0.01.""",
     "stamps_gates": """
 **Where the FFN is no bottleneck, MoE-Tuning does not beat its control.** With the paper's gate, or
 each part once, it ends at the control; with the gates that teach the router it ends below, as
