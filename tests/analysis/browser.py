@@ -89,8 +89,9 @@ def install() -> None:
                 cwd=folder,
                 check=True,
                 stdout=subprocess.DEVNULL,
+                timeout=300,
             )
-        except subprocess.CalledProcessError as error:
+        except subprocess.SubprocessError as error:
             raise OSError(f"npm failed: {error}") from None
         [archive] = Path(folder).glob("*.tgz")
         with tarfile.open(archive) as file:
@@ -108,7 +109,8 @@ def install() -> None:
         program.write_bytes(brotli.decompress((parts / "chromium.br").read_bytes()))
         program.chmod(0o755)
         shutil.rmtree(FOLDER, ignore_errors=True)
-        shutil.copytree(new, FOLDER)
+        whole = shutil.copytree(new, f"{FOLDER}.part", dirs_exist_ok=True)
+        Path(whole).rename(FOLDER)
 
 
 if __name__ == "__main__":
