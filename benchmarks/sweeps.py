@@ -187,8 +187,12 @@ Choosing each part once teaches it without that, and ends like the paper's gate.
 The weight makes no difference that three seeds could show. Without it the router stays as it was
 drawn: that similar queries go to the same copy is enough, and no expert is dead after 400
 iterations. The default is the paper's 0.01.""",
+    "glyphs_k": """
+With the paper's gate the parts of a copy stay together, and it makes no difference how many they
+are.""",
     "glyphs_parts": """
-The gain is that of the experts: alone they gain as much. The default is the paper's, all three.""",
+The gain is that of the experts: alone they gain as much (one seed). The default is the paper's, all
+three.""",
     "stamps_gates": """
 **Where the FFN is no bottleneck, MoE-Tuning does not beat its control.** With the paper's gate, or
 each part once, it ends at the control; with the gates that teach the router it ends below, as
