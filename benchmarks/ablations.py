@@ -42,6 +42,7 @@ import torch
 from detectors import ROOT
 from dynamic_dino.engine.config import ConfigError, load_config
 from dynamic_dino.engine.setup import resolve_device
+from finished_run import read_folder
 from flops import measure
 from report import provenance, results_folder, write_json
 from sweep_times import step_times
@@ -256,9 +257,8 @@ class Progress:
 def summarise(run: Run) -> dict:
     """A run's result: where it comes from, scores, routing, parameters, operations."""
     folder = ROOT / run.folder
-    scores = json.loads((folder / "results.json").read_text())
-    lines = (folder / "metrics.json").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "total_loss" in row]
+    finished = read_folder(folder)
+    losses = [row["total_loss"] for row in finished.metrics if "total_loss" in row]
     tests = {
         name: json.loads((folder / "evaluation" / name / "results.json").read_text())
         for name in run.setting.tests
@@ -272,13 +272,15 @@ def summarise(run: Run) -> dict:
         "seed": run.seed,
         "config": run.config_file,
         "overrides": run.overrides,
-        "iterations": max(row["iteration"] for row in rows) + 1,
+        "iterations": finished.iterations,
         "images": {name: test["images"] for name, test in tests.items()},
         "scores": {
-            k: round(v, 3) for k, v in scores.items() if k.count("/") == 1 and v is not None
+            k: round(v, 3)
+            for k, v in finished.scores.items()
+            if k.count("/") == 1 and v is not None
         },
         "routing": [{k: _rounded(v) for k, v in layer.items()} for layer in routing],
-        "last_loss": round(rows[-1]["total_loss"], 4),
+        "last_loss": round(losses[-1], 4),
         **size(run, routing),
     }
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 FFN = "model.decoder.layer.ffn"
-ENCODER_FFN = "model.enhancer.layer.image.ffn"
 EXPERTS = ("*.ffn.experts.*", "*.ffn.router.*")
 FUSION = ("enhancer.layers.*.fusion.*",)
 HEADS = ("*.class_head.*", "*.box_head.*")

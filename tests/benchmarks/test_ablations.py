@@ -33,6 +33,7 @@ time.sleep(float(options.get("sleep", 0)))
 if "--eval-only" not in sys.argv:
     rows = [{"iteration": i, "total_loss": 3.0 - i, "time": 0.5} for i in range(2)]
     (folder / "metrics.json").write_text("\\n".join(map(json.dumps, rows)))
+    (folder / "log.txt").write_text("Command: " + " ".join(sys.argv))
     (folder / "model_final.pth").touch()
     if options.get("killed"):
         sys.exit(0)

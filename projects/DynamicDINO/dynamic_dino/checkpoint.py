@@ -58,9 +58,12 @@ def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()
                 f"with `python -m dynamic_dino.checkpoint import {path} OUT.safetensors`"
             )
     model_state = model.state_dict()
+    skipped: set[str] = set()
     for pattern in skip:
-        if not fnmatch.filter(model_state, pattern):
+        matching = fnmatch.filter(model_state, pattern)
+        if not matching:
             raise ValueError(f"nothing of the model matches {pattern!r}, which should be skipped")
+        skipped.update(matching)
         state = {k: v for k, v in state.items() if not fnmatch.fnmatchcase(k, pattern)}
     kept = [k for k in model_state if k.startswith(FROZEN_TOWERS) and k not in state]
     if kept and not _towers_are_frozen(model):
@@ -72,7 +75,6 @@ def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()
         result = model.load_state_dict(state, strict=False)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is of another architecture than this config: {error}") from error
-    skipped = {k for pattern in skip for k in fnmatch.filter(model_state, pattern)}
     missing = [k for k in result.missing_keys if k not in kept and k not in skipped]
     if missing or result.unexpected_keys:
         raise ValueError(
