@@ -86,11 +86,11 @@ class Layer(nn.Module):
             return self.norm(x + self.ffn(x, ids, gates))
         ours = type(self.ffn).forward is Experts.forward
         with record_function(ROUTING):
-            ids, gates, _, counts = route(x, self.router, self.top_k, backend=self.ffn.backend)
+            ids, gates, _, blocks = route(x, self.router, self.top_k, backend=self.ffn.backend)
         if not ours:
             return self.norm(x + self.ffn(x, ids, gates))
         norm = (self.norm.weight, self.norm.bias, self.norm.eps)
-        return self.ffn(x, ids, gates, norm=norm, counts=counts)
+        return self.ffn(x, ids, gates, norm=norm, blocks=blocks)
 
 
 class Benchmark:

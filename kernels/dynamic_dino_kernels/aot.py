@@ -102,10 +102,10 @@ def jobs(target: str, dtype: torch.dtype, tokens: int, candidates: bool = False)
     sampling = (value, [size for level in LEVELS for size in level], locations, points)
     with recorded_launches(TARGETS[target]) as launches:
         rows = tensor(EXPERTS, DIM, dtype=torch.float32)
-        *_, counts = router.forward(x, rows, TOP_K)
+        *_, blocks = router.forward(x, rows, TOP_K)
         router.forward_any(x, rows, rows[:, 0], EXPERTS, True)
-        plain = (x, *weights, ids, gates, None, None, None, None, 0.0, "relu")
-        normed = (x, *weights, ids, gates, counts, x, rows[0], rows[0], 1e-5, "relu")
+        plain = (x, *weights, ids, None, None, None, None, None, 0.0, "relu")
+        normed = (x, *weights, ids, gates, blocks, x, rows[0], rows[0], 1e-5, "relu")
         moe.forward(*plain, False, False)
         moe.forward(*normed, False, False)
         _, *plan, z, _, _ = moe.forward(*normed, True, True)
@@ -133,7 +133,7 @@ def jobs(target: str, dtype: torch.dtype, tokens: int, candidates: bool = False)
 
 
 def _job(target: str, variant: str, kernel, args: tuple, meta: dict, candidate=False) -> Job:
-    options = {k: meta[k] for k in ("num_warps", "num_stages") if k in meta}
+    options = {k: meta[k] for k in ("num_warps", "num_stages", "launch_pdl") if k in meta}
     constants = {k: v for k, v in meta.items() if k not in options}
     signature = {}
     for name, value in zip(kernel.arg_names, args, strict=False):

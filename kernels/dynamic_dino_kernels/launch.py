@@ -1,11 +1,12 @@
 """One way into Triton for all operators, so that every launch can also be recorded.
 
 ``python -m dynamic_dino_kernels.aot`` records the launches of an operator for shapes and a GPU that
-need not be there, and compiles exactly those.
+need not be there, and compiles exactly those; `replay` records those of a call to repeat them.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda as tl_cuda
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,21 @@ class GPU:
     processors: int
     shared_memory: int
 
+    @property
+    def dependent_launch(self) -> dict:
+        """Of a kernel that waits for its inputs itself (`wait_for_inputs`): Hopper and later start
+        it while the kernel before it ends. DYNAMIC_DINO_KERNELS_PDL=0 switches that off."""
+        capability = int(self.name.removeprefix("sm_")) if self.name.startswith("sm_") else 0
+        if capability < 90 or os.environ.get("DYNAMIC_DINO_KERNELS_PDL") == "0":
+            return dict(PDL=False)
+        return dict(PDL=True, launch_pdl=True)
+
 
 INTERPRETER = GPU(name="interpreter", processors=1, shared_memory=232448)
 
 _assumed: ContextVar[GPU | None] = ContextVar("assumed_gpu", default=None)
 _recorder: ContextVar[Callable | None] = ContextVar("launch_recorder", default=None)
+_observer: ContextVar[Callable | None] = ContextVar("launch_observer", default=None)
 
 
 def gpu_of(device: torch.device) -> GPU:
@@ -59,9 +72,27 @@ def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
     device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current one
-            kernel[grid](*args, **meta)
+            compiled = kernel[grid](*args, **meta)
     else:
-        kernel[grid](*args, **meta)
+        compiled = kernel[grid](*args, **meta)
+    if observer := _observer.get():
+        observer(compiled, grid, kernel.arg_names, args, meta)
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Until the kernel launched before has written all that it writes: the first thing to do, for
+    one that is launched with `GPU.dependent_launch`."""
+    if PDL:
+        tl_cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_start(PDL: tl.constexpr):
+    """The kernel launched next may be set up on multiprocessors that become free; it still waits
+    for everything that this one writes."""
+    if PDL:
+        tl_cuda.gdc_launch_dependents()
 
 
 def sum_dtype(*tensors: Tensor) -> torch.dtype:
@@ -85,3 +116,20 @@ def recorded_launches(gpu: GPU) -> Iterator[list[tuple]]:
     finally:
         _assumed.reset(tokens[0])
         _recorder.reset(tokens[1])
+
+
+@contextmanager
+def observed_launches() -> Iterator[list[tuple]]:
+    """Collects (compiled kernel, grid, names of the parameters, args, meta) of all launches in the
+    context, which also run."""
+    launches: list[tuple] = []
+    token = _observer.set(lambda *launch: launches.append(launch))
+    try:
+        yield launches
+    finally:
+        _observer.reset(token)
+
+
+def recording() -> bool:
+    """Whether launches are only recorded, or observed, in this context."""
+    return _recorder.get() is not None or _observer.get() is not None

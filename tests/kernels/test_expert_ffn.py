@@ -244,7 +244,7 @@ def test_nan_stays_nan_in_its_token_only():
         assert bad.tolist() == [t == 4 for t in range(9)]
 
 
-# Norm, recomputation, counts, casts
+# Norm, recomputation, blocks, casts
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -303,13 +303,13 @@ def test_recomputing_the_hidden_layer_changes_nothing_but_memory(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_counts_of_the_router_change_nothing(backend):
+def test_blocks_of_the_router_change_nothing(backend):
     args, _ = draw(tokens=70, slots=2, experts=4, dtype=torch.float32)
-    ids, gates, _, counts = route(args["x"], torch.randn(4, 7), 2, backend=backend)
+    ids, gates, _, blocks = route(args["x"], torch.randn(4, 7), 2, backend=backend)
     args["gates"] = gates
-    assert (counts is None) == (backend != "triton")
+    assert (blocks is None) == (backend != "triton")
     assert torch.equal(
-        run(args, ids, counts=counts, backend=backend), run(args, ids, backend=backend)
+        run(args, ids, blocks=blocks, backend=backend), run(args, ids, backend=backend)
     )
 
 

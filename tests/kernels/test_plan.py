@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from dynamic_dino_kernels.moe.plan import find_tile, make_plan, max_tiles
+from dynamic_dino_kernels.moe.plan import (
+    find_rows_in_blocks,
+    find_tile,
+    make_plan,
+    max_tiles,
+    sort_in_blocks,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton import jit
@@ -31,12 +37,50 @@ def routings(draw):
 @given(routings())
 def test_plan_is_the_stable_sort(case):
     ids, experts = case
-    plan = make_plan(ids.to(torch.get_default_device()), experts)
+    blocks = sort_in_blocks(ids.to(torch.get_default_device()), experts)
+    plan = make_plan(blocks, ids.numel(), experts)
     flat = ids.flatten().long()
     counts = torch.bincount(flat[flat >= 0], minlength=experts)
     expected = torch.argsort(torch.where(flat < 0, experts, flat), stable=True)
+    expected[counts.sum() :] = -1
     assert plan.slots.tolist() == expected.tolist()
     assert plan.offsets.tolist() == [0, *counts.cumsum(0).tolist()]
+
+
+@jit
+def list_rows(
+    blocks, experts, slots, num_experts, num_blocks, SPAN: tl.constexpr, EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    expert, live, slot = find_rows_in_blocks(
+        blocks, tile, num_experts, num_blocks, SPAN, EXPERTS, ROWS, BLOCKS
+    )
+    tl.store(experts + tile, expert)
+    tl.store(slots + tile * ROWS + tl.arange(0, ROWS), tl.where(live, slot, -1))
+
+
+@settings(max_examples=25, deadline=None)
+@given(routings(), st.sampled_from([16, 32]))
+def test_tiles_of_sorted_blocks_are_those_of_the_plan(case, rows):
+    ids, experts = case
+    if not ids.numel():
+        return
+    blocks = sort_in_blocks(ids.to(torch.get_default_device()), experts)
+    tiles = max_tiles(ids.numel(), experts, rows) + 2
+    owners, slots = torch.empty(tiles).int(), torch.empty(tiles, rows).int()
+    list_rows[(tiles,)](
+        blocks, owners, slots, experts, len(blocks), SPAN=32 * ids.shape[1], EXPERTS=16,
+        ROWS=rows, BLOCKS=8,
+    )  # fmt: skip
+    flat, found = ids.flatten().tolist(), [[] for _ in range(experts)]
+    for owner, row in zip(owners.tolist(), slots.tolist(), strict=True):
+        row = [slot for slot in row if slot >= 0]
+        assert not row or owner < experts
+        if row:
+            found[owner] += row
+    for expert, mine in enumerate(found):
+        assert mine == [slot for slot, owner in enumerate(flat) if owner == expert]
 
 
 @jit

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from dynamic_dino_kernels import expert_ffn, route, route_any
-from dynamic_dino_kernels.moe.plan import make_plan
+from dynamic_dino_kernels.moe.plan import sort_in_blocks
 from dynamic_dino_kernels.moe.router import route_any_op, route_op
 
 both = pytest.mark.parametrize("backend", ["grouped", "triton"])
@@ -174,32 +174,31 @@ def test_any_gives_a_nan_token_nothing_or_one_expert(backend):
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 100])
-def test_counts_are_those_of_the_plan(tokens):
+def test_blocks_are_those_of_the_plan(tokens):
     x, weight = draw(tokens=tokens, experts=5)
     for routed in (
         route(x, weight, 3, backend="triton"),
         route_any(x, weight, torch.zeros(5), max_k=4, backend="triton"),
     ):
-        counted = torch.zeros_like(routed.counts)
-        for t, row in enumerate(routed.expert_ids.tolist()):
-            for e in row:
-                counted[t // 32, e] += 1  # the last column is that of the empty slots, -1
-        assert torch.equal(routed.counts, counted)
-        for mine, own in zip(
-            make_plan(routed.expert_ids, 5, routed.counts),
-            make_plan(routed.expert_ids, 5),
-            strict=True,
-        ):
-            assert torch.equal(mine, own)
+        ids = routed.expert_ids
+        blocks = sort_in_blocks(ids, 5)
+        assert torch.equal(routed.blocks, blocks)
+        for row, chosen in zip(blocks.tolist(), ids.split(32), strict=True):
+            starts, slots = row[:6], row[6:]
+            for e, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+                assert [ids.flatten()[slot].item() for slot in slots[start:end]] == [e] * (
+                    chosen == e
+                ).sum().item()
+            assert set(slots[starts[5] :]) <= {-1}
 
 
-def test_counts_of_other_tokens_are_refused():
+def test_blocks_of_other_tokens_are_refused():
     x, weight = draw(tokens=70, dim=8, experts=3)
-    counts = route(x[:30], weight, 2, backend="triton").counts
+    blocks = route(x[:30], weight, 2, backend="triton").blocks
     ids, gates, _, _ = route(x, weight, 2, backend="triton")
     experts = [torch.randn(size) for size in ((3, 4, 8), (3, 4), (3, 8, 4), (3, 8))]
-    with pytest.raises(ValueError, match="^counts .* other ids than these of T=70"):
-        expert_ffn(x, *experts, ids, gates, counts=counts, backend="triton")
+    with pytest.raises(ValueError, match="^blocks .* other ids than these of T=70"):
+        expert_ffn(x, *experts, ids, gates, blocks=blocks, backend="triton")
 
 
 def test_errors_name_the_argument():

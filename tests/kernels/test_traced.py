@@ -23,10 +23,10 @@ class Block(nn.Module):
         self.backend = backend
 
     def forward(self, x):
-        ids, gates, _, counts = route(x, self.router, 2, backend=self.backend)
+        ids, gates, _, blocks = route(x, self.router, 2, backend=self.backend)
         weights = (self.w1, self.b1, self.w2, self.b2)
         norm = (self.norm.weight, self.norm.bias, self.norm.eps)
-        options = dict(norm=norm, counts=counts, backend=self.backend)
+        options = dict(norm=norm, blocks=blocks, backend=self.backend)
         return expert_ffn(x, *weights, ids, gates, **options)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.losses import LoadBalanceLoss, expert_load
 from dynamic_dino.moe.routers import GATES, SoftmaxRouter
 from dynamic_dino.moe.routing import Routing
@@ -22,8 +23,11 @@ def test_routing_of_a_router(gate):
     torch.testing.assert_close(result.probs, logits.softmax(-1))
     values, ids = logits.topk(3)
     assert torch.equal(result.expert_ids, ids.int()) and result.expert_ids.dtype == torch.int32
-    gates = 3 * values.softmax(-1) if gate == "renormalized" else torch.ones(14, 3)
-    torch.testing.assert_close(result.gates, gates)
+    if gate == "indicator":
+        assert result.gates is None  # all are one
+    else:
+        gates = 3 * values.softmax(-1) if gate == "renormalized" else torch.ones(14, 3)
+        torch.testing.assert_close(result.gates, gates)
     assert result.num_experts == 5
 
 
@@ -48,7 +52,7 @@ def test_ties_go_to_the_lowest_index():
 
 
 def test_fp32_inside_autocast():
-    router = SoftmaxRouter(256, 16, 2, groups=8, std=0.02)
+    router = SoftmaxRouter(256, 16, 2, "renormalized", groups=8, std=0.02)
     x = torch.randn(1, 500, 256)
     exact = router(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -114,3 +118,19 @@ def test_load_balance_pushes_towards_rare_experts():
     ids = torch.zeros(20, 1, dtype=torch.int32)
     LoadBalanceLoss()([Routing(ids, torch.ones(20, 1), logits.softmax(-1))]).backward()
     assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1:] < 0).all()
+
+
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("gate", GATES)
+def test_one_call_with_the_experts_is_router_and_experts(gate, backend):
+    layer = MoEFeedForward(40, 24, 6, 2, gate, backend=backend).eval().requires_grad_(False)
+    layer.router.weight.normal_()
+    x, norm = torch.randn(2, 19, 40), torch.nn.LayerNorm(40).requires_grad_(False)
+    expected, routing = layer(x, None, norm)
+    y, routed = layer.experts.with_router(x.flatten(0, 1), norm, **layer.router.block())
+    torch.testing.assert_close(y.view_as(x), expected)
+    assert torch.equal(routed.expert_ids, routing.expert_ids)
+    torch.testing.assert_close(routed.probs, routing.probs)
+    assert (routed.gates is None) == (gate != "renormalized")
+    layer.router.dropped = (1,)
+    assert layer.router.block() is None

@@ -16,23 +16,23 @@ from .casting import cast_weight
 from .grouped import grouped_ffn
 from .reference import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "Routed", "expert_ffn", "route", "route_any", "warmup"]
+__all__ = ["ACTIVATIONS", "Routed", "expert_ffn", "moe_block", "route", "route_any", "warmup"]
 
 
 class Routed(NamedTuple):
     """What a router says of T tokens, K slots and E experts.
 
     expert_ids  int32 [T, K], best first; -1 is an empty slot
-    gates       float32 [T, K], 0 where the slot is empty
+    gates       float32 [T, K], 0 where the slot is empty; or None, where all are 1
     probs       float32 [T, E], what the router thinks of every expert
-    counts      for `expert_ffn`, which then needn't count the same ids again: slots per block of
-                tokens and expert. None from plain torch.
+    blocks      for `expert_ffn`, which then needn't sort the same ids again: the slots of each
+                block of tokens by expert. None from plain torch.
     """
 
     expert_ids: Tensor
-    gates: Tensor
+    gates: Tensor | None
     probs: Tensor
-    counts: Tensor | None
+    blocks: Tensor | None
 
 
 def route(tokens: Tensor, weight: Tensor, top_k: int, *, backend: str = "auto") -> Routed:
@@ -112,11 +112,11 @@ def expert_ffn(
     w2: Tensor,
     b2: Tensor,
     expert_ids: Tensor,
-    gates: Tensor,
+    gates: Tensor | None,
     *,
     activation: str = "relu",
     norm: tuple[Tensor, Tensor, float] | None = None,
-    counts: Tensor | None = None,
+    blocks: Tensor | None = None,
     recompute: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -132,11 +132,11 @@ def expert_ffn(
         w1, b1, w2, b2: float [E, H, D], [E, H], [E, D, H], [E, D], E experts in the orientation of
             nn.Linear, of the dtype of x unless autocast is on.
         expert_ids: int32 or int64 [T, K]; -1 is an empty slot, which contributes nothing.
-        gates: float [T, K]; ignored where the slot is empty.
+        gates: float [T, K]; ignored where the slot is empty. None: 1 in every slot.
         activation: "relu", "gelu" (exact) or "silu".
         norm: weight [D], bias [D] and epsilon of a LayerNorm: the result is LayerNorm(x + y), the
             end of a post-norm transformer block. Triton does it in the pass that sums over k.
-        counts: what `route` or `route_any` returned beside exactly these ids.
+        blocks: what `route` or `route_any` returned beside exactly these ids.
         recompute: the backward pass computes the hidden layer, T * K * H values, once more instead
             of keeping it.
         backend: see `dynamic_dino_kernels.resolve_backend`.
@@ -150,23 +150,30 @@ def expert_ffn(
             environment variable DYNAMIC_DINO_KERNELS_DEBUG=1 to check them there as well.
     """
     name = resolve_backend(backend, x.device)
-    checks.check_expert_ffn(x, w1, b1, w2, b2, expert_ids, gates, activation, norm)
+    call = None
+    if name == "triton" and not (torch.compiler.is_compiling() or checks.debugging()):
+        from .ops import find_ffn  # imports Triton
+
+        call = find_ffn(x, w1, b1, w2, b2, expert_ids, gates, activation, blocks, norm)
+        if call is not None and call.known:
+            return call()
+    checks.check_experts(x, w1, b1, w2, b2, activation, norm)
+    checks.check_routing(x, w1, expert_ids, gates)
 
     device_type, residual = x.device.type, x
-    floats = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        floats = {name: cast_weight(t, dtype) for name, t in floats.items()}
-    for argument, tensor in floats.items():
-        if tensor.dtype != floats["x"].dtype:
-            raise TypeError(f"{argument} is {tensor.dtype}, but x is {floats['x'].dtype}")
+        x, w1, b1, w2, b2 = (cast_weight(t, dtype) for t in (x, w1, b1, w2, b2))
+    checks.check_one_dtype(x, w1, b1, w2, b2)
+    if call is not None:
+        return call()
 
-    arguments = (*floats.values(), expert_ids, gates, activation)
+    arguments = (x, w1, b1, w2, b2, expert_ids, gates, activation)
     with torch.autocast(device_type, enabled=False):
         if name == "triton":
-            from .ops import Norm, triton_ffn  # imports Triton
+            from .ops import Norm, triton_ffn
 
-            return triton_ffn(*arguments, recompute, counts, norm and Norm(residual, *norm))
+            return triton_ffn(*arguments, recompute, blocks, norm and Norm(residual, *norm))
         if name == "grouped":
             y = grouped_ffn(*arguments, recompute)
         elif recompute:
@@ -177,6 +184,61 @@ def expert_ffn(
             return y
         weight, bias, eps = norm
         return F.layer_norm((residual + y).to(weight.dtype), weight.shape, weight, bias, eps)
+
+
+def moe_block(
+    x: Tensor,
+    router: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    top_k: int,
+    weighted: bool = True,
+    activation: str = "relu",
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    recompute: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Routed]:
+    """A whole FFN block of a transformer, from tokens to normed sum: `route`, then `expert_ffn`.
+
+    The same result and gradients as those two; where no gradient is asked for, Triton's kernels
+    are launched one after the other with a third of their Python (see `replay`).
+
+    Args:
+        x: float [T, D], T tokens.
+        router: float [E, D], one row per expert.
+        top_k: k, experts per token.
+        weighted: False: the experts' outputs are added as they are, gates are 1.
+        w1, b1, w2, b2, activation, norm, recompute, backend: see `expert_ffn`.
+
+    Returns:
+        y [T, D], and what `route` says; its gates are None without `weighted`, its blocks are too
+        where nothing is left to do with them.
+
+    Raises:
+        TypeError, ValueError: as those two.
+    """
+    name, call = resolve_backend(backend, x.device), None
+    if name == "triton" and not torch.compiler.is_compiling():
+        from .ops import find_block  # imports Triton
+
+        call = find_block(x, router, w1, b1, w2, b2, top_k, weighted, activation, norm)
+    if call is not None:
+        if not call.known:
+            checks.check_router(x, router, top_k, "top_k")
+            checks.check_experts(x, w1, b1, w2, b2, activation, norm)
+            checks.check_one_dtype(x, w1, b1, w2, b2)
+        y, ids, gates, probs = call()
+        return y, Routed(ids, gates, probs, None)
+    ids, gates, probs, blocks = route(x, router, top_k, backend=name)
+    routed = Routed(ids, gates if weighted else None, probs, blocks)
+    y = expert_ffn(
+        x, w1, b1, w2, b2, ids, routed.gates, activation=activation, norm=norm, blocks=blocks,
+        recompute=recompute, backend=name,
+    )  # fmt: skip
+    return y, routed
 
 
 def warmup(

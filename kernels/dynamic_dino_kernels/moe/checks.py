@@ -22,33 +22,21 @@ def check_router(tokens: Tensor, weight: Tensor, k: int, name: str) -> None:
         raise ValueError(f"{name} is {k}, but must lie between 1 and E={len(weight)}")
 
 
-def check_expert_ffn(x, w1, b1, w2, b2, expert_ids, gates, activation, norm) -> None:
+def check_experts(x, w1, b1, w2, b2, activation, norm) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
-
     if x.dim() != 2:
         raise ValueError(f"x must be [T, D], but its shape is {tuple(x.shape)}")
     if w1.dim() != 3:
         raise ValueError(f"w1 must be [E, H, D], but its shape is {tuple(w1.shape)}")
-    if expert_ids.dim() != 2:
-        raise ValueError(f"expert_ids must be [T, K], but its shape is {tuple(expert_ids.shape)}")
-    (tokens, dim), (experts, hidden, _), slots = x.shape, w1.shape, expert_ids.shape[1]
+    (tokens, dim), (experts, hidden, _) = x.shape, w1.shape
     expected = {
         "w1": (w1, (experts, hidden, dim)),
         "b1": (b1, (experts, hidden)),
         "w2": (w2, (experts, dim, hidden)),
         "b2": (b2, (experts, dim)),
-        "expert_ids": (expert_ids, (tokens, slots)),
-        "gates": (gates, (tokens, slots)),
     }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            sizes = f"T={tokens}, D={dim} (x), E={experts}, H={hidden} (w1), K={slots} (expert_ids)"
-            raise ValueError(
-                f"{name} must be {list(shape)} for {sizes}, but its shape is {tuple(tensor.shape)}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
+    _check_shapes(expected, f"T={tokens}, D={dim} (x), E={experts}, H={hidden} (w1)", x.device)
     if norm is not None:
         for name, tensor in zip(("weight", "bias"), norm[:2], strict=True):
             if tuple(tensor.shape) != (dim,):
@@ -56,10 +44,7 @@ def check_expert_ffn(x, w1, b1, w2, b2, expert_ids, gates, activation, norm) -> 
                     f"norm must be (weight [D], bias [D], eps) for D={dim} (x), but the shape of "
                     f"its {name} is {tuple(tensor.shape)}"
                 )
-    if slots > experts:
-        raise ValueError(f"expert_ids has K={slots} slots, more than the E={experts} experts of w1")
-
-    for name, tensor in {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "gates": gates}.items():
+    for name, tensor in {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}.items():
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, but it is {tensor.dtype}")
     for name, tensor in {"x": x, "w1": w1, "w2": w2}.items():
@@ -68,6 +53,20 @@ def check_expert_ffn(x, w1, b1, w2, b2, expert_ids, gates, activation, norm) -> 
                 f"the last dimension of {name} must be contiguous, but its strides are "
                 f"{tensor.stride()}: pass {name}.contiguous()"
             )
+
+
+def check_routing(x, w1, expert_ids, gates) -> None:
+    if expert_ids.dim() != 2:
+        raise ValueError(f"expert_ids must be [T, K], but its shape is {tuple(expert_ids.shape)}")
+    tokens, experts, slots = x.shape[0], w1.shape[0], expert_ids.shape[1]
+    expected = {"expert_ids": (expert_ids, (tokens, slots))}
+    if gates is not None:
+        expected["gates"] = (gates, (tokens, slots))
+    _check_shapes(expected, f"T={tokens} (x), E={experts} (w1), K={slots} (expert_ids)", x.device)
+    if slots > experts:
+        raise ValueError(f"expert_ids has K={slots} slots, more than the E={experts} experts of w1")
+    if gates is not None and not gates.is_floating_point():
+        raise TypeError(f"gates must be a floating-point tensor, but it is {gates.dtype}")
     if expert_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"expert_ids must be int32 or int64, but it is {expert_ids.dtype}")
     if _ids_are_checked(expert_ids):
@@ -78,8 +77,28 @@ def check_expert_ffn(x, w1, b1, w2, b2, expert_ids, gates, activation, norm) -> 
             )
 
 
+def check_one_dtype(x, w1, b1, w2, b2) -> None:
+    for name, tensor in {"w1": w1, "b1": b1, "w2": w2, "b2": b2}.items():
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}, but x is {x.dtype}")
+
+
+def _check_shapes(expected: dict, sizes: str, device: torch.device) -> None:
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must be {list(shape)} for {sizes}, but its shape is {tuple(tensor.shape)}"
+            )
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but x is on {device}")
+
+
 def _ids_are_checked(expert_ids: Tensor) -> bool:
     """Where it costs no synchronisation, or is asked for; values can't be read while tracing."""
     if torch.compiler.is_compiling() or expert_ids.numel() == 0:
         return False
-    return expert_ids.device.type == "cpu" or os.environ.get(DEBUG_VARIABLE) == "1"
+    return expert_ids.device.type == "cpu" or debugging()
+
+
+def debugging() -> bool:
+    return os.environ.get(DEBUG_VARIABLE) == "1"

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .plan import find_tile
+from ..launch import let_next_start, wait_for_inputs
+from .plan import find_rows_in_blocks, find_tile
 
 
 @triton.jit
@@ -72,16 +73,19 @@ def fused_ffn(
     b1,
     w2,
     b2,
-    slots,
+    slots,  # and offsets: the plan; or the sorted blocks twice, if BLOCKS
     offsets,
     out,  # [SPLITS, N, D], by slot
     hidden,  # [N, H] before the activation, by row; written if SAVE
     n,
     top_k,
     num_experts,
+    num_blocks,
     D: tl.constexpr,
     H: tl.constexpr,
     PART: tl.constexpr,  # hidden units per split, a multiple of BLOCK_H
+    BLOCKS: tl.constexpr,  # at most so many blocks; 0: the plan is given
+    SPAN: tl.constexpr,  # slots of a block
     ACTIVATION: tl.constexpr,
     SAVE: tl.constexpr,
     SUM: tl.constexpr,
@@ -90,17 +94,29 @@ def fused_ffn(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out[slot] = act(x[token] W1^T + b1) W2^T + b2 for a tile of rows of one expert.
 
     The hidden layer passes through registers, BLOCK_H units at a time. When tiles are too few to
     fill the GPU, the hidden units are split among programs that each write a part of the sum.
     """
-    expert, first, end = find_tile(offsets, tl.program_id(0), num_experts, EXPERTS, ROWS)
-    if first >= end:
-        return
+    wait_for_inputs(PDL)
+    tile = tl.program_id(0)
+    if BLOCKS > 0:
+        expert, live, slot = find_rows_in_blocks(
+            blocks=slots, tile=tile, num_experts=num_experts, num_blocks=num_blocks,
+            SPAN=SPAN, EXPERTS=EXPERTS, ROWS=ROWS, BLOCKS=BLOCKS,
+        )  # fmt: skip
+        if expert >= num_experts:
+            return
+        row = slot
+    else:
+        expert, first, end = find_tile(offsets, tile, num_experts, EXPERTS, ROWS)
+        if first >= end:
+            return
+        row, live, slot = _load_rows(slots, first, end, ROWS)
     split = tl.program_id(1)
-    row, live, slot = _load_rows(slots, first, end, ROWS)
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
     x_tile = tl.load(
@@ -128,6 +144,7 @@ def fused_ffn(
         )
         a = _activate(z, ACTIVATION).to(w2_t.dtype)
         acc = tl.dot(a, w2_t, acc, input_precision=PRECISION, out_dtype=SUM)
+    let_next_start(PDL)
     if split == 0:
         acc += tl.load(b2 + expert * D + d, mask=in_d, other=0.0).to(SUM)[None, :]
     tl.store(
@@ -150,15 +167,19 @@ def grouped_linear(
     IN: tl.constexpr,
     OUT: tl.constexpr,
     GATHER: tl.constexpr,  # True: rows come from tokens and stay rows; False: from rows to slots
-    ACTIVATION: tl.constexpr,  # of the input, applied on load; "none" for none
+    ACTIVATION: tl.constexpr,
+    BEFORE: tl.constexpr,  # activates the input, on load
+    AFTER: tl.constexpr,  # activates the output
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One linear layer of all experts: the FFN in two launches, for widths that don't fit one."""
+    wait_for_inputs(PDL)
     expert, first, end = find_tile(offsets, tl.program_id(1), num_experts, EXPERTS, ROWS)
     if first >= end:
         return
@@ -182,10 +203,13 @@ def grouped_linear(
         w_t = tl.load(
             w + o[None, :] * IN + i[:, None], mask=in_o[None, :] & in_i[:, None], other=0.0
         )
-        if ACTIVATION != "none":
+        if BEFORE:
             x_tile = _activate(x_tile.to(SUM), ACTIVATION).to(w_t.dtype)
         acc = tl.dot(x_tile, w_t, acc, input_precision=PRECISION, out_dtype=SUM)
+    let_next_start(PDL)
     acc += tl.load(bias + expert.to(tl.int64) * OUT + o, mask=in_o, other=0.0).to(SUM)[None, :]
+    if AFTER:
+        acc = _activate(acc, ACTIVATION)
     tl.store(out + target[:, None] * OUT + o[None, :], acc, mask=live[:, None] & in_o[None, :])
 
 
@@ -212,11 +236,13 @@ def combine_slots(
     SUM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y[t] = sum over the filled slots k of gates[t, k] * rows[t, k]; a gather, no atomics.
 
-    With NORM, y[t] = LayerNorm(residual[t] + that), in the same pass.
+    With NORM, y[t] = LayerNorm(residual[t] + that), in the same pass. Without gates, they are 1.
     """
+    wait_for_inputs(PDL)
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     live = token < tokens
@@ -273,6 +299,7 @@ def ffn_backward_rows(
     H: tl.constexpr,
     PART: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     SAVED: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -284,7 +311,8 @@ def ffn_backward_rows(
     """Gradients at the rows of one tile: hidden layer, tokens, gates.
 
     With r = dy W2, the gradient of the gate is r . act(z) + dy . b2, and that of z is
-    gate * r * act'(z): the forward output is never needed (SonicMoE, arXiv 2512.14080).
+    gate * r * act'(z): the forward output is never needed (SonicMoE, arXiv 2512.14080). Without
+    gates, they are 1 and have no gradient.
     """
     expert, first, end = find_tile(offsets, tl.program_id(0), num_experts, EXPERTS, ROWS)
     if first >= end:
@@ -295,7 +323,9 @@ def ffn_backward_rows(
     in_d = d < D
     mask_d = live[:, None] & in_d[None, :]
     dy_tile = tl.load(dy + (slot // top_k * D)[:, None] + d[None, :], mask=mask_d, other=0.0)
-    gate = tl.load(gates + slot, mask=live, other=0.0).to(SUM)
+    if GATED:
+        gate = tl.load(gates + slot, mask=live, other=0.0).to(SUM)
+        dgate = tl.zeros([ROWS], SUM)
     if not SAVED:
         x_tile = tl.load(x + (slot // top_k * D)[:, None] + d[None, :], mask=mask_d, other=0.0)
     expert = expert.to(tl.int64)
@@ -303,7 +333,6 @@ def ffn_backward_rows(
     b1 += expert * H
     w2 += expert * D * H
     dx = tl.zeros([ROWS, BLOCK_D], SUM)
-    dgate = tl.zeros([ROWS], SUM)
     for start in range(0, PART, BLOCK_H):
         h = split * PART + start + tl.arange(0, BLOCK_H)
         in_h = h < H
@@ -318,17 +347,20 @@ def ffn_backward_rows(
             w2 + d[:, None] * H + h[None, :], mask=in_d[:, None] & in_h[None, :], other=0.0
         )
         r = tl.dot(dy_tile, w2_h, input_precision=PRECISION, out_dtype=SUM)
-        dgate += tl.sum(r * _activate(z, ACTIVATION), 1)
-        dz_tile = gate[:, None] * r * _activation_gradient(z, ACTIVATION)
+        dz_tile = r * _activation_gradient(z, ACTIVATION)
+        if GATED:
+            dgate += tl.sum(r * _activate(z, ACTIVATION), 1)
+            dz_tile *= gate[:, None]
         tl.store(dz + at_h, dz_tile, mask=mask_h)
         w1_h = tl.load(
             w1 + h[:, None] * D + d[None, :], mask=in_h[:, None] & in_d[None, :], other=0.0
         )
         dx = tl.dot(dz_tile.to(w1_h.dtype), w1_h, dx, input_precision=PRECISION, out_dtype=SUM)
-    if split == 0:
-        bias = tl.load(b2 + expert * D + d, mask=in_d, other=0.0).to(SUM)
-        dgate += tl.sum(dy_tile.to(SUM) * bias[None, :], 1)
-    tl.store(dgates + split * n + slot, dgate, mask=live)
+    if GATED:
+        if split == 0:
+            bias = tl.load(b2 + expert * D + d, mask=in_d, other=0.0).to(SUM)
+            dgate += tl.sum(dy_tile.to(SUM) * bias[None, :], 1)
+        tl.store(dgates + split * n + slot, dgate, mask=live)
     tl.store(dx_rows + (split * n + slot)[:, None] * D + d[None, :], dx, mask=mask_d)
 
 
@@ -349,6 +381,7 @@ def ffn_backward_weights(
     D: tl.constexpr,
     H: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -373,7 +406,6 @@ def ffn_backward_weights(
     for start in range(first, end, ROWS):
         row, live, slot = _load_rows(slots, start, end, ROWS)
         token = slot // top_k
-        gate = tl.load(gates + slot, mask=live, other=0.0).to(SUM)
         dz_t = tl.load(
             dz + row[None, :] * H + h[:, None], mask=live[None, :] & in_h[:, None], other=0.0
         )
@@ -391,7 +423,9 @@ def ffn_backward_weights(
             mask=live[None, :] & in_d[:, None],
             other=0.0,
         )
-        dy_t = dy_t.to(SUM) * gate[None, :]
+        dy_t = dy_t.to(SUM)
+        if GATED:
+            dy_t *= tl.load(gates + slot, mask=live, other=0.0).to(SUM)[None, :]
         dw2_acc = tl.dot(
             dy_t.to(x_tile.dtype), a, dw2_acc, input_precision=PRECISION, out_dtype=SUM
         )

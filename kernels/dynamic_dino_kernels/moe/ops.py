@@ -8,11 +8,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import launch, sum_dtype, sum_type
-from . import kernels
+from ..launch import gpu_of, launch, sum_dtype, sum_type
+from ..replay import Call, Replayed
+from . import kernels, router
 from .grouped import needs_grad
-from .plan import TOKENS, Plan, make_plan, max_tiles
-from .tiles import SMALLEST, Problem, Tiles, block_size, choose_tiles
+from .plan import MOST_BLOCKS, TOKENS, Plan, blocks_shape, make_plan, max_tiles, sort_in_blocks
+from .tiles import SMALLEST, Problem, Tiles, block_size, choose_tiles, pinned
 
 
 class Norm(NamedTuple):
@@ -35,25 +36,63 @@ def triton_ffn(
     gates,
     activation: str,
     recompute: bool = False,
-    counts: Tensor | None = None,
+    blocks: Tensor | None = None,
     norm: Norm | None = None,
 ) -> Tensor:
     """See `dynamic_dino_kernels.moe.expert_ffn`, which has checked the arguments.
 
     recompute: the backward pass computes the hidden layer again instead of keeping it.
-    counts: the router's, see `make_plan`.
+    blocks: the router's, see plan.py.
     """
-    tokens, experts = x.shape[0], w1.shape[0]
-    if counts is not None and counts.shape != ((tokens + TOKENS - 1) // TOKENS, experts + 1):
-        raise ValueError(
-            f"counts {list(counts.shape)} were made for other ids than these of T={tokens} tokens "
-            f"and E={experts} experts"
-        )
-    tensors = [t.contiguous() for t in (x, w1, b1, w2, b2, expert_ids, gates)]
+    tensors = [_contiguous(t) for t in (x, w1, b1, w2, b2, expert_ids, gates, blocks)]
     *tail, eps = norm or (None, None, None, 0.0)
-    tail = [t if t is None else t.contiguous() for t in (counts, *tail)]
+    tail = [_contiguous(t) for t in tail]
     save = needs_grad(*(t for t in (*tensors, *tail) if t is not None))
     return expert_ffn_op(*tensors, *tail, eps, activation, save, save and not recompute)[0]
+
+
+def find_ffn(x, w1, b1, w2, b2, expert_ids, gates, activation, blocks, norm) -> Call | None:
+    """Of `expert_ffn`, if it can be repeated, see `replay`."""
+    weight, bias, eps = norm or (None, None, 0.0)
+    tensors = (x, w1, b1, w2, b2, expert_ids, gates, blocks, weight, bias)
+    return _ffn.find(tensors, (eps, activation, *_state(x)))
+
+
+def find_block(x, rows, w1, b1, w2, b2, top_k, weighted, activation, norm) -> Call | None:
+    """Of `moe_block`, if it can be repeated, see `replay`: y, ids, gates or None, and probs."""
+    weight, bias, eps = norm or (None, None, 0.0)
+    tensors = (x, rows, w1, b1, w2, b2, weight, bias)
+    return _block.find(tensors, (top_k, weighted, eps, activation, *_state(x)))
+
+
+def _run_ffn(
+    x, w1, b1, w2, b2, expert_ids, gates, blocks, norm_weight, norm_bias, eps, activation, *_
+) -> Tensor:
+    residual = None if norm_weight is None else x
+    arguments = (x, w1, b1, w2, b2, expert_ids, gates, blocks, residual, norm_weight, norm_bias)
+    return forward(*arguments, eps, activation, False, False)[0]
+
+
+def _run_block(
+    x, rows, w1, b1, w2, b2, norm_weight, norm_bias, top_k, weighted, eps, activation, *_
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    gates, probs, ids, blocks = router.forward(x, rows, top_k)
+    gates = gates if weighted else None
+    experts = (w1, b1, w2, b2, ids, gates, blocks)
+    y = _run_ffn(x, *experts, norm_weight, norm_bias, eps, activation)
+    return y, ids, gates, probs
+
+
+_ffn, _block = Replayed(_run_ffn), Replayed(_run_block)
+
+
+def _state(x: Tensor) -> tuple:
+    """What decides, besides shapes and types, which kernels run."""
+    return _precision(x), pinned()
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return t if t is None else t.contiguous()
 
 
 # ---- operators ----------------------------------------------------------------------------------
@@ -66,8 +105,8 @@ def forward(
     w2: Tensor,
     b2: Tensor,
     expert_ids: Tensor,
-    gates: Tensor,
-    counts: Tensor | None,
+    gates: Tensor | None,
+    blocks: Tensor | None,
     residual: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -80,14 +119,24 @@ def forward(
     the hidden layer before the activation, [N, H] by row; of the norm the input [T, D], and mean
     and 1 / deviation, [2, T]. What isn't saved is empty. All arguments are contiguous."""
     call = _Call(x, w1, expert_ids, activation)
-    plan = make_plan(expert_ids, call.experts, counts)
-    z = x.new_empty(call.n if save_hidden else 0, call.hidden)
+    if blocks is None:
+        blocks = sort_in_blocks(expert_ids, call.experts)
+    elif blocks.shape != blocks_shape(*expert_ids.shape, call.experts):
+        raise ValueError(
+            f"blocks {list(blocks.shape)} were made for other ids than these of T={len(x)} tokens, "
+            f"K={call.top_k} slots and E={call.experts} experts"
+        )
     tiles = choose_tiles(call.problem(backward=False), x.device)
-    run = _fused if tiles.form == "fused" else _two_gemms
-    rows = run(call, tiles, plan, x, w1, b1, w2, b2, z)
+    fused = tiles.form == "fused"
+    direct = fused and not save and len(blocks) <= MOST_BLOCKS
+    plan = None if direct else make_plan(blocks, call.n, call.experts)
+    z = x.new_empty(call.n if save_hidden else 0, call.hidden)
+    run = _fused if fused else _two_gemms
+    rows = run(call, tiles, plan or blocks, x, w1, b1, w2, b2, z)
     norm = None if residual is None else Norm(residual, norm_weight, norm_bias, eps)
     y, *of_norm = _combine(rows, expert_ids, gates, x, norm, save)
-    return y, *plan, z, *of_norm
+    kept = plan if save else (blocks.new_empty(0), blocks.new_empty(0))
+    return y, *kept, z, *of_norm
 
 
 def backward(
@@ -98,14 +147,15 @@ def backward(
     w2: Tensor,
     b2: Tensor,
     expert_ids: Tensor,
-    gates: Tensor,
+    gates: Tensor | None,
     slots: Tensor,
     offsets: Tensor,
     z: Tensor,
     activation: str,
     weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, b1, w2, b2 and gates; without `weights`, the four are empty."""
+    """Gradients of x, w1, b1, w2, b2 and gates; without `weights`, the four are empty, and so is
+    the last without gates."""
     call, plan = _Call(x, w1, expert_ids, activation), Plan(slots, offsets)
     saved = len(z) == call.n
     z = z if saved else x.new_empty(call.n, call.hidden)
@@ -113,17 +163,22 @@ def backward(
     tiles = choose_tiles(call.problem(backward=True), x.device)
     part, splits = _split(call.hidden, tiles)
     dx_rows = x.new_empty(splits, call.n, call.dim, dtype=_row_dtype(x, splits))
-    dgates = x.new_empty(splits, call.n, dtype=sum_dtype(x))
+    gated = gates is not None
+    dgates = x.new_empty(splits, call.n if gated else 0, dtype=sum_dtype(x))
+    gate_values = gates if gated else dgates
     launch(
         kernels.ffn_backward_rows,
         (max_tiles(call.n, call.experts, tiles.rows), splits),
-        *(x, w1, b1, w2, b2, dy, gates, *plan, z, dz, dx_rows, dgates),
+        *(x, w1, b1, w2, b2, dy, gate_values, *plan, z, dz, dx_rows, dgates),
         *(call.n, call.top_k, call.experts),
-        **call.sizes, **call.numerics, **call.tile(tiles), PART=part, SAVED=saved,
+        **call.sizes, **call.numerics, **call.tile(tiles), PART=part,
+        GATED=gated, SAVED=saved,
     )  # fmt: skip
     dx = _combine(dx_rows, expert_ids, None, x)[0]
     # Empty slots have no row: what is at their place was never written.
-    dgate = dgates.sum(0).view_as(gates).masked_fill(expert_ids < 0, 0).to(gates.dtype)
+    dgates = dgates.sum(0)
+    if gated:
+        dgates = dgates.view_as(gates).masked_fill(expert_ids < 0, 0).to(gates.dtype)
 
     grads = [p.new_empty(p.shape if weights else 0) for p in (w1, b1, w2, b2)]
     if weights:
@@ -131,11 +186,11 @@ def backward(
         launch(
             kernels.ffn_backward_weights,
             (call.experts, triton.cdiv(call.hidden, block), triton.cdiv(call.dim, block)),
-            *(x, dy, gates, *plan, z, dz, *grads, call.top_k),
-            **call.sizes, **call.numerics, BLOCK_D=block, BLOCK_H=block,
+            *(x, dy, gate_values, *plan, z, dz, *grads, call.top_k),
+            **call.sizes, **call.numerics, GATED=gated, BLOCK_D=block, BLOCK_H=block,
             ROWS=max(SMALLEST, block // 2), num_warps=4, num_stages=2,
         )  # fmt: skip
-    return dx, *grads, dgate
+    return dx, *grads, dgates
 
 
 expert_ffn_op = torch.library.custom_op("dynamic_dino::expert_ffn", forward, mutates_args=())
@@ -146,11 +201,13 @@ expert_ffn_backward_op = torch.library.custom_op(
 
 @expert_ffn_op.register_fake
 def _(
-    x, w1, b1, w2, b2, expert_ids, gates, counts, residual, norm_weight, norm_bias, eps, activation,
+    x, w1, b1, w2, b2, expert_ids, gates, blocks, residual, norm_weight, norm_bias, eps, activation,
     save, save_hidden,
 ):  # fmt: skip
     n = expert_ids.shape[0] * expert_ids.shape[1]
-    slots, offsets = (expert_ids.new_empty(k, dtype=torch.int32) for k in (n, w1.shape[0] + 1))
+    slots, offsets = (
+        expert_ids.new_empty(k if save else 0, dtype=torch.int32) for k in (n, w1.shape[0] + 1)
+    )
     z = x.new_empty(n if save_hidden else 0, w1.shape[1])
     y = x.new_empty(x.shape, dtype=x.dtype if residual is None else norm_weight.dtype)
     kept = x.shape[0] if save and residual is not None else 0
@@ -161,7 +218,8 @@ def _(
 @expert_ffn_backward_op.register_fake
 def _(dy, x, w1, b1, w2, b2, expert_ids, gates, slots, offsets, z, activation, weights):
     grads = [p.new_empty(p.shape if weights else 0) for p in (w1, b1, w2, b2)]
-    return x.new_empty(x.shape), *grads, gates.new_empty(gates.shape)
+    dgates = x.new_empty(0, dtype=sum_dtype(x)) if gates is None else torch.empty_like(gates)
+    return x.new_empty(x.shape), *grads, dgates
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -187,6 +245,7 @@ def _differentiate(ctx, dy, *_):
     dx, dw1, db1, dw2, db2, dgates = expert_ffn_backward_op(
         dy.to(x.dtype).contiguous(), *ffn, slots, offsets, z, ctx.activation, any(needs[1:5])
     )
+
     norm_grads = (dresidual, dnorm_weight, dnorm_bias)
     grads = (dx, dw1, db1, dw2, db2, None, dgates, None, *norm_grads, *[None] * 4)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
@@ -206,6 +265,7 @@ class _Call:
         self.top_k, self.n = expert_ids.shape[1], expert_ids.numel()
         self.dtype = x.dtype
         self.sizes = dict(D=self.dim, H=self.hidden)
+        self.dependent = gpu_of(x.device).dependent_launch
         self.numerics = dict(ACTIVATION=activation, SUM=sum_type(x), PRECISION=_precision(x))
 
     def problem(self, backward: bool) -> Problem:
@@ -218,26 +278,31 @@ class _Call:
         )  # fmt: skip
 
 
-def _fused(call: _Call, tiles: Tiles, plan: Plan, x, w1, b1, w2, b2, z: Tensor) -> Tensor:
-    """[splits, N, D] by slot; fills z if it has room."""
+def _fused(call: _Call, tiles: Tiles, plan: Plan | Tensor, x, w1, b1, w2, b2, z: Tensor) -> Tensor:
+    """[splits, N, D] by slot; fills z if it has room. Instead of the plan, the sorted blocks."""
+    direct = isinstance(plan, Tensor)
+    slots, offsets = (plan, plan) if direct else plan
+    blocks = len(plan) if direct else 0
     part, splits = _split(call.hidden, tiles)
     rows = x.new_empty(splits, call.n, call.dim, dtype=_row_dtype(x, splits))
     launch(
         kernels.fused_ffn,
         (max_tiles(call.n, call.experts, tiles.rows), splits),
-        *(x, w1, b1, w2, b2, *plan, rows, z, call.n, call.top_k, call.experts),
-        **call.sizes, **call.numerics, **call.tile(tiles), PART=part, SAVE=len(z) > 0,
+        *(x, w1, b1, w2, b2, slots, offsets, rows, z if len(z) else rows),
+        *(call.n, call.top_k, call.experts, blocks),
+        **call.sizes, **call.numerics, **call.tile(tiles), **call.dependent, PART=part,
+        SAVE=len(z) > 0, BLOCKS=block_size(blocks, 2) if direct else 0, SPAN=TOKENS * call.top_k,
     )  # fmt: skip
     return rows
 
 
 def _two_gemms(call: _Call, tiles: Tiles, plan: Plan, x, w1, b1, w2, b2, z: Tensor) -> Tensor:
-    """[1, N, D] by slot; fills z if it has room."""
-    z = z if len(z) else x.new_empty(call.n, call.hidden)
+    """[1, N, D] by slot; fills z if it has room, else keeps the hidden layer activated."""
+    save = len(z) > 0
+    z = z if save else x.new_empty(call.n, call.hidden)
     rows = x.new_empty(1, call.n, call.dim)
-    numerics = dict(SUM=call.numerics["SUM"], PRECISION=call.numerics["PRECISION"])
     meta = dict(
-        EXPERTS=block_size(call.experts, 2), ROWS=tiles.rows, **numerics,
+        EXPERTS=block_size(call.experts, 2), ROWS=tiles.rows, **call.numerics, **call.dependent,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     block_out = [min(2 * _side(x), block_size(size)) for size in (call.hidden, call.dim)]
@@ -247,14 +312,14 @@ def _two_gemms(call: _Call, tiles: Tiles, plan: Plan, x, w1, b1, w2, b2, z: Tens
         kernels.grouped_linear,
         (triton.cdiv(call.hidden, block_out[0]), count),
         *(x, w1, b1, *plan, z, call.top_k, call.experts),
-        IN=call.dim, OUT=call.hidden, GATHER=True, ACTIVATION="none",
+        IN=call.dim, OUT=call.hidden, GATHER=True, BEFORE=False, AFTER=not save,
         BLOCK_OUT=block_out[0], BLOCK_IN=block_in[0], **meta,
     )  # fmt: skip
     launch(
         kernels.grouped_linear,
         (triton.cdiv(call.dim, block_out[1]), count),
         *(z, w2, b2, *plan, rows, call.top_k, call.experts),
-        IN=call.hidden, OUT=call.dim, GATHER=False, ACTIVATION=call.numerics["ACTIVATION"],
+        IN=call.hidden, OUT=call.dim, GATHER=False, BEFORE=save, AFTER=False,
         BLOCK_OUT=block_out[1], BLOCK_IN=block_in[1], **meta,
     )  # fmt: skip
     return rows
@@ -282,7 +347,8 @@ def _combine(
         kernels.combine_slots,
         (triton.cdiv(tokens, 4), triton.cdiv(dim, block)),
         *(rows, expert_ids, unused if gates is None else gates),
-        *(residual, weight, bias, y, summed, stats, tokens, n),
+        *(residual, weight, bias, y, summed if kept else y, stats if kept else y, tokens, n),
+        **gpu_of(x.device).dependent_launch,
         TOP_K=top_k, SPLITS=splits, D=dim, GATED=gates is not None, NORM=norm is not None,
         EPS=eps, SAVE=kept > 0, SUM=sum_type(x), BLOCK_D=block, TOKENS=4, num_warps=4,
     )  # fmt: skip

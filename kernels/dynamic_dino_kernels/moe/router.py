@@ -1,4 +1,4 @@
-"""The routers on Triton as PyTorch operators: one kernel from tokens to gates and counts."""
+"""The routers on Triton as PyTorch operators: one kernel from tokens to gates and blocks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from .plan import TOKENS
+from .plan import TOKENS, blocks_shape
 from .tiles import block_size
 
 
 def triton_route(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, ...]:
     """See `dynamic_dino_kernels.moe.route`, which has checked the arguments."""
-    gates, probs, ids, counts = route_op(tokens.contiguous(), weight.contiguous(), top_k)
-    return ids, gates, probs, counts
+    gates, probs, ids, blocks = route_op(tokens.contiguous(), weight.contiguous(), top_k)
+    return ids, gates, probs, blocks
 
 
 def triton_route_any(
@@ -23,15 +23,15 @@ def triton_route_any(
 ) -> tuple[Tensor, ...]:
     """See `dynamic_dino_kernels.moe.route_any`, which has checked the arguments."""
     tensors = (t.contiguous() for t in (tokens, weight, thresholds))
-    gates, scores, ids, counts = route_any_op(*tensors, max_k, fallback)
-    return ids, gates, scores, counts
+    gates, scores, ids, blocks = route_any_op(*tensors, max_k, fallback)
+    return ids, gates, scores, blocks
 
 
 # ---- operators ----------------------------------------------------------------------------------
 
 
 def forward(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """gates [T, K], probs [T, E], expert_ids [T, K], counts as `make_plan` wants them."""
+    """gates [T, K], probs [T, E], expert_ids [T, K], sorted blocks, see plan.py."""
     outputs = _empty_outputs(tokens, weight, top_k)
     meta = _meta(tokens, weight, top_k)
     launch(route_top_k, _grid(tokens), tokens, weight, *outputs, len(tokens), len(weight), **meta)
@@ -41,7 +41,7 @@ def forward(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor,
 def forward_any(
     tokens: Tensor, weight: Tensor, thresholds: Tensor, max_k: int, fallback: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """gates [T, K], scores [T, E], expert_ids [T, K], counts as `make_plan` wants them."""
+    """gates [T, K], scores [T, E], expert_ids [T, K], sorted blocks, see plan.py."""
     outputs = _empty_outputs(tokens, weight, max_k)
     meta = _meta(tokens, weight, max_k) | dict(FALLBACK=fallback)
     sizes = len(tokens), len(weight)
@@ -55,7 +55,7 @@ def _empty_outputs(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, 
         tokens.new_empty(count, top_k, dtype=torch.float32),
         tokens.new_empty(count, experts, dtype=torch.float32),
         tokens.new_empty(count, top_k, dtype=torch.int32),
-        tokens.new_empty((count + TOKENS - 1) // TOKENS, experts + 1, dtype=torch.int32),
+        tokens.new_empty(blocks_shape(count, top_k, experts), dtype=torch.int32),
     )
 
 
@@ -65,7 +65,8 @@ def _grid(tokens: Tensor) -> tuple[int]:
 
 def _meta(tokens: Tensor, weight: Tensor, top_k: int) -> dict:
     return dict(
-        D=tokens.shape[1], TOP_K=top_k, EXPERTS=block_size(len(weight)), BLOCK_D=64,
+        D=tokens.shape[1], TOP_K=top_k, EXPERTS=block_size(len(weight)),
+        BLOCK_D=min(128, block_size(tokens.shape[1])),
         SLOTS=triton.next_power_of_2(top_k), BLOCK=TOKENS, num_warps=4,
     )  # fmt: skip
 
@@ -79,8 +80,8 @@ route_any_op.register_fake(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    gates, probs, ids, counts = output
-    ctx.mark_non_differentiable(ids, counts)
+    gates, probs, ids, blocks = output
+    ctx.mark_non_differentiable(ids, blocks)
     ctx.save_for_backward(*(i for i in inputs if isinstance(i, Tensor)), gates, probs, ids)
 
 
@@ -181,12 +182,27 @@ def _best(values, free, e, EXPERTS: tl.constexpr):
 
 
 @triton.jit
-def _store_counts(counts, hits, e, live, experts, top_k):
-    """How many of the block's slots each expert got, and how many stayed empty."""
-    row = counts + tl.program_id(0) * (experts + 1)
-    per_expert = tl.sum((hits & live[:, None]).to(tl.int32), 0)
-    tl.store(row + e, per_expert, mask=e < experts)
-    tl.store(row + experts, tl.sum(live.to(tl.int32), 0) * top_k - tl.sum(per_expert, 0))
+def _store_block(
+    blocks, hits, slot_of, t, e, live, experts, TOP_K: tl.constexpr, SLOTS: tl.constexpr
+):
+    """The slots of this block of tokens, sorted by expert, as plan.py's `blocks_shape` tells.
+
+    hits: which token takes which expert [BLOCK, EXPERTS]; slot_of: in which of its slots.
+    """
+    row = blocks + tl.program_id(0).to(tl.int64) * (experts + 1 + hits.shape[0] * TOP_K)
+    hits = hits & live[:, None]
+    ones = hits.to(tl.int32)
+    counts = tl.sum(ones, 0)
+    start = tl.cumsum(counts, 0) - counts
+    tl.store(row + e, start, mask=e < experts)
+    filled = tl.sum(counts, 0)
+    tl.store(row + experts, filled)
+    index = tl.arange(0, hits.shape[0] * SLOTS)
+    rest = (index >= filled) & (index < hits.shape[0] * TOP_K)
+    tl.store(row + experts + 1 + index, -1, mask=rest)
+    place = start[None, :] + tl.cumsum(ones, 0) - 1
+    slot = t[:, None].to(tl.int32) * TOP_K + slot_of
+    tl.store(row + experts + 1 + place, slot, mask=hits)
 
 
 @triton.jit
@@ -196,7 +212,7 @@ def route_top_k(
     gates,
     probs,
     ids,
-    counts,
+    blocks,
     count,
     experts,
     D: tl.constexpr,
@@ -225,9 +241,12 @@ def route_top_k(
     weights = tl.zeros([BLOCK, SLOTS], tl.float32)
     offered = real[None, :] & (t >= 0)[:, None]
     free = offered
+    slot_of = tl.zeros([BLOCK, EXPERTS], tl.int32)
     for slot in tl.static_range(TOP_K):
         index, top = _best(logits, free, e, EXPERTS)
-        free = free & (e[None, :] != index[:, None])
+        taken = e[None, :] == index[:, None]
+        free = free & (taken == 0)
+        slot_of = tl.where(taken, slot, slot_of)
         here = (k == slot)[None, :]
         chosen = tl.where(here, index[:, None], chosen)
         weights = tl.where(here, tl.exp(top - best)[:, None], weights)
@@ -236,7 +255,7 @@ def route_top_k(
     mask = live[:, None] & (k < TOP_K)[None, :]
     tl.store(ids + at, chosen, mask=mask)
     tl.store(gates + at, weights, mask=mask)
-    _store_counts(counts, offered & (free == 0), e, live, experts, TOP_K)
+    _store_block(blocks, offered & (free == 0), slot_of, t, e, live, experts, TOP_K, SLOTS)
 
 
 @triton.jit
@@ -247,7 +266,7 @@ def route_top_any(
     gates,
     scores,
     ids,
-    counts,
+    blocks,
     count,
     experts,
     D: tl.constexpr,
@@ -279,9 +298,12 @@ def route_top_any(
     k = tl.arange(0, SLOTS)
     chosen = tl.full([BLOCK, SLOTS], -1, tl.int32)
     free = offered
+    slot_of = tl.zeros([BLOCK, EXPERTS], tl.int32)
     for slot in tl.static_range(TOP_K):
         index, _ = _best(cosine, free, e, EXPERTS)
-        free = free & (e[None, :] != index[:, None])
+        best = e[None, :] == index[:, None]
+        free = free & (best == 0)
+        slot_of = tl.where(best, slot, slot_of)
         taken = (k == slot)[None, :] & (index < EXPERTS)[:, None]
         chosen = tl.where(taken, index[:, None], chosen)
     filled = chosen >= 0
@@ -290,4 +312,4 @@ def route_top_any(
     mask = live[:, None] & (k < TOP_K)[None, :]
     tl.store(ids + at, chosen, mask=mask)
     tl.store(gates + at, tl.where(filled, 1.0 / number[:, None], 0.0), mask=mask)
-    _store_counts(counts, offered & (free == 0), e, live, experts, TOP_K)
+    _store_block(blocks, offered & (free == 0), slot_of, t, e, live, experts, TOP_K, SLOTS)

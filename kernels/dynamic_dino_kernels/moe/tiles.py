@@ -84,6 +84,11 @@ def pinned_tiles(tiles: Tiles, backward: Tiles | None = None) -> Iterator[None]:
         _pinned.update(before)
 
 
+def pinned() -> tuple[Tiles, ...]:
+    """What `pinned_tiles` says, forward and backward; empty where it says nothing."""
+    return tuple(_pinned.values())
+
+
 def choose_tiles(problem: Problem, device: torch.device) -> Tiles:
     """The pinned tiles if there are any, else those measured for the problem, else an estimate."""
     if pinned := _pinned.get(problem.backward):

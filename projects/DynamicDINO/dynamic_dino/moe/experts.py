@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from dynamic_dino_kernels.moe import expert_ffn
+from dynamic_dino_kernels.moe import expert_ffn, moe_block
 from torch import Tensor, nn
 
 from .routing import Routing
@@ -54,10 +54,28 @@ class Experts(nn.Module):
             routing.gates,
             activation=self.activation,
             norm=norm and (norm.weight, norm.bias, norm.eps),
-            counts=routing.counts,
+            blocks=routing.blocks,
             recompute=self.recompute,
             backend=self.backend,
         )
+
+    def with_router(
+        self, x: Tensor, norm: nn.LayerNorm | None = None, **router
+    ) -> tuple[Tensor, Routing]:
+        """`forward` after routing by the arguments of `Router.block`, in one call."""
+        y, routed = moe_block(
+            x,
+            w1=self.w1,
+            b1=self.b1,
+            w2=self.w2,
+            b2=self.b2,
+            activation=self.activation,
+            norm=norm and (norm.weight, norm.bias, norm.eps),
+            recompute=self.recompute,
+            backend=self.backend,
+            **router,
+        )
+        return y, Routing(*routed)
 
     def responses(self, x: Tensor, routing: Routing, most: int) -> Tensor:
         """Each expert's mean answer to tokens of its own: x [T, D] -> [E, D], 0 where it has none.

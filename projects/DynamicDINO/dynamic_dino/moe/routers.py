@@ -37,6 +37,11 @@ class Router(nn.Module):
         mask[list(self.dropped)] = True
         return mask
 
+    def block(self) -> dict | None:
+        """Arguments of `dynamic_dino_kernels.moe_block`, "router" and others, with which it routes
+        as `forward` does without gradient, in one call with the experts; None: it can't."""
+        return None
+
     def forward(self, tokens: Tensor, scene: Tensor | None = None) -> Routing:
         """tokens [B, N, D], scene [B, D] -> Routing of T = B * N tokens"""
         raise NotImplementedError
@@ -90,24 +95,30 @@ class SoftmaxRouter(Router):
             rows = torch.empty_like(self.weight[:groups]).normal_(0, self.std)
             self.weight.copy_(rows.repeat_interleave(self.num_experts // groups, 0))
 
+    def block(self) -> dict | None:
+        if self.dropped:
+            return None
+        weighted = self.gate == "renormalized"
+        return dict(router=self.weight, top_k=self.top_k, weighted=weighted)
+
     def forward(self, tokens: Tensor, scene: Tensor | None = None) -> Routing:
         """tokens [B, N, D] -> Routing of T = B * N tokens; `scene` is for scene-aware routers."""
         x = tokens.flatten(0, 1)
-        ids, soft, probs, counts = route(x, self.weight, self.top_k)
+        ids, soft, probs, blocks = route(x, self.weight, self.top_k)
         barred = self.barred(x.device)
         if barred is not None:  # not what the kernel is for, and in no hurry
             logits = (x.double() @ self.weight.double().T).float()
             ids, soft = best_experts(logits, self.top_k, barred)
-            soft, counts = soft * self.top_k, None
+            soft, blocks = soft * self.top_k, None
         if self.gate == "renormalized":
             gates = soft
         elif self.gate == "straight_through" and soft.requires_grad:
             gates = torch.ones_like(soft) + (soft - soft.detach())
         else:
-            gates = torch.ones_like(soft)
-        if barred is not None:
+            gates = None
+        if barred is not None and gates is not None:
             gates = gates.masked_fill(ids < 0, 0)
-        return Routing(ids, gates, probs, counts)
+        return Routing(ids, gates, probs, blocks)
 
 
 def best_experts(logits: Tensor, top_k: int, barred: Tensor | None) -> tuple[Tensor, Tensor]:

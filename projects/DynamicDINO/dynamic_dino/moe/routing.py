@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,11 @@ class Routing:
     """Which experts each token uses. T tokens, K slots, E experts.
 
     expert_ids    int32 [T, K], -1 marks an empty slot
-    gates         float [T, K], weight of each slot, 0 where empty
+    gates         float [T, K], weight of each slot, 0 where empty; None: 1 in every filled slot
     probs         float [T, E], what the router thinks of every expert: a distribution, or the
                   scores of a top-any router
-    counts        what the router's kernel counted for that of the experts, see `expert_ffn`; None
-                  where it didn't, or where these are no longer the router's tokens
+    blocks        the slots of each block of tokens sorted by expert, see `expert_ffn`; None where
+                  the router's kernel didn't, or where these are no longer the router's tokens
 
     What only some routers and layers tell, else None:
 
@@ -38,9 +38,9 @@ class Routing:
     """
 
     expert_ids: Tensor
-    gates: Tensor
+    gates: Tensor | None
     probs: Tensor
-    counts: Tensor | None = None
+    blocks: Tensor | None = None
     scene_probs: Tensor | None = None
     scene_routes: Tensor | None = None
     tokens: Tensor | None = None
@@ -56,18 +56,16 @@ class Routing:
     @classmethod
     def cat(cls, routings: Sequence[Routing]) -> Routing:
         """The tokens of several forward passes through one layer, in order."""
-        rows = {
-            name: torch.cat([getattr(r, name) for r in routings])
-            for name in PER_TOKEN
-            if getattr(routings[0], name) is not None
-        }
-        return cls(**rows, **{name: getattr(routings[-1], name) for name in OF_LAYER})
+        layer = {name: getattr(routings[-1], name) for name in OF_LAYER}
+        return cls(**_map_tokens(lambda *rows: torch.cat(rows), *routings), **layer)
 
     def slice_tokens(self, batch: int, start: int) -> Routing:
         """Drops the first `start` tokens of each of `batch` images, e.g. denoising queries."""
-        rows = {
-            name: getattr(self, name).unflatten(0, (batch, -1))[:, start:].flatten(0, 1)
-            for name in PER_TOKEN
-            if getattr(self, name) is not None
-        }
+        rows = _map_tokens(lambda x: x.unflatten(0, (batch, -1))[:, start:].flatten(0, 1), self)
         return Routing(**rows, **{name: getattr(self, name) for name in OF_LAYER})
+
+
+def _map_tokens(function: Callable[..., Tensor], *routings: Routing) -> dict[str, Tensor | None]:
+    """function of each field with one row for each token; None where it isn't told."""
+    fields = {name: [getattr(r, name) for r in routings] for name in PER_TOKEN}
+    return {name: None if rows[0] is None else function(*rows) for name, rows in fields.items()}
