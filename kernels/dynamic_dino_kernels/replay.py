@@ -106,7 +106,7 @@ class Call:
         return self.recording is not None
 
     def __call__(self):
-        if self.recording is not None and knobs.runtime.launch_enter_hook is None:
+        if self.recording is not None:
             return self.recording.replay(self.pointers, self.key[0])
         return self.replayed.record(self.key, self.tensors, self.constants)
 
@@ -244,7 +244,14 @@ def _is_plain_mode() -> bool:
         or torch._C._functorch.maybe_current_level() is not None
         or torch.is_autocast_enabled("cuda")
         or recording()
+        or _has_hooks(knobs.runtime.launch_enter_hook)
+        or _has_hooks(knobs.runtime.launch_exit_hook)
     )
+
+
+def _has_hooks(chain) -> bool:
+    """Of Triton's profilers: a chain of functions, maybe empty; in older releases one, or None."""
+    return bool(getattr(chain, "calls", chain))
 
 
 def _storage(t: Tensor) -> int:

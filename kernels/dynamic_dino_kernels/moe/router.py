@@ -8,13 +8,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
+from ..replay import Replayed
 from .plan import TOKENS, blocks_shape
 from .tiles import block_size
 
 
 def triton_route(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, ...]:
     """See `dynamic_dino_kernels.moe.route`, which has checked the arguments."""
-    gates, probs, ids, blocks = route_op(tokens.contiguous(), weight.contiguous(), top_k)
+    tensors = tokens.contiguous(), weight.contiguous()
+    gates, probs, ids, blocks = _call(route_op, _route, tensors, (top_k,))
     return ids, gates, probs, blocks
 
 
@@ -22,9 +24,15 @@ def triton_route_any(
     tokens: Tensor, weight: Tensor, thresholds: Tensor, max_k: int, fallback: bool
 ) -> tuple[Tensor, ...]:
     """See `dynamic_dino_kernels.moe.route_any`, which has checked the arguments."""
-    tensors = (t.contiguous() for t in (tokens, weight, thresholds))
-    gates, scores, ids, blocks = route_any_op(*tensors, max_k, fallback)
+    tensors = tuple(t.contiguous() for t in (tokens, weight, thresholds))
+    gates, scores, ids, blocks = _call(route_any_op, _route_any, tensors, (max_k, fallback))
     return ids, gates, scores, blocks
+
+
+def _call(operator, replayed: Replayed, tensors: tuple[Tensor, ...], constants: tuple):
+    if not torch.compiler.is_compiling() and (call := replayed.find(tensors, constants)):
+        return call()
+    return operator(*tensors, *constants)
 
 
 # ---- operators ----------------------------------------------------------------------------------
@@ -71,6 +79,7 @@ def _meta(tokens: Tensor, weight: Tensor, top_k: int) -> dict:
     )  # fmt: skip
 
 
+_route, _route_any = Replayed(forward), Replayed(forward_any)
 route_op = torch.library.custom_op("dynamic_dino::route", forward, mutates_args=())
 route_any_op = torch.library.custom_op("dynamic_dino::route_any", forward_any, mutates_args=())
 route_op.register_fake(_empty_outputs)
