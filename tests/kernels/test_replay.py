@@ -176,7 +176,7 @@ def test_what_cant_be_repeated_is_dispatched():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 900, 3601])
 def test_repeated_calls_on_the_gpu(tokens, dtype):
-    """Fresh tensors at each call, on two streams, and from a graph: always the two calls' result."""
+    """Fresh tensors at each call, on two streams, and from a graph: as the two calls apart."""
     shapes = [(16, 256), (16, 1024, 256), (16, 1024), (16, 256, 1024), (16, 256)]
     weights = [(torch.randn(s) * s[-1] ** -0.5).to(dtype) for s in shapes]
     norm = torch.randn(256), torch.randn(256), 1e-5

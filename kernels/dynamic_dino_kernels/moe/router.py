@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import gpu_of, launch, let_next_start
 from ..replay import Replayed
 from .plan import TOKENS, blocks_shape
 from .tiles import block_size
@@ -76,6 +76,7 @@ def _meta(tokens: Tensor, weight: Tensor, top_k: int) -> dict:
         D=tokens.shape[1], TOP_K=top_k, EXPERTS=block_size(len(weight)),
         BLOCK_D=min(128, block_size(tokens.shape[1])),
         SLOTS=triton.next_power_of_2(top_k), BLOCK=TOKENS, num_warps=4,
+        PDL=gpu_of(tokens.device).dependent_launch["PDL"],  # lets the next start early; it is first
     )  # fmt: skip
 
 
@@ -230,12 +231,14 @@ def route_top_k(
     BLOCK_D: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Softmax over all experts, the k best of them, and the softmax over those, times k."""
     t = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     e = tl.arange(0, EXPERTS)
     live, real = t < count, e < experts
     logits = _products(tokens, weight, t, e, live, real, D, BLOCK_D, False)
+    let_next_start(PDL)
     logits = tl.where(real[None, :], logits, float("-inf"))
     best = tl.max(logits, 1)
     grown = tl.exp(logits - best[:, None])
@@ -285,12 +288,14 @@ def route_top_any(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     FALLBACK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """All experts whose cosine exceeds their threshold, best first, TOP_K at most."""
     t = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     e = tl.arange(0, EXPERTS)
     live, real = t < count, e < experts
     cosine = _products(tokens, weight, t, e, live, real, D, BLOCK_D, True)
+    let_next_start(PDL)
     tl.store(
         scores + t[:, None] * experts + e[None, :],
         1 / (1 + tl.exp(-cosine)),
