@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backend import resolve_backend
 from . import checks, reference
+from .activations import ACTIVATIONS
 from .casting import cast_weight
 from .grouped import grouped_ffn
-from .reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "Routed", "expert_ffn", "moe_block", "route", "route_any", "warmup"]
 
@@ -108,9 +108,9 @@ def route_any(
 def expert_ffn(
     x: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
-    b2: Tensor,
+    b2: Tensor | None,
     expert_ids: Tensor,
     gates: Tensor | None,
     *,
@@ -122,6 +122,9 @@ def expert_ffn(
 ) -> Tensor:
     """y[t] = sum_k gates[t, k] * (act(x[t] W1[e]^T + b1[e]) W2[e]^T + b2[e]), e = expert_ids[t, k].
 
+    Gated activations take two halves, act(z) = act(z[:H]) * z[H:]: SwiGLU and GeGLU (Shazeer, arXiv
+    2002.05202), the gate first, as transformers keeps `gate_up_proj`.
+
     Equation 4 of Dynamic-DINO (arXiv 2507.17436). Differentiable in x, the weights, the gates and
     the norm; experts without tokens get explicit zero gradients. Under autocast the matmuls run in
     the autocast dtype, as those of nn.Linear do, and where no gradient is asked for, a parameter is
@@ -130,10 +133,12 @@ def expert_ffn(
     Args:
         x: float [T, D], T tokens.
         w1, b1, w2, b2: float [E, H, D], [E, H], [E, D, H], [E, D], E experts in the orientation of
-            nn.Linear, of the dtype of x unless autocast is on.
+            nn.Linear, of the dtype of x unless autocast is on. Of a gated activation, w1 [E, 2H, D]
+            and b1 [E, 2H]. b1 and b2 may be None.
         expert_ids: int32 or int64 [T, K]; -1 is an empty slot, which contributes nothing.
         gates: float [T, K]; ignored where the slot is empty. None: 1 in every slot.
-        activation: "relu", "gelu" (exact) or "silu".
+        activation: "relu", "gelu" (exact), "gelu_tanh" (its approximation) or "silu"; or, gated by
+            the last three, "geglu", "geglu_tanh" (Gemma 4) or "swiglu" (Mixtral, Qwen).
         norm: weight [D], bias [D] and epsilon of a LayerNorm: the result is LayerNorm(x + y), the
             end of a post-norm transformer block. Triton does it in the pass that sums over k.
         blocks: what `route` or `route_any` returned beside exactly these ids.
@@ -163,7 +168,8 @@ def expert_ffn(
     device_type, residual = x.device.type, x
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        x, w1, b1, w2, b2 = (cast_weight(t, dtype) for t in (x, w1, b1, w2, b2))
+        weights = (w if w is None else cast_weight(w, dtype) for w in (w1, b1, w2, b2))
+        x, w1, b1, w2, b2 = cast_weight(x, dtype), *weights
     checks.check_one_dtype(x, w1, b1, w2, b2)
     if call is not None:
         return call()
@@ -243,9 +249,9 @@ def moe_block(
 
 def warmup(
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
-    b2: Tensor,
+    b2: Tensor | None,
     *,
     top_k: int,
     tokens: Iterable[int],
@@ -258,11 +264,11 @@ def warmup(
     can't be done while a CUDA graph is captured. `options` are those of `expert_ffn`; with `train`
     the backward pass is run as well. Results and gradients are thrown away.
     """
-    weights = [w.detach().requires_grad_(train) for w in (w1, b1, w2, b2)]
+    weights = [w if w is None else w.detach().requires_grad_(train) for w in (w1, b1, w2, b2)]
     for count in tokens:
         x = w1.new_zeros(count, w1.shape[2]).requires_grad_(train)
         ids = torch.arange(top_k, device=w1.device, dtype=torch.int32).expand(count, top_k)
         with torch.set_grad_enabled(train):
             y = expert_ffn(x, *weights, ids, w1.new_ones(count, top_k), **options)
         if train:
-            torch.autograd.grad(y.sum(), (x, *weights))
+            torch.autograd.grad(y.sum(), [t for t in (x, *weights) if t is not None])

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from .reference import ACTIVATIONS
+from .activations import ACTIVATIONS, GATED
 
 DEBUG_VARIABLE = "DYNAMIC_DINO_KERNELS_DEBUG"
 
@@ -27,16 +27,23 @@ def check_experts(x, w1, b1, w2, b2, activation, norm) -> None:
         raise ValueError(f"activation is {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
     if x.dim() != 2:
         raise ValueError(f"x must be [T, D], but its shape is {tuple(x.shape)}")
-    if w1.dim() != 3:
-        raise ValueError(f"w1 must be [E, H, D], but its shape is {tuple(w1.shape)}")
-    (tokens, dim), (experts, hidden, _) = x.shape, w1.shape
+    gated = activation in GATED
+    if w1.dim() != 3 or (gated and w1.shape[1] % 2):
+        form = f"[E, 2H, D] for {activation!r}, gate half first" if gated else "[E, H, D]"
+        raise ValueError(f"w1 must be {form}, but its shape is {tuple(w1.shape)}")
+    (tokens, dim), (experts, rows, _) = x.shape, w1.shape
+    hidden = rows // 2 if gated else rows
     expected = {
-        "w1": (w1, (experts, hidden, dim)),
-        "b1": (b1, (experts, hidden)),
+        "w1": (w1, (experts, rows, dim)),
+        "b1": (b1, (experts, rows)),
         "w2": (w2, (experts, dim, hidden)),
         "b2": (b2, (experts, dim)),
     }
-    _check_shapes(expected, f"T={tokens}, D={dim} (x), E={experts}, H={hidden} (w1)", x.device)
+    half = f"half the rows of w1, since {activation!r} is gated" if gated else "w1"
+    sizes = f"T={tokens}, D={dim} (x), E={experts}, H={hidden} ({half})"
+    if not gated and w2.dim() and w2.shape[-1] * 2 == rows:
+        sizes += f" (2H rows of w1 go with a gated activation: {', '.join(GATED)})"
+    _check_shapes(expected, sizes, x.device)
     if norm is not None:
         for name, tensor in zip(("weight", "bias"), norm[:2], strict=True):
             if tuple(tensor.shape) != (dim,):
@@ -45,7 +52,7 @@ def check_experts(x, w1, b1, w2, b2, activation, norm) -> None:
                     f"its {name} is {tuple(tensor.shape)}"
                 )
     for name, tensor in {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}.items():
-        if not tensor.is_floating_point():
+        if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, but it is {tensor.dtype}")
     for name, tensor in {"x": x, "w1": w1, "w2": w2}.items():
         if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
@@ -79,12 +86,14 @@ def check_routing(x, w1, expert_ids, gates) -> None:
 
 def check_one_dtype(x, w1, b1, w2, b2) -> None:
     for name, tensor in {"w1": w1, "b1": b1, "w2": w2, "b2": b2}.items():
-        if tensor.dtype != x.dtype:
+        if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name} is {tensor.dtype}, but x is {x.dtype}")
 
 
 def _check_shapes(expected: dict, sizes: str, device: torch.device) -> None:
     for name, (tensor, shape) in expected.items():
+        if tensor is None and name in ("b1", "b2"):
+            continue
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{name} must be {list(shape)} for {sizes}, but its shape is {tuple(tensor.shape)}"

@@ -10,17 +10,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import GATED
+
 _aten = torch.ops.aten
 # name -> (function that writes to `out`, gradient of the loss at its input given that at its output
 # and the input)
-_ACTIVATIONS = {
+_PLAIN = {
     "relu": (
         lambda pre, out: torch.clamp_min(pre, 0, out=out),
         lambda grad, pre: _aten.threshold_backward(grad, pre, 0),
     ),
     "gelu": (lambda pre, out: _aten.gelu.out(pre, out=out), _aten.gelu_backward),
+    "gelu_tanh": (
+        lambda pre, out: _aten.gelu.out(pre, approximate="tanh", out=out),
+        lambda grad, pre: _aten.gelu_backward(grad, pre, approximate="tanh"),
+    ),
     "silu": (lambda pre, out: _aten.silu.out(pre, out=out), _aten.silu_backward),
 }
+
+
+def _gated(plain: str) -> tuple:
+    """The same pair for act(gate) * up, whose input [n, 2H] is gate and up side by side."""
+    act, act_backward = _PLAIN[plain]
+
+    def value(pre: Tensor, out: Tensor) -> Tensor:
+        gate, up = pre.chunk(2, 1)
+        return act(gate, out).mul_(up)
+
+    def gradient(grad: Tensor, pre: Tensor) -> Tensor:
+        gate, up = pre.chunk(2, 1)
+        of_up = grad * act(gate, torch.empty_like(gate))
+        return torch.cat((act_backward(grad * up, gate), of_up), 1)
+
+    return value, gradient
+
+
+_ACTIVATIONS = _PLAIN | {name: _gated(plain) for name, plain in GATED.items()}
 
 
 def grouped_ffn(
@@ -35,17 +60,17 @@ def grouped_ffn(
     )[0]
 
 
-def needs_grad(*tensors: Tensor) -> bool:
+def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a backward pass may follow, for which things must be kept."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def forward(
     x: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
-    b2: Tensor,
+    b2: Tensor | None,
     expert_ids: Tensor,
     gates: Tensor,
     activation: str,
@@ -54,7 +79,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y [T, D]; the plan: slots [N], by expert, then by token, empty ones last, and offsets
     [E + 1] of the experts' rows; the rows [N, D] before the gates, and the hidden layer before the
-    activation, [N, H], each empty unless it is to be saved."""
+    activation, [N, H] or [N, 2H], each empty unless it is to be saved."""
     act, _ = _ACTIVATIONS[activation]
     (tokens, top_k), experts = expert_ids.shape, len(w1)
     owner = torch.where(expert_ids < 0, experts, expert_ids).flatten()
@@ -66,16 +91,17 @@ def forward(
     x_rows = x.index_select(0, _tokens(slots[:filled], top_k))
     rows = x.new_empty(tokens * top_k, w2.shape[1])
     pre = x.new_empty(tokens * top_k if save_hidden else 0, w1.shape[1])
-    buffer = x.new_empty(max(sizes), w1.shape[1])
-    hidden = [buffer[:size] for size in sizes]
+    # What is kept of a gated activation takes the gates' half.
+    buffer = x.new_empty(max(sizes), w2.shape[2] if save_hidden else w1.shape[1])
+    hidden = [buffer[:size, : w2.shape[2]] for size in sizes]
     for size, x_e, w1_e, b1_e, pre_e, hidden_e, w2_e, b2_e, out_e in zip(
-        sizes, x_rows.split(sizes), w1.transpose(1, 2).unbind(), b1.unbind(),
-        pre[:filled].split(sizes) if save_hidden else hidden, hidden,
-        w2.transpose(1, 2).unbind(), b2.unbind(), rows[:filled].split(sizes), strict=True,
+        sizes, x_rows.split(sizes), w1.transpose(1, 2).unbind(), _unbind(b1, experts),
+        pre[:filled].split(sizes) if save_hidden else [buffer[:size] for size in sizes], hidden,
+        w2.transpose(1, 2).unbind(), _unbind(b2, experts), rows[:filled].split(sizes), strict=True,
     ):  # fmt: skip
         if size:
-            torch.addmm(b1_e, x_e, w1_e, out=pre_e)
-            torch.addmm(b2_e, act(pre_e, hidden_e), w2_e, out=out_e)
+            _linear(x_e, w1_e, b1_e, pre_e)
+            _linear(act(pre_e, hidden_e), w2_e, b2_e, out_e)
     y = _sum_slots(rows, slots, filled, expert_ids, gates)
     return y, slots, offsets, rows if save_rows else rows.new_empty(0, rows.shape[1]), pre
 
@@ -84,8 +110,9 @@ def backward(
     dy: Tensor,
     x: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
+    b2: Tensor | None,
     expert_ids: Tensor,
     gates: Tensor,
     slots: Tensor,
@@ -95,7 +122,8 @@ def backward(
     activation: str,
     hidden_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, b1, w2, b2 and gates; without `hidden_grads`, the first three are empty.
+    """Gradients of x, w1, b1, w2, b2 and gates; without `hidden_grads`, the first three are empty,
+    and so is that of a bias that isn't there.
 
     Each expert's weight gradient lands in its slice of one buffer; autograd would build as many
     small ones and stack them.
@@ -109,28 +137,48 @@ def backward(
     dgates[used] = (drows * rows[:filled]).sum(-1, dtype=gates.dtype)
     drows *= gates.to(x.dtype).flatten().index_select(0, used)[:, None]
 
-    buffer = x.new_empty(max(sizes), w1.shape[1])
+    buffer = x.new_empty(max(sizes), w2.shape[2])
     dx_rows = x.new_empty(len(slots) if hidden_grads else 0, x.shape[1])
-    dw1, db1 = (p.new_empty(p.shape if hidden_grads else 0) for p in (w1, b1))
-    dw2, db2 = w2.new_empty(w2.shape), w2.new_empty(w2.shape[:2])
+    grads = dw1, db1, dw2, db2 = _empty_grads(w1, b1, w2, b2, hidden_grads)
     end = 0
     for e, size in enumerate(sizes):
         start, end = end, end + size
         if not size:
-            for grad in (dw1, db1, dw2, db2) if hidden_grads else (dw2, db2):
-                grad[e] = 0
+            for grad in grads:
+                if len(grad):
+                    grad[e] = 0
             continue
         x_e, drow_e = x_rows[start:end], drows[start:end]
-        pre_e = pre[start:end] if len(pre) else torch.addmm(b1[e], x_e, w1[e].t())
+        pre_e = pre[start:end]
+        if not len(pre):
+            pre_e = _linear(x_e, w1[e].t(), None if b1 is None else b1[e])
         torch.mm(drow_e.t(), act(pre_e, buffer[:size]), out=dw2[e])
-        torch.sum(drow_e, 0, out=db2[e])
+        if len(db2):
+            torch.sum(drow_e, 0, out=db2[e])
         if hidden_grads:
             dpre_e = act_backward(torch.mm(drow_e, w2[e], out=buffer[:size]), pre_e)
             torch.mm(dpre_e.t(), x_e, out=dw1[e])
-            torch.sum(dpre_e, 0, out=db1[e])
+            if len(db1):
+                torch.sum(dpre_e, 0, out=db1[e])
             torch.mm(dpre_e, w1[e], out=dx_rows[start:end])
     dx = _sum_slots(dx_rows, slots, filled, expert_ids) if hidden_grads else dx_rows
     return dx, dw1, db1, dw2, db2, dgates.view_as(gates)
+
+
+def _empty_grads(w1, b1, w2, b2, hidden_grads: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the gradients of the weights; none where there is none to compute."""
+    first = (None, None) if not hidden_grads else (w1, b1)
+    return tuple(w2.new_empty(0 if p is None else p.shape) for p in (*first, w2, b2))
+
+
+def _linear(x: Tensor, w_t: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    if bias is None:
+        return torch.mm(x, w_t, out=out)
+    return torch.addmm(bias, x, w_t, out=out)
+
+
+def _unbind(bias: Tensor | None, experts: int) -> tuple[Tensor | None, ...]:
+    return (None,) * experts if bias is None else bias.unbind()
 
 
 def _sizes(offsets: Tensor) -> tuple[int, list[int]]:
@@ -179,18 +227,18 @@ def _(x, w1, b1, w2, b2, expert_ids, gates, activation, save_rows, save_hidden):
 
 
 @grouped_backward_op.register_fake
-def _(dy, x, w1, b1, w2, expert_ids, gates, slots, offsets, rows, pre, activation, hidden_grads):
+def _(
+    dy, x, w1, b1, w2, b2, expert_ids, gates, slots, offsets, rows, pre, activation, hidden_grads
+):  # fmt: skip
     dx = x.new_empty(x.shape if hidden_grads else (0, x.shape[1]))
-    dw1, db1 = (p.new_empty(p.shape if hidden_grads else 0) for p in (w1, b1))
-    db2 = w2.new_empty(w2.shape[:2])
-    return dx, dw1, db1, w2.new_empty(w2.shape), db2, gates.new_empty(gates.shape)
+    return dx, *_empty_grads(w1, b1, w2, b2, hidden_grads), gates.new_empty(gates.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, w1, b1, w2, _, expert_ids, gates, ctx.activation, *_ = inputs
+    *tensors, ctx.activation, _, _ = inputs
     _, *kept = output
     ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(x, w1, b1, w2, expert_ids, gates, *kept)
+    ctx.save_for_backward(*tensors, *kept)
 
 
 def _differentiate(ctx, dy, *_):
