@@ -281,7 +281,11 @@ def test_errors_say_which_layout_is_wanted():
     args, ids = draw("swiglu", experts=4)
     cases = [
         # (arguments that replace, activation, message)
-        ({"w1": args["w1"][:, :19]}, "swiglu", r"^w1 must be \[E, 2H, D\] for 'swiglu', gate half first"),
+        (
+            {"w1": args["w1"][:, :19]},
+            "swiglu",
+            r"^w1 must be \[E, 2H, D\] for 'swiglu', gate half first",
+        ),
         ({"w1": args["w1"][:, :10]}, "swiglu", r"^b1 must be \[4, 10\]"),
         (
             {"w1": args["w1"][:, :10], "b1": None},
