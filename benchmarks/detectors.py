@@ -17,9 +17,11 @@ from dynamic_dino.engine.config import load_config
 from dynamic_dino.feed_forward import FeedForward
 from dynamic_dino.moe.experts import Experts
 from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.moe.routing import Routing
 from dynamic_dino.prompt import Prompt
+from moe_peers import Room, looped_ffn
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "configs/moe_tuning/dynamic_dino_x16_top2.py"  # Edge with 16 experts, the paper's model
@@ -73,6 +75,44 @@ def use_backend(detector: nn.Module, backend: str) -> nn.Module:
         if isinstance(module, Experts):
             module.backend = backend
     return detector
+
+
+class LoopedExperts(nn.Module):
+    """The same experts, run by the paper's loop, see `looped_ffn`. Inference only.
+
+    room  rows of each expert's chunk; None: the next call decides, and waits for the device
+    """
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        if experts.activation != "relu":
+            raise ValueError(
+                f"the loop is written for ReLU, but the experts' activation is "
+                f"{experts.activation!r}: leave out the contender"
+            )
+        self.w1, self.b1, self.w2, self.b2 = experts.w1, experts.b1, experts.w2, experts.b2
+        self.room: Room | None = None
+
+    def forward(self, x: Tensor, routing: Routing, norm: nn.LayerNorm | None = None) -> Tensor:
+        """x [T, D] -> y [T, D], or norm(x + y)"""
+        ids = routing.expert_ids
+        if self.room is None:
+            self.room = Room.for_routing(ids, len(self.w1))
+        y = looped_ffn(x, self.w1, self.b1, self.w2, self.b2, ids, routing.gates, self.room)
+        return y if norm is None else norm(x + y)
+
+
+def use_loop(detector: nn.Module) -> nn.Module:
+    """Makes all experts of a detector run as the paper's loop."""
+    for module in list(detector.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Experts):
+                setattr(module, name, LoopedExperts(child))
+    return detector
+
+
+def loops(detector: nn.Module) -> list[LoopedExperts]:
+    return [module for module in detector.modules() if isinstance(module, LoopedExperts)]
 
 
 def samples(

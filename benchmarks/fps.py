@@ -10,6 +10,7 @@ The detectors are built from a recipe with random weights, the experts converted
 model, as MoE-Tuning starts: all must find the same, else the run stops. Each goes through the path
 of `load_detector`: batch norms folded, weights cast once, from uint8 pixels on the device to
 `Instances`. Contenders take turns; given are medians, quartiles, and FPS over that of dense.
+"experts, loop" is the paper's way to run them, at its fastest (`looped_ffn` in moe_peers.py).
 
 "text cached" looks for the same names again, as a camera does; "text encoded" pays for the text
 encoder at every image. "many names" is a long vocabulary (LVIS has 1203 names) in one call, against
@@ -25,7 +26,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from detectors import NAMES, RECIPE, build, dense_of, load_model_config, samples, use_backend
+from detectors import (
+    NAMES,
+    RECIPE,
+    build,
+    dense_of,
+    load_model_config,
+    loops,
+    samples,
+    use_backend,
+    use_loop,
+)
 from dynamic_dino.accelerate import WAYS
 from dynamic_dino.deploy import optimize_for_inference
 from dynamic_dino.detector import OpenVocabularyDetector
@@ -53,14 +64,15 @@ class Case:
 
 
 def detectors(options: argparse.Namespace) -> dict[str, OpenVocabularyDetector]:
-    """dense, and the recipe's experts on every back-end that runs here, with the same weights."""
+    """dense, and the recipe's experts as the paper's loop and on every back-end that runs here,
+    with the same weights."""
     model = load_model_config(options.config_file, options.overrides)
     model.canvas = None  # sizes are given here
     torch.manual_seed(0)
     dense = build(dense_of(model), options.device)
     experts = build(model, options.device, like=dense)
     ways = ["sequential", "grouped"] + ["triton"] * (options.device == "cuda")
-    result = {"dense": dense}
+    result = {"dense": dense, "experts, loop": use_loop(copy.deepcopy(experts))}
     for way in ways:
         result[f"experts, {way}"] = use_backend(copy.deepcopy(experts), way)
     return {name: result[name] for name in options.only or result}
@@ -89,6 +101,7 @@ def measure(case: Case, models: dict, options: argparse.Namespace) -> dict:
     batch = samples(case.size, case.batch, options.names, options.device)
     steps, memory, scores = {}, {}, {}
     for name, model in models.items():
+        make_room(model, case, batch)
         call = served(model, case.precision, case.mode)
 
         def found(call=call) -> list[dict]:
@@ -107,6 +120,18 @@ def measure(case: Case, models: dict, options: argparse.Namespace) -> dict:
     check_equal(scores, case)
     times = take_turns(steps, options.repeats)
     return asdict(case) | {"results": summarise(times, case.batch, memory)}
+
+
+def make_room(model: OpenVocabularyDetector, case: Case, batch: list[dict]) -> None:
+    """Decides how many rows each expert of the loop gets in this case, by a run in its precision,
+    before anything is captured or timed."""
+    for loop in loops(model):
+        loop.room = None
+    if loops(model):
+        trial = served(model, case.precision, "eager")
+        trial(batch)
+        for loop, tried in zip(loops(model), loops(trial.model), strict=True):
+            loop.room = tried.room
 
 
 def check_equal(scores: dict[str, torch.Tensor], case: Case) -> None:

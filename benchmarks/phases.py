@@ -24,6 +24,7 @@ PHASES = {
         *("aten::eq", "aten::where", "aten::nonzero*", "aten::sort", "aten::argsort", "aten::div"),
         *("aten::bincount", "aten::histc", "aten::one_hot", "aten::cumsum", "aten::searchsorted"),
         *("aten::floor_divide", "aten::arange", "aten::index_select", "aten::index"),
+        *("aten::le", "aten::bitwise_and", "aten::amin", "aten::new_zeros"),
         *("count_experts*", "place_slots*", "moe_ops::permute*"),
     ),
     "experts": (
@@ -33,7 +34,14 @@ PHASES = {
     ),
     "combine": (
         *("aten::embedding_bag", "aten::_embedding_bag*", "aten::index_add*", "aten::index_copy*"),
-        *("aten::mul", "aten::sum", "aten::layer_norm", "combine_slots*", "moe_ops::unpermute*"),
+        *(
+            "aten::cat",
+            "aten::mul",
+            "aten::sum",
+            "aten::layer_norm",
+            "combine_slots*",
+            "moe_ops::unpermute*",
+        ),
     ),
 }
 

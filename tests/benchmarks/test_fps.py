@@ -25,7 +25,8 @@ def test_compares_dense_with_experts_on_every_backend(result):
         ([64, 96], batch, f"text {text}") for batch in (1, 2) for text in ("cached", "encoded")
     ]
     for row in report["rows"]:
-        assert {"dense", "experts, sequential", "experts, grouped"} <= set(row["results"])
+        names = {"dense", "experts, loop", "experts, sequential", "experts, grouped"}
+        assert names <= set(row["results"])
         for r in row["results"].values():
             assert r["fps"] == pytest.approx(row["batch"] * 1e3 / r["median_ms"])
             assert 0 < r["low_ms"] <= r["median_ms"] <= r["high_ms"]

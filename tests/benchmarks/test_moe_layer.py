@@ -41,7 +41,8 @@ def test_compares_all_contenders_in_every_case(result):
     assert len(rows) == len(cases) == 2 * 2 * 2
     for row in rows:
         assert not row["failed"]
-        assert {"dense", "sequential", "grouped", "triton", "HF grouped_mm"} <= set(row["times"])
+        names = {"dense", "loop", "sequential", "grouped", "triton", "HF grouped_mm"}
+        assert names <= set(row["times"])
         for times in row["times"].values():
             assert 0 < times["low_us"] <= times["median_us"] <= times["high_us"]
             assert ("error" in times) == (row["part"] == "ffn" and row["pass"] == "forward")
@@ -62,7 +63,7 @@ def test_splits_a_layer_into_phases(result):
             assert found["peak_mib"] > 0
             assert ("phases_us" in found) == (row["part"] == "layer" and row["pass"] == "forward")
             phases = found.get("phases_us", {})
-            if name in ("sequential", "grouped", "HF grouped_mm") and phases:
+            if name in ("loop", "sequential", "grouped", "HF grouped_mm") and phases:
                 assert all(phases[p] > 0 for p in ("routing", "dispatch", "experts", "combine"))
             if name == "dense" and phases:
                 assert phases["routing"] == phases["dispatch"] == 0 < phases["experts"]
