@@ -19,6 +19,7 @@ from dynamic_dino.moe.experts import Experts
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.routing import Routing
 from dynamic_dino.prompt import Prompt
+from dynamic_dino_kernels import route
 from moe_peers import Room, looped_ffn
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -100,6 +101,20 @@ class LoopedExperts(nn.Module):
             self.room = Room.for_routing(ids, len(self.w1))
         y = looped_ffn(x, self.w1, self.b1, self.w2, self.b2, ids, routing.gates, self.room)
         return y if norm is None else norm(x + y)
+
+    def with_router(
+        self,
+        x: Tensor,
+        norm: nn.LayerNorm | None = None,
+        *,
+        router: Tensor,
+        top_k: int,
+        weighted: bool,
+    ) -> tuple[Tensor, Routing]:
+        """As `Experts.with_router`, which a detector on CUDA calls, but in two steps."""
+        ids, gates, probs, _ = route(x, router, top_k)
+        routing = Routing(ids, gates if weighted else None, probs)
+        return self.forward(x, routing, norm), routing
 
 
 def use_loop(detector: nn.Module) -> nn.Module:

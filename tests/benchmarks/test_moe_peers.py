@@ -129,5 +129,8 @@ def test_all_experts_of_a_model_become_loops():
         for _ in range(2):
             for layer, want in zip((model[0], model[2]), expected, strict=True):
                 torch.testing.assert_close(layer(x, norm=norm)[0], want, rtol=1e-4, atol=1e-5)
+        with_router = model[0].experts.with_router(x.flatten(0, 1), norm, **model[0].router.block())
+        torch.testing.assert_close(with_router[0].view_as(x), expected[0], rtol=1e-4, atol=1e-5)
+        assert with_router[1].gates is None
     with pytest.raises(ValueError, match="written for ReLU, but the experts' activation is 'gelu'"):
         use_loop(nn.ModuleList([MoEFeedForward(8, 16, 2, activation="gelu")]))
