@@ -111,8 +111,18 @@ def jobs(target: str, dtype: torch.dtype, tokens: int, candidates: bool = False)
         _, *plan, z, _, _ = moe.forward(*normed, True, True)
         moe.backward(x, x, *weights, ids, gates, *plan, z, "relu", True)
         moe.backward(x, x, *weights, ids, gates, *plan, z[:0], "relu", True)
+        # SwiGLU without biases, as public models have it: half the units, the same arithmetic
+        narrow = tensor(EXPERTS, DIM, HIDDEN // 2)
+        gated = (x, weights[0], None, narrow, None, ids, gates)
+        swiglu = (*gated, *[None] * 4, 0.0, "swiglu")
+        moe.forward(*swiglu, False, False)
+        _, *gated_plan, gated_z, _, _ = moe.forward(*swiglu, True, True)
+        for saved in (gated_z, gated_z[:0]):
+            moe.backward(x, *gated, *gated_plan, saved, "swiglu", True)
         with pinned_tiles(Tiles("two_gemms", rows=64 if dtype.itemsize <= 2 else 32)):
             moe.forward(*plain, False, False)
+            moe.forward(*swiglu, False, False)
+            moe.forward(*swiglu, True, True)
         deform_attn.forward(*sampling)
         deform_attn.backward(tensor(1, tokens, DIM), *sampling)
     variant = f"{str(dtype).removeprefix('torch.')} T={tokens}"

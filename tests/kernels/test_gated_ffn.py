@@ -9,7 +9,7 @@ from dynamic_dino_kernels.moe import ACTIVATIONS
 from dynamic_dino_kernels.moe.grouped import grouped_backward_op, grouped_op
 from torch import nn
 
-BACKENDS = ("sequential", "grouped")
+BACKENDS = ("sequential", "grouped", "triton")
 WEIGHTS = ("w1", "b1", "w2", "b2")
 GATED = ("swiglu", "geglu", "geglu_tanh")
 
@@ -292,7 +292,7 @@ def test_errors_say_which_layout_is_wanted():
             "swiglu",
             r"^w2 must be \[4, 7, 5\] .*H=5 \(half the rows of w1, since 'swiglu' is gated\)",
         ),
-        ({}, "silu", r"^w2 must be \[4, 7, 20\].*goes with a gated activation: swiglu, geglu"),
+        ({}, "silu", r"^w2 must be \[4, 7, 20\].*2H rows of w1 go with a gated activation: swiglu"),
         ({"b2": args["b1"]}, "swiglu", r"^b2 must be \[4, 7\]"),
     ]
     for replaced, activation, message in cases:

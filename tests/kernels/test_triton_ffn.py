@@ -65,6 +65,48 @@ def test_two_gemms():
             torch.testing.assert_close(run(args, ids), expected)
 
 
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("form, splits", [("fused", 1), ("fused", 3), ("two_gemms", 1)])
+def test_gated_in_all_forms(form, splits, biases):
+    """Tiles of 32 rows of W1 are 16 units, 50 units are four of those: splits are uneven."""
+    args, ids = draw(21)
+    x, _, b1, w2, b2, gates = args
+    w1 = (torch.randn(3, 100, 40, dtype=x.dtype) / 40**0.5).requires_grad_()
+    b1 = torch.cat((b1, b1 * 2 + 1), 1).detach().requires_grad_()
+    weights = (w1, b1, w2, b2) if biases else (w1, None, w2, None)
+    tensors = [t for t in (x, *weights, gates) if t is not None]
+    expected = expert_ffn(x, *weights, ids, gates, activation="swiglu", backend="sequential")
+    dy = torch.randn_like(expected)
+    wants = torch.autograd.grad(expected, tensors, dy)
+    for recompute in (False, True):
+        with pinned_tiles(Tiles(form, 16, 32, splits), Tiles("fused", 16, 32, splits)):
+            y = triton_ffn(x, *weights, ids, gates, "swiglu", recompute)
+            torch.testing.assert_close(y, expected)
+            for grad, want in zip(torch.autograd.grad(y, tensors, dy), wants, strict=True):
+                torch.testing.assert_close(grad, want)
+            with torch.no_grad():
+                y = triton_ffn(x, *weights, ids, gates, "swiglu")
+                torch.testing.assert_close(y, expected)
+
+
+def test_gated_without_routing_gates():
+    """All gates are 1, and have no gradient."""
+    args, ids = draw(13)
+    x, _, _, w2, _, gates = args
+    w1 = torch.randn(3, 100, 40, dtype=x.dtype, requires_grad=True)
+    tensors = (x, w1, w2)
+    ones = torch.ones_like(gates)
+    expected, y = (
+        expert_ffn(x, w1, None, w2, None, ids, g, activation="geglu", backend=backend)
+        for g, backend in ((ones, "sequential"), (None, "triton"))
+    )
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    grads, wants = (torch.autograd.grad(t, tensors, dy) for t in (y, expected))
+    for grad, want in zip(grads, wants, strict=True):
+        torch.testing.assert_close(grad, want)
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
 def test_one_expert_is_the_dense_ffn(activation):
     args, _ = draw(19, slots=1, experts=1, dtype=torch.float32)
@@ -84,6 +126,9 @@ def test_operator_checks():
         for tail in ((None, None, None), norm):
             options = (None, *tail, 1e-5, "relu", True, save_hidden)
             torch.library.opcheck(expert_ffn_op, (*rest, ids, gates, *options))
+    x, w1, _, w2, _ = rest
+    gated = (x, w1, None, w2[:, :, :25].detach().contiguous().requires_grad_(), None, ids, gates)
+    torch.library.opcheck(expert_ffn_op, (*gated, *[None] * 4, 0.0, "swiglu", True, True))
     with torch.no_grad():
         _, *plan, z, _, _ = expert_ffn_op(*rest, ids, gates, *[None] * 4, 0.0, "relu", True, True)
         dy = torch.randn_like(rest[0])
@@ -171,6 +216,33 @@ def test_detector_sizes_on_the_gpu(tokens, dtype, form):
     wants = torch.autograd.grad(expected, (*exact, gates), dy.double())
     for name, grad, want in zip(NAMES, grads, wants, strict=True):
         assert (grad.double() - want).norm() <= tolerance * want.norm(), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("form", ["fused", "two_gemms"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gated_sizes_on_the_gpu(dtype, form, recompute):
+    """Forward and gradients of SwiGLU without biases against float64."""
+    (x, w1, _, w2, _, gates), ids = draw(900, 2, 16, 256, 1024)
+    exact = [t.detach().to(dtype).double() for t in (x, w1, w2[:, :, :512], gates)]
+    exact = [t.contiguous().requires_grad_() for t in exact]
+    low = [t.detach().to(dtype).requires_grad_() for t in exact]
+    x, w1, w2, gates = exact
+    expected = expert_ffn(x, w1, None, w2, None, ids, gates, activation="swiglu", backend="grouped")
+    x, w1, w2, gates = low
+    with pinned_tiles(
+        replace(choose_tiles(Problem(1800, 16, 256, 1024, dtype), ids.device), form=form),
+        choose_tiles(Problem(1800, 16, 256, 1024, dtype, backward=True), ids.device),
+    ):
+        y = triton_ffn(x, w1, None, w2, None, ids, gates, "swiglu", recompute)
+        dy = torch.randn_like(y)
+        grads = torch.autograd.grad(y, low, dy)
+    tolerance = 30 * torch.finfo(dtype).eps
+    assert (y.double() - expected).norm() <= tolerance * expected.norm()
+    wants = torch.autograd.grad(expected, exact, dy.double())
+    for grad, want in zip(grads, wants, strict=True):
+        assert (grad.double() - want).norm() <= tolerance * want.norm()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -2,7 +2,9 @@
 
 N = T * K slots; a row is a slot's place in the plan, so an expert's rows are neighbours. D is the
 width, H the hidden size of one expert. All tensors are contiguous. Sums are kept in `SUM`: float32,
-or float64 for float64.
+or float64 for float64. With GLU, the hidden layer before the activation is 2H wide, as is W1: the
+activated first half, the gate of SwiGLU and GeGLU, is multiplied by the second, `up`. A bias that
+isn't there is not read.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ def _activate(z, ACTIVATION: tl.constexpr):
         return tl.where(z < 0, 0.0, z)  # NaN stays NaN, which tl.maximum would not promise
     elif ACTIVATION == "gelu":
         return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(u)) / 2 is the sigmoid of 2u
+        return z / (1 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
     else:
         return z / (1 + tl.exp(-z))
 
@@ -31,6 +35,10 @@ def _activation_gradient(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         return 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * density
+    elif ACTIVATION == "gelu_tanh":
+        sigmoid = 1 / (1 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
+        slope = 1.5957691216057308 * (1 + 0.134145 * z * z)
+        return sigmoid * (1 + z * (1 - sigmoid) * slope)
     else:
         sigmoid = 1 / (1 + tl.exp(-z))
         return sigmoid * (1 + z * (1 - sigmoid))
@@ -54,6 +62,7 @@ def _hidden_layer(
     d,
     H: tl.constexpr,
     D: tl.constexpr,
+    BIAS: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -63,7 +72,9 @@ def _hidden_layer(
         w1 + h[None, :] * D + d[:, None], mask=in_h[None, :] & (d < D)[:, None], other=0.0
     )
     z = tl.dot(x_tile, w1_t, input_precision=PRECISION, out_dtype=SUM)
-    return z + tl.load(b1 + h, mask=in_h, other=0.0).to(SUM)[None, :]
+    if BIAS:
+        z += tl.load(b1 + h, mask=in_h, other=0.0).to(SUM)[None, :]
+    return z
 
 
 @triton.jit
@@ -76,7 +87,7 @@ def fused_ffn(
     slots,  # and offsets: the plan; or the sorted blocks twice, if BLOCKS
     offsets,
     out,  # [SPLITS, N, D], by slot
-    hidden,  # [N, H] before the activation, by row; written if SAVE
+    hidden,  # [N, H] or [N, 2H] before the activation, by row; written if SAVE
     n,
     top_k,
     num_experts,
@@ -87,6 +98,9 @@ def fused_ffn(
     BLOCKS: tl.constexpr,  # at most so many blocks; 0: the plan is given
     SPAN: tl.constexpr,  # slots of a block
     ACTIVATION: tl.constexpr,
+    GLU: tl.constexpr,
+    BIAS1: tl.constexpr,
+    BIAS2: tl.constexpr,
     SAVE: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -125,27 +139,31 @@ def fused_ffn(
         other=0.0,
     )
     expert = expert.to(tl.int64)
-    w1 += expert * H * D
-    b1 += expert * H
+    WIDTH: tl.constexpr = 2 * H if GLU else H
+    w1 += expert * WIDTH * D
+    b1 += expert * WIDTH
     w2 += expert * D * H
     acc = tl.zeros([ROWS, BLOCK_D], SUM)
     for start in range(0, PART, BLOCK_H):
         h = split * PART + start + tl.arange(0, BLOCK_H)
         in_h = h < H
-        z = _hidden_layer(x_tile, w1, b1, h, d, H, D, SUM, PRECISION)
+        z = _hidden_layer(x_tile, w1, b1, h, d, H, D, BIAS1, SUM, PRECISION)
+        a = _activate(z, ACTIVATION)
+        at_h = row[:, None] * WIDTH + h[None, :]
+        mask_h = live[:, None] & in_h[None, :]
         if SAVE:
-            tl.store(
-                hidden + row[:, None] * H + h[None, :],
-                z,
-                mask=live[:, None] & in_h[None, :],
-            )
+            tl.store(hidden + at_h, z, mask=mask_h)
+        if GLU:
+            up = _hidden_layer(x_tile, w1 + H * D, b1 + H, h, d, H, D, BIAS1, SUM, PRECISION)
+            a *= up
+            if SAVE:
+                tl.store(hidden + at_h + H, up, mask=mask_h)
         w2_t = tl.load(
             w2 + d[None, :] * H + h[:, None], mask=in_h[:, None] & in_d[None, :], other=0.0
         )
-        a = _activate(z, ACTIVATION).to(w2_t.dtype)
-        acc = tl.dot(a, w2_t, acc, input_precision=PRECISION, out_dtype=SUM)
+        acc = tl.dot(a.to(w2_t.dtype), w2_t, acc, input_precision=PRECISION, out_dtype=SUM)
     let_next_start(PDL)
-    if split == 0:
+    if BIAS2 and split == 0:
         acc += tl.load(b2 + expert * D + d, mask=in_d, other=0.0).to(SUM)[None, :]
     tl.store(
         out + (split * n + slot)[:, None] * D + d[None, :],
@@ -157,8 +175,8 @@ def fused_ffn(
 @triton.jit
 def grouped_linear(
     x,
-    w,  # [E, OUT, IN]
-    bias,  # [E, OUT]
+    w,  # [E, OUT, IN], and if GLU, [E, 2 OUT, IN]
+    bias,  # [E, OUT] or [E, 2 OUT]
     slots,
     offsets,
     out,
@@ -168,8 +186,10 @@ def grouped_linear(
     OUT: tl.constexpr,
     GATHER: tl.constexpr,  # True: rows come from tokens and stay rows; False: from rows to slots
     ACTIVATION: tl.constexpr,
-    BEFORE: tl.constexpr,  # activates the input, on load
+    BEFORE: tl.constexpr,  # activates the input, on load; if GLU, 2 IN wide
     AFTER: tl.constexpr,  # activates the output
+    GLU: tl.constexpr,
+    BIAS: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -190,26 +210,40 @@ def grouped_linear(
         source, target = row, slot
     o = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     in_o = o < OUT
-    w += expert.to(tl.int64) * OUT * IN
+    HALVES_IN: tl.constexpr = 2 if GLU and BEFORE else 1
+    HALVES_OUT: tl.constexpr = 2 if GLU and AFTER else 1
+    w += expert.to(tl.int64) * HALVES_OUT * OUT * IN
+    bias += expert.to(tl.int64) * HALVES_OUT * OUT
     acc = tl.zeros([ROWS, BLOCK_OUT], SUM)
+    if HALVES_OUT == 2:
+        up = tl.zeros([ROWS, BLOCK_OUT], SUM)
     for start in range(0, IN, BLOCK_IN):
         i = start + tl.arange(0, BLOCK_IN)
         in_i = i < IN
-        x_tile = tl.load(
-            x + (source * IN)[:, None] + i[None, :],
-            mask=live[:, None] & in_i[None, :],
-            other=0.0,
-        )
-        w_t = tl.load(
-            w + o[None, :] * IN + i[:, None], mask=in_o[None, :] & in_i[:, None], other=0.0
-        )
+        at_x = x + (source * HALVES_IN * IN)[:, None] + i[None, :]
+        mask_x = live[:, None] & in_i[None, :]
+        x_tile = tl.load(at_x, mask=mask_x, other=0.0)
+        at_w = w + o[None, :] * IN + i[:, None]
+        mask_w = in_o[None, :] & in_i[:, None]
+        w_t = tl.load(at_w, mask=mask_w, other=0.0)
         if BEFORE:
-            x_tile = _activate(x_tile.to(SUM), ACTIVATION).to(w_t.dtype)
+            a = _activate(x_tile.to(SUM), ACTIVATION)
+            if HALVES_IN == 2:
+                a *= tl.load(at_x + IN, mask=mask_x, other=0.0).to(SUM)
+            x_tile = a.to(w_t.dtype)
         acc = tl.dot(x_tile, w_t, acc, input_precision=PRECISION, out_dtype=SUM)
+        if HALVES_OUT == 2:
+            up_t = tl.load(at_w + OUT * IN, mask=mask_w, other=0.0)
+            up = tl.dot(x_tile, up_t, up, input_precision=PRECISION, out_dtype=SUM)
     let_next_start(PDL)
-    acc += tl.load(bias + expert.to(tl.int64) * OUT + o, mask=in_o, other=0.0).to(SUM)[None, :]
+    if BIAS:
+        acc += tl.load(bias + o, mask=in_o, other=0.0).to(SUM)[None, :]
     if AFTER:
         acc = _activate(acc, ACTIVATION)
+    if HALVES_OUT == 2:
+        if BIAS:
+            up += tl.load(bias + OUT + o, mask=in_o, other=0.0).to(SUM)[None, :]
+        acc *= up
     tl.store(out + target[:, None] * OUT + o[None, :], acc, mask=live[:, None] & in_o[None, :])
 
 
@@ -288,8 +322,9 @@ def ffn_backward_rows(
     gates,
     slots,
     offsets,
-    hidden,  # [N, H] before the activation, by row; read if SAVED, else written
-    dz,  # [N, H] its gradient, by row
+    hidden,  # [N, H] or [N, 2H] before the activation, by row; read if SAVED, as with GLU it must
+    # be, else written
+    dz,  # its gradient, by row
     dx_rows,  # [SPLITS, N, D], by slot
     dgates,  # [SPLITS, N], by slot
     n,
@@ -299,6 +334,9 @@ def ffn_backward_rows(
     H: tl.constexpr,
     PART: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GLU: tl.constexpr,
+    BIAS1: tl.constexpr,
+    BIAS2: tl.constexpr,
     GATED: tl.constexpr,
     SAVED: tl.constexpr,
     SUM: tl.constexpr,
@@ -329,35 +367,46 @@ def ffn_backward_rows(
     if not SAVED:
         x_tile = tl.load(x + (slot // top_k * D)[:, None] + d[None, :], mask=mask_d, other=0.0)
     expert = expert.to(tl.int64)
-    w1 += expert * H * D
-    b1 += expert * H
+    WIDTH: tl.constexpr = 2 * H if GLU else H
+    w1 += expert * WIDTH * D
+    b1 += expert * WIDTH
     w2 += expert * D * H
     dx = tl.zeros([ROWS, BLOCK_D], SUM)
     for start in range(0, PART, BLOCK_H):
         h = split * PART + start + tl.arange(0, BLOCK_H)
         in_h = h < H
         mask_h = live[:, None] & in_h[None, :]
-        at_h = row[:, None] * H + h[None, :]
+        at_h = row[:, None] * WIDTH + h[None, :]
         if SAVED:
             z = tl.load(hidden + at_h, mask=mask_h, other=0.0).to(SUM)
         else:
-            z = _hidden_layer(x_tile, w1, b1, h, d, H, D, SUM, PRECISION)
+            z = _hidden_layer(x_tile, w1, b1, h, d, H, D, BIAS1, SUM, PRECISION)
             tl.store(hidden + at_h, z, mask=mask_h)
         w2_h = tl.load(
             w2 + d[:, None] * H + h[None, :], mask=in_d[:, None] & in_h[None, :], other=0.0
         )
         r = tl.dot(dy_tile, w2_h, input_precision=PRECISION, out_dtype=SUM)
         dz_tile = r * _activation_gradient(z, ACTIVATION)
+        if GATED or GLU:
+            ra = r * _activate(z, ACTIVATION)
+        if GLU:
+            up = tl.load(hidden + at_h + H, mask=mask_h, other=0.0).to(SUM)
+            dz_tile *= up
         if GATED:
-            dgate += tl.sum(r * _activate(z, ACTIVATION), 1)
+            dgate += tl.sum(ra * up if GLU else ra, 1)
             dz_tile *= gate[:, None]
+        at_w1 = w1 + h[:, None] * D + d[None, :]
+        mask_w1 = in_h[:, None] & in_d[None, :]
         tl.store(dz + at_h, dz_tile, mask=mask_h)
-        w1_h = tl.load(
-            w1 + h[:, None] * D + d[None, :], mask=in_h[:, None] & in_d[None, :], other=0.0
-        )
+        w1_h = tl.load(at_w1, mask=mask_w1, other=0.0)
         dx = tl.dot(dz_tile.to(w1_h.dtype), w1_h, dx, input_precision=PRECISION, out_dtype=SUM)
+        if GLU:
+            dup = ra * gate[:, None] if GATED else ra
+            tl.store(dz + at_h + H, dup, mask=mask_h)
+            w1_h = tl.load(at_w1 + H * D, mask=mask_w1, other=0.0)
+            dx = tl.dot(dup.to(w1_h.dtype), w1_h, dx, input_precision=PRECISION, out_dtype=SUM)
     if GATED:
-        if split == 0:
+        if BIAS2 and split == 0:
             bias = tl.load(b2 + expert * D + d, mask=in_d, other=0.0).to(SUM)
             dgate += tl.sum(dy_tile.to(SUM) * bias[None, :], 1)
         tl.store(dgates + split * n + slot, dgate, mask=live)
@@ -381,6 +430,9 @@ def ffn_backward_weights(
     D: tl.constexpr,
     H: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GLU: tl.constexpr,
+    BIAS1: tl.constexpr,
+    BIAS2: tl.constexpr,
     GATED: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -403,21 +455,33 @@ def ffn_backward_weights(
     dw2_acc = tl.zeros([BLOCK_D, BLOCK_H], SUM)
     db1_acc = tl.zeros([BLOCK_H], SUM)
     db2_acc = tl.zeros([BLOCK_D], SUM)
+    WIDTH: tl.constexpr = 2 * H if GLU else H
+    if GLU:
+        dup_acc = tl.zeros([BLOCK_H, BLOCK_D], SUM)
+        dup_bias = tl.zeros([BLOCK_H], SUM)
     for start in range(first, end, ROWS):
         row, live, slot = _load_rows(slots, start, end, ROWS)
         token = slot // top_k
-        dz_t = tl.load(
-            dz + row[None, :] * H + h[:, None], mask=live[None, :] & in_h[:, None], other=0.0
-        )
+        at_t = row[None, :] * WIDTH + h[:, None]
+        mask_t = live[None, :] & in_h[:, None]
+        dz_t = tl.load(dz + at_t, mask=mask_t, other=0.0)
         mask_d = live[:, None] & in_d[None, :]
         x_tile = tl.load(x + (token * D)[:, None] + d[None, :], mask=mask_d, other=0.0)
         dw1_acc = tl.dot(dz_t, x_tile, dw1_acc, input_precision=PRECISION, out_dtype=SUM)
-        db1_acc += tl.sum(dz_t.to(SUM), 1)
+        if BIAS1:
+            db1_acc += tl.sum(dz_t.to(SUM), 1)
+        if GLU:
+            dup_t = tl.load(dz + at_t + H, mask=mask_t, other=0.0)
+            dup_acc = tl.dot(dup_t, x_tile, dup_acc, input_precision=PRECISION, out_dtype=SUM)
+            if BIAS1:
+                dup_bias += tl.sum(dup_t.to(SUM), 1)
 
-        z = tl.load(
-            hidden + row[:, None] * H + h[None, :], mask=live[:, None] & in_h[None, :], other=0.0
-        )
-        a = _activate(z.to(SUM), ACTIVATION).to(x_tile.dtype)
+        at_h = row[:, None] * WIDTH + h[None, :]
+        mask_h = live[:, None] & in_h[None, :]
+        z = tl.load(hidden + at_h, mask=mask_h, other=0.0)
+        a = _activate(z.to(SUM), ACTIVATION)
+        if GLU:
+            a *= tl.load(hidden + at_h + H, mask=mask_h, other=0.0).to(SUM)
         dy_t = tl.load(
             dy + (token * D)[None, :] + d[:, None],
             mask=live[None, :] & in_d[:, None],
@@ -426,15 +490,20 @@ def ffn_backward_weights(
         dy_t = dy_t.to(SUM)
         if GATED:
             dy_t *= tl.load(gates + slot, mask=live, other=0.0).to(SUM)[None, :]
-        dw2_acc = tl.dot(
-            dy_t.to(x_tile.dtype), a, dw2_acc, input_precision=PRECISION, out_dtype=SUM
-        )
-        db2_acc += tl.sum(dy_t, 1)
+        a, dy_low = a.to(x_tile.dtype), dy_t.to(x_tile.dtype)
+        dw2_acc = tl.dot(dy_low, a, dw2_acc, input_precision=PRECISION, out_dtype=SUM)
+        if BIAS2:
+            db2_acc += tl.sum(dy_t, 1)
     block = in_h[:, None] & in_d[None, :]
-    tl.store(dw1 + expert * H * D + h[:, None] * D + d[None, :], dw1_acc, mask=block)
+    at_w1 = dw1 + expert * WIDTH * D + h[:, None] * D + d[None, :]
+    tl.store(at_w1, dw1_acc, mask=block)
+    if GLU:
+        tl.store(at_w1 + H * D, dup_acc, mask=block)
     block = in_d[:, None] & in_h[None, :]
     tl.store(dw2 + expert * D * H + d[:, None] * H + h[None, :], dw2_acc, mask=block)
-    if tl.program_id(2) == 0:
-        tl.store(db1 + expert * H + h, db1_acc, mask=in_h)
-    if tl.program_id(1) == 0:
+    if BIAS1 and tl.program_id(2) == 0:
+        tl.store(db1 + expert * WIDTH + h, db1_acc, mask=in_h)
+        if GLU:
+            tl.store(db1 + expert * WIDTH + H + h, dup_bias, mask=in_h)
+    if BIAS2 and tl.program_id(1) == 0:
         tl.store(db2 + expert * D + d, db2_acc, mask=in_d)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..launch import gpu_of, launch, sum_dtype, sum_type
 from ..replay import Call, Replayed
 from . import kernels, router
+from .activations import GATED
 from .grouped import needs_grad
 from .plan import MOST_BLOCKS, TOKENS, Plan, blocks_shape, make_plan, max_tiles, sort_in_blocks
 from .tiles import SMALLEST, Problem, Tiles, block_size, choose_tiles, pinned
@@ -47,7 +48,7 @@ def triton_ffn(
     tensors = [_contiguous(t) for t in (x, w1, b1, w2, b2, expert_ids, gates, blocks)]
     *tail, eps = norm or (None, None, None, 0.0)
     tail = [_contiguous(t) for t in tail]
-    save = needs_grad(*(t for t in (*tensors, *tail) if t is not None))
+    save = needs_grad(*tensors, *tail)
     return expert_ffn_op(*tensors, *tail, eps, activation, save, save and not recompute)[0]
 
 
@@ -101,9 +102,9 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 def forward(
     x: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
-    b2: Tensor,
+    b2: Tensor | None,
     expert_ids: Tensor,
     gates: Tensor | None,
     blocks: Tensor | None,
@@ -116,8 +117,8 @@ def forward(
     save_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y [T, D], and what the backward pass needs: the plan's slots [N] and offsets [E + 1];
-    the hidden layer before the activation, [N, H] by row; of the norm the input [T, D], and mean
-    and 1 / deviation, [2, T]. What isn't saved is empty. All arguments are contiguous."""
+    the hidden layer before the activation, [N, H] or [N, 2H] by row; of the norm the input [T, D],
+    and mean and 1 / deviation, [2, T]. What isn't saved is empty. All arguments are contiguous."""
     call = _Call(x, w1, expert_ids, activation)
     if blocks is None:
         blocks = sort_in_blocks(expert_ids, call.experts)
@@ -130,7 +131,7 @@ def forward(
     fused = tiles.form == "fused"
     direct = fused and not save and len(blocks) <= MOST_BLOCKS
     plan = None if direct else make_plan(blocks, call.n, call.experts)
-    z = x.new_empty(call.n if save_hidden else 0, call.hidden)
+    z = x.new_empty(call.n if save_hidden else 0, call.width)
     run = _fused if fused else _two_gemms
     rows = run(call, tiles, plan or blocks, x, w1, b1, w2, b2, z)
     norm = None if residual is None else Norm(residual, norm_weight, norm_bias, eps)
@@ -143,9 +144,9 @@ def backward(
     dy: Tensor,
     x: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
-    b2: Tensor,
+    b2: Tensor | None,
     expert_ids: Tensor,
     gates: Tensor | None,
     slots: Tensor,
@@ -154,14 +155,17 @@ def backward(
     activation: str,
     weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, b1, w2, b2 and gates; without `weights`, the four are empty, and so is
-    the last without gates."""
+    """Gradients of x, w1, b1, w2, b2 and gates; without `weights`, the four are empty, and so are
+    those of biases and gates that aren't there."""
     call, plan = _Call(x, w1, expert_ids, activation), Plan(slots, offsets)
     saved = len(z) == call.n
-    z = z if saved else x.new_empty(call.n, call.hidden)
+    z = z if saved else x.new_empty(call.n, call.width)
     dz = torch.empty_like(z)
     tiles = choose_tiles(call.problem(backward=True), x.device)
-    part, splits = _split(call.hidden, tiles)
+    if call.gated and not saved:  # within the next kernel, that would take too many registers
+        _first_linear(call, tiles, plan, x, w1, b1, z, activated=False)
+        saved = True
+    part, splits = call.split(tiles)
     dx_rows = x.new_empty(splits, call.n, call.dim, dtype=_row_dtype(x, splits))
     gated = gates is not None
     dgates = x.new_empty(splits, call.n if gated else 0, dtype=sum_dtype(x))
@@ -169,10 +173,10 @@ def backward(
     launch(
         kernels.ffn_backward_rows,
         (max_tiles(call.n, call.experts, tiles.rows), splits),
-        *(x, w1, b1, w2, b2, dy, gate_values, *plan, z, dz, dx_rows, dgates),
+        *(x, w1, _or(b1, x), w2, _or(b2, x), dy, gate_values, *plan, z, dz, dx_rows, dgates),
         *(call.n, call.top_k, call.experts),
-        **call.sizes, **call.numerics, **call.tile(tiles), PART=part,
-        GATED=gated, SAVED=saved,
+        **call.sizes, **call.numerics, **call.tile(tiles, backward=True), **_biases(b1, b2),
+        PART=part, GATED=gated, SAVED=saved,
     )  # fmt: skip
     dx = _combine(dx_rows, expert_ids, None, x)[0]
     # Empty slots have no row: what is at their place was never written.
@@ -180,14 +184,15 @@ def backward(
     if gated:
         dgates = dgates.view_as(gates).masked_fill(expert_ids < 0, 0).to(gates.dtype)
 
-    grads = [p.new_empty(p.shape if weights else 0) for p in (w1, b1, w2, b2)]
+    grads = _empty_grads(w1, b1, w2, b2, weights)
     if weights:
         block = min(_side(x), max(block_size(call.dim), block_size(call.hidden)))
         launch(
             kernels.ffn_backward_weights,
             (call.experts, triton.cdiv(call.hidden, block), triton.cdiv(call.dim, block)),
             *(x, dy, gate_values, *plan, z, dz, *grads, call.top_k),
-            **call.sizes, **call.numerics, GATED=gated, BLOCK_D=block, BLOCK_H=block,
+            **call.sizes, **call.numerics, **_biases(b1, b2), GATED=gated,
+            BLOCK_D=block, BLOCK_H=block,
             ROWS=max(SMALLEST, block // 2), num_warps=4, num_stages=2,
         )  # fmt: skip
     return dx, *grads, dgates
@@ -217,9 +222,14 @@ def _(
 
 @expert_ffn_backward_op.register_fake
 def _(dy, x, w1, b1, w2, b2, expert_ids, gates, slots, offsets, z, activation, weights):
-    grads = [p.new_empty(p.shape if weights else 0) for p in (w1, b1, w2, b2)]
+    grads = _empty_grads(w1, b1, w2, b2, weights)
     dgates = x.new_empty(0, dtype=sum_dtype(x)) if gates is None else torch.empty_like(gates)
     return x.new_empty(x.shape), *grads, dgates
+
+
+def _empty_grads(w1, b1, w2, b2, weights: bool) -> list[Tensor]:
+    shapes = [p.shape if weights and p is not None else 0 for p in (w1, b1, w2, b2)]
+    return [w1.new_empty(shape) for shape in shapes]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -261,20 +271,46 @@ class _Call:
     """The sizes of one call, and the keyword arguments that its kernels have in common."""
 
     def __init__(self, x: Tensor, w1: Tensor, expert_ids: Tensor, activation: str) -> None:
-        self.experts, self.hidden, self.dim = w1.shape
+        self.experts, self.width, self.dim = w1.shape
+        self.gated = activation in GATED
+        self.hidden = self.width // 2 if self.gated else self.width
         self.top_k, self.n = expert_ids.shape[1], expert_ids.numel()
         self.dtype = x.dtype
         self.sizes = dict(D=self.dim, H=self.hidden)
         self.dependent = gpu_of(x.device).dependent_launch
-        self.numerics = dict(ACTIVATION=activation, SUM=sum_type(x), PRECISION=_precision(x))
+        self.numerics = dict(
+            ACTIVATION=GATED.get(activation, activation), GLU=self.gated, SUM=sum_type(x),
+            PRECISION=_precision(x),
+        )  # fmt: skip
 
     def problem(self, backward: bool) -> Problem:
-        return Problem(self.n, self.experts, self.dim, self.hidden, self.dtype, backward)
+        """Of a gated activation, that of twice the units: two rows of W1 make one."""
+        return Problem(self.n, self.experts, self.dim, self.width, self.dtype, backward)
 
-    def tile(self, tiles: Tiles) -> dict:
+    def block_h(self, tiles: Tiles) -> int:
+        """Hidden units at a time."""
+        return max(SMALLEST, tiles.hidden // 2) if self.gated else tiles.hidden
+
+    def split(self, tiles: Tiles) -> tuple[int, int]:
+        """Hidden units of each split, a multiple of the block, and how many splits that makes."""
+        block = self.block_h(tiles)
+        part = triton.cdiv(triton.cdiv(self.hidden, tiles.splits), block) * block
+        return part, triton.cdiv(self.hidden, part)
+
+    def tile(self, tiles: Tiles, backward: bool = False) -> dict:
+        warps, stages = tiles.warps, tiles.stages
+        if self.gated:  # more operands than the tiles are made for, which otherwise spill
+            warps, stages = (min(4, warps), stages) if backward else (warps, max(2, stages))
         return dict(
             EXPERTS=block_size(self.experts, 2), BLOCK_D=block_size(self.dim), ROWS=tiles.rows,
-            BLOCK_H=tiles.hidden, num_warps=tiles.warps, num_stages=tiles.stages,
+            BLOCK_H=self.block_h(tiles), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    def grouped(self, tiles: Tiles) -> dict:
+        stages = max(3, tiles.stages) if self.gated else tiles.stages  # as in `tile`
+        return dict(
+            EXPERTS=block_size(self.experts, 2), ROWS=tiles.rows, **self.numerics,
+            **self.dependent, num_warps=tiles.warps, num_stages=stages,
         )  # fmt: skip
 
 
@@ -283,15 +319,16 @@ def _fused(call: _Call, tiles: Tiles, plan: Plan | Tensor, x, w1, b1, w2, b2, z:
     direct = isinstance(plan, Tensor)
     slots, offsets = (plan, plan) if direct else plan
     blocks = len(plan) if direct else 0
-    part, splits = _split(call.hidden, tiles)
+    part, splits = call.split(tiles)
     rows = x.new_empty(splits, call.n, call.dim, dtype=_row_dtype(x, splits))
     launch(
         kernels.fused_ffn,
         (max_tiles(call.n, call.experts, tiles.rows), splits),
-        *(x, w1, b1, w2, b2, slots, offsets, rows, z if len(z) else rows),
+        *(x, w1, _or(b1, x), w2, _or(b2, x), slots, offsets, rows, z if len(z) else rows),
         *(call.n, call.top_k, call.experts, blocks),
-        **call.sizes, **call.numerics, **call.tile(tiles), **call.dependent, PART=part,
-        SAVE=len(z) > 0, BLOCKS=block_size(blocks, 2) if direct else 0, SPAN=TOKENS * call.top_k,
+        **call.sizes, **call.numerics, **call.tile(tiles), **call.dependent, **_biases(b1, b2),
+        PART=part, SAVE=len(z) > 0, BLOCKS=block_size(blocks, 2) if direct else 0,
+        SPAN=TOKENS * call.top_k,
     )  # fmt: skip
     return rows
 
@@ -300,29 +337,37 @@ def _two_gemms(call: _Call, tiles: Tiles, plan: Plan, x, w1, b1, w2, b2, z: Tens
     """[1, N, D] by slot; fills z if it has room, else keeps the hidden layer activated."""
     save = len(z) > 0
     z = z if save else x.new_empty(call.n, call.hidden)
+    _first_linear(call, tiles, plan, x, w1, b1, z, activated=not save)
     rows = x.new_empty(1, call.n, call.dim)
-    meta = dict(
-        EXPERTS=block_size(call.experts, 2), ROWS=tiles.rows, **call.numerics, **call.dependent,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-    block_out = [min(2 * _side(x), block_size(size)) for size in (call.hidden, call.dim)]
-    block_in = [min(_side(x), block_size(size)) for size in (call.dim, call.hidden)]
-    count = max_tiles(call.n, call.experts, tiles.rows)
+    columns = min(_columns(call, x, joins=save), block_size(call.dim))
     launch(
         kernels.grouped_linear,
-        (triton.cdiv(call.hidden, block_out[0]), count),
-        *(x, w1, b1, *plan, z, call.top_k, call.experts),
-        IN=call.dim, OUT=call.hidden, GATHER=True, BEFORE=False, AFTER=not save,
-        BLOCK_OUT=block_out[0], BLOCK_IN=block_in[0], **meta,
-    )  # fmt: skip
-    launch(
-        kernels.grouped_linear,
-        (triton.cdiv(call.dim, block_out[1]), count),
-        *(z, w2, b2, *plan, rows, call.top_k, call.experts),
-        IN=call.hidden, OUT=call.dim, GATHER=False, BEFORE=save, AFTER=False,
-        BLOCK_OUT=block_out[1], BLOCK_IN=block_in[1], **meta,
+        (triton.cdiv(call.dim, columns), max_tiles(call.n, call.experts, tiles.rows)),
+        *(z, w2, _or(b2, x), *plan, rows, call.top_k, call.experts),
+        IN=call.hidden, OUT=call.dim, GATHER=False, BEFORE=save, AFTER=False, BIAS=b2 is not None,
+        BLOCK_OUT=columns, BLOCK_IN=min(_side(x), block_size(call.hidden)), **call.grouped(tiles),
     )  # fmt: skip
     return rows
+
+
+def _first_linear(
+    call: _Call, tiles: Tiles, plan: Plan, x, w1, b1, z: Tensor, activated: bool
+) -> None:
+    """Fills z with the hidden layer by row, [N, H] activated, or as it is before."""
+    units = call.hidden if activated else call.width
+    columns = min(_columns(call, x, joins=True), block_size(units))
+    launch(
+        kernels.grouped_linear,
+        (triton.cdiv(units, columns), max_tiles(call.n, call.experts, tiles.rows)),
+        *(x, w1, _or(b1, x), *plan, z, call.top_k, call.experts),
+        IN=call.dim, OUT=units, GATHER=True, BEFORE=False, AFTER=activated, BIAS=b1 is not None,
+        BLOCK_OUT=columns, BLOCK_IN=min(_side(x), block_size(call.dim)), **call.grouped(tiles),
+    )  # fmt: skip
+
+
+def _columns(call: _Call, x: Tensor, joins: bool) -> int:
+    """Of a block of a grouped linear layer; half where it joins the halves of a gated one."""
+    return _side(x) if call.gated and joins else 2 * _side(x)
 
 
 def _combine(
@@ -355,10 +400,13 @@ def _combine(
     return y, summed, stats
 
 
-def _split(hidden: int, tiles: Tiles) -> tuple[int, int]:
-    """Hidden units of each split, a multiple of the block, and how many splits that makes."""
-    part = triton.cdiv(triton.cdiv(hidden, tiles.splits), tiles.hidden) * tiles.hidden
-    return part, triton.cdiv(hidden, part)
+def _or(bias: Tensor | None, unused: Tensor) -> Tensor:
+    """A kernel's argument where there is no bias; it isn't read."""
+    return unused if bias is None else bias
+
+
+def _biases(b1: Tensor | None, b2: Tensor | None) -> dict[str, bool]:
+    return dict(BIAS1=b1 is not None, BIAS2=b2 is not None)
 
 
 def _side(x: Tensor) -> int:
