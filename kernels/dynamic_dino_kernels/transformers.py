@@ -7,8 +7,8 @@
 
 Every model whose experts are stacked, in nn.Linear's orientation, with the gate's half before the
 other one, runs on it: Mixtral, Qwen, OLMoE, DeepSeek V2 and V3, Gemma 4 and most others. What
-computes something else is refused with a ValueError when it first runs. Only `register` imports
-transformers.
+computes something else (GPT-OSS, DeepSeek V4, Aria, Nemotron-H) is refused with a ValueError when
+it first runs. Only `register` imports transformers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .moe import expert_ffn
 
-# What transformers calls an activation -> what we do, alone and as a gate.
+# What transformers calls an activation, by class or function -> what we do, alone and as a gate.
 PLAIN = {
+    F.relu: "relu",
+    F.silu: "silu",
     "ReLU": "relu",
     "SiLU": "silu",
     "SiLUActivation": "silu",
@@ -86,7 +89,8 @@ def experts_forward(
 
 def _activation(experts: nn.Module) -> str | None:
     """Ours for the experts' act_fn; None if there is none."""
-    plain = PLAIN.get(type(getattr(experts, "act_fn", None)).__name__)
+    act = getattr(experts, "act_fn", None)
+    plain = PLAIN.get(type(act).__name__ if isinstance(act, nn.Module) else act)
     return GATED.get(plain) if experts.has_gate else plain
 
 

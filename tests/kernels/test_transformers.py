@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +109,61 @@ def test_gpt_oss_is_refused_with_all_its_reasons():
     message = "GptOssExperts can't run .* transposed.* interleaves .* gates in a way of its own"
     with pytest.raises(ValueError, match=message):
         model(torch.randint(1, 50, (1, 4)))
+
+
+TAKEN = {
+    "deepseek_v2": "DeepseekV2Experts",
+    "deepseek_v3": "DeepseekV3Experts",
+    "ernie4_5_moe": "Ernie4_5_MoeExperts",
+    "gemma4": "Gemma4TextExperts",
+    "glm4_moe": "Glm4MoeExperts",
+    "granitemoe": "GraniteMoeExperts",
+    "jamba": "JambaExperts",
+    "lfm2_moe": "Lfm2MoeExperts",
+    "olmoe": "OlmoeExperts",
+    "phimoe": "PhimoeExperts",
+    "qwen3_next": "Qwen3NextExperts",
+}
+REFUSED = {
+    "aria": ("AriaExperts", "its weights are transposed"),
+    "deepseek_v4": ("DeepseekV4Experts", "gates in a way of its own"),
+    "nemotron_h": ("NemotronHExperts", "its activation ReLUSquared.* is none of"),
+    "openai_privacy_filter": ("OpenAIPrivacyFilterExperts", "its weights are transposed"),
+}
+
+
+def public_experts(model, name):
+    """A model's experts, 5 of them, and a config with all the names that sizes go by."""
+    module = pytest.importorskip(f"transformers.models.{model}.modeling_{model}")
+    config = SimpleNamespace(
+        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 5),
+        **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 10),
+        **dict(hidden_size=12, hidden_act="silu", hidden_activation="gelu_pytorch_tanh"),
+        **dict(moe_num_experts=5, swiglu_limit=7.0, swiglu_alpha=1.7, mlp_hidden_act="relu2"),
+        **dict(moe_latent_size=None, _experts_implementation="dynamic_dino"),
+    )
+    experts = getattr(module, name)(config)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    ids = torch.rand(7, 5).argsort(1)[:, :2]
+    return experts, config, (torch.randn(7, 12), ids, torch.rand(7, 2))
+
+
+@pytest.mark.parametrize("model", TAKEN)
+def test_experts_of_public_models(model):
+    experts, config, arguments = public_experts(model, TAKEN[model])
+    y = experts(*arguments)
+    config._experts_implementation = "eager"
+    expected = experts(*arguments)
+    assert (y - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("model", REFUSED)
+def test_experts_that_are_something_else(model):
+    name, message = REFUSED[model]
+    experts, _, arguments = public_experts(model, name)
+    with pytest.raises(ValueError, match=message):
+        experts(*arguments)
 
 
 class Config:

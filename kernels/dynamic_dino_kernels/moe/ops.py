@@ -162,7 +162,7 @@ def backward(
     z = z if saved else x.new_empty(call.n, call.width)
     dz = torch.empty_like(z)
     tiles = choose_tiles(call.problem(backward=True), x.device)
-    if call.gated and not saved:  # within the next kernel, that would take too many registers
+    if call.glu and not saved:  # within the next kernel, that would take too many registers
         _first_linear(call, tiles, plan, x, w1, b1, z, activated=False)
         saved = True
     part, splits = call.split(tiles)
@@ -272,14 +272,14 @@ class _Call:
 
     def __init__(self, x: Tensor, w1: Tensor, expert_ids: Tensor, activation: str) -> None:
         self.experts, self.width, self.dim = w1.shape
-        self.gated = activation in GATED
-        self.hidden = self.width // 2 if self.gated else self.width
+        self.glu = activation in GATED
+        self.hidden = self.width // 2 if self.glu else self.width
         self.top_k, self.n = expert_ids.shape[1], expert_ids.numel()
         self.dtype = x.dtype
         self.sizes = dict(D=self.dim, H=self.hidden)
         self.dependent = gpu_of(x.device).dependent_launch
         self.numerics = dict(
-            ACTIVATION=GATED.get(activation, activation), GLU=self.gated, SUM=sum_type(x),
+            ACTIVATION=GATED.get(activation, activation), GLU=self.glu, SUM=sum_type(x),
             PRECISION=_precision(x),
         )  # fmt: skip
 
@@ -289,7 +289,7 @@ class _Call:
 
     def block_h(self, tiles: Tiles) -> int:
         """Hidden units at a time."""
-        return max(SMALLEST, tiles.hidden // 2) if self.gated else tiles.hidden
+        return max(SMALLEST, tiles.hidden // 2) if self.glu else tiles.hidden
 
     def split(self, tiles: Tiles) -> tuple[int, int]:
         """Hidden units of each split, a multiple of the block, and how many splits that makes."""
@@ -299,7 +299,7 @@ class _Call:
 
     def tile(self, tiles: Tiles, backward: bool = False) -> dict:
         warps, stages = tiles.warps, tiles.stages
-        if self.gated:  # more operands than the tiles are made for, which otherwise spill
+        if self.glu:  # more operands than the tiles are made for, which otherwise spill
             warps, stages = (min(4, warps), stages) if backward else (warps, max(2, stages))
         return dict(
             EXPERTS=block_size(self.experts, 2), BLOCK_D=block_size(self.dim), ROWS=tiles.rows,
@@ -307,7 +307,7 @@ class _Call:
         )  # fmt: skip
 
     def grouped(self, tiles: Tiles) -> dict:
-        stages = max(3, tiles.stages) if self.gated else tiles.stages  # as in `tile`
+        stages = max(3, tiles.stages) if self.glu else tiles.stages  # as in `tile`
         return dict(
             EXPERTS=block_size(self.experts, 2), ROWS=tiles.rows, **self.numerics,
             **self.dependent, num_warps=tiles.warps, num_stages=stages,
@@ -367,7 +367,7 @@ def _first_linear(
 
 def _columns(call: _Call, x: Tensor, joins: bool) -> int:
     """Of a block of a grouped linear layer; half where it joins the halves of a gated one."""
-    return _side(x) if call.gated and joins else 2 * _side(x)
+    return _side(x) if call.glu and joins else 2 * _side(x)
 
 
 def _combine(
