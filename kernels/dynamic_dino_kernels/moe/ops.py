@@ -12,7 +12,8 @@ from ..launch import launch, sum_dtype, sum_type
 from . import kernels
 from .grouped import needs_grad
 from .plan import TOKENS, Plan, make_plan, max_tiles
-from .tiles import SMALLEST, Problem, Tiles, block_size, choose_tiles
+from .precision import precision_of
+from .tiles import SMALLEST, Problem, Tiles, block_side, block_size, run_fitting
 
 
 class Norm(NamedTuple):
@@ -82,9 +83,12 @@ def forward(
     call = _Call(x, w1, expert_ids, activation)
     plan = make_plan(expert_ids, call.experts, counts)
     z = x.new_empty(call.n if save_hidden else 0, call.hidden)
-    tiles = choose_tiles(call.problem(backward=False), x.device)
-    run = _fused if tiles.form == "fused" else _two_gemms
-    rows = run(call, tiles, plan, x, w1, b1, w2, b2, z)
+
+    def run(tiles: Tiles) -> Tensor:
+        form = _fused if tiles.form == "fused" else _two_gemms
+        return form(call, tiles, plan, x, w1, b1, w2, b2, z)
+
+    rows = run_fitting(call.problem(), x.device, run)
     norm = None if residual is None else Norm(residual, norm_weight, norm_bias, eps)
     y, *of_norm = _combine(rows, expert_ids, gates, x, norm, save)
     return y, *plan, z, *of_norm
@@ -106,28 +110,32 @@ def backward(
     weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, b1, w2, b2 and gates; without `weights`, the four are empty."""
-    call, plan = _Call(x, w1, expert_ids, activation), Plan(slots, offsets)
+    call, plan = _Call(x, w1, expert_ids, activation, backward=True), Plan(slots, offsets)
     saved = len(z) == call.n
     z = z if saved else x.new_empty(call.n, call.hidden)
     dz = torch.empty_like(z)
-    tiles = choose_tiles(call.problem(backward=True), x.device)
-    part, splits = _split(call.hidden, tiles)
-    dx_rows = x.new_empty(splits, call.n, call.dim, dtype=_row_dtype(x, splits))
-    dgates = x.new_empty(splits, call.n, dtype=sum_dtype(x))
-    launch(
-        kernels.ffn_backward_rows,
-        (max_tiles(call.n, call.experts, tiles.rows), splits),
-        *(x, w1, b1, w2, b2, dy, gates, *plan, z, dz, dx_rows, dgates),
-        *(call.n, call.top_k, call.experts),
-        **call.sizes, **call.numerics, **call.tile(tiles), PART=part, SAVED=saved,
-    )  # fmt: skip
+
+    def run(tiles: Tiles) -> tuple[Tensor, Tensor]:
+        part, splits = _split(call.hidden, tiles)
+        dx_rows = x.new_empty(splits, call.n, call.dim, dtype=_row_dtype(x, splits))
+        dgates = x.new_empty(splits, call.n, dtype=sum_dtype(x))
+        launch(
+            kernels.ffn_backward_rows,
+            (max_tiles(call.n, call.experts, tiles.rows), splits),
+            *(x, w1, b1, w2, b2, dy, gates, *plan, z, dz, dx_rows, dgates),
+            *(call.n, call.top_k, call.experts),
+            **call.sizes, **call.numerics, **call.tile(tiles), PART=part, SAVED=saved,
+        )  # fmt: skip
+        return dx_rows, dgates
+
+    dx_rows, dgates = run_fitting(call.problem(), x.device, run)
     dx = _combine(dx_rows, expert_ids, None, x)[0]
     # Empty slots have no row: what is at their place was never written.
     dgate = dgates.sum(0).view_as(gates).masked_fill(expert_ids < 0, 0).to(gates.dtype)
 
     grads = [p.new_empty(p.shape if weights else 0) for p in (w1, b1, w2, b2)]
     if weights:
-        block = min(_side(x), max(block_size(call.dim), block_size(call.hidden)))
+        block = min(block_side(x.dtype), max(block_size(call.dim), block_size(call.hidden)))
         launch(
             kernels.ffn_backward_weights,
             (call.experts, triton.cdiv(call.hidden, block), triton.cdiv(call.dim, block)),
@@ -201,15 +209,18 @@ expert_ffn_op.register_autograd(_differentiate, setup_context=_setup_context)
 class _Call:
     """The sizes of one call, and the keyword arguments that its kernels have in common."""
 
-    def __init__(self, x: Tensor, w1: Tensor, expert_ids: Tensor, activation: str) -> None:
+    def __init__(
+        self, x: Tensor, w1: Tensor, expert_ids: Tensor, activation: str, backward: bool = False
+    ) -> None:
         self.experts, self.hidden, self.dim = w1.shape
         self.top_k, self.n = expert_ids.shape[1], expert_ids.numel()
-        self.dtype = x.dtype
+        self.dtype, self.backward, precision = x.dtype, backward, precision_of(x, backward)
         self.sizes = dict(D=self.dim, H=self.hidden)
-        self.numerics = dict(ACTIVATION=activation, SUM=sum_type(x), PRECISION=_precision(x))
+        self.numerics = dict(ACTIVATION=activation, SUM=sum_type(x), PRECISION=precision)
 
-    def problem(self, backward: bool) -> Problem:
-        return Problem(self.n, self.experts, self.dim, self.hidden, self.dtype, backward)
+    def problem(self) -> Problem:
+        sizes = (self.n, self.experts, self.dim, self.hidden)
+        return Problem(*sizes, self.dtype, self.backward, self.top_k, self.numerics["PRECISION"])
 
     def tile(self, tiles: Tiles) -> dict:
         return dict(
@@ -240,8 +251,8 @@ def _two_gemms(call: _Call, tiles: Tiles, plan: Plan, x, w1, b1, w2, b2, z: Tens
         EXPERTS=block_size(call.experts, 2), ROWS=tiles.rows, **numerics,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    block_out = [min(2 * _side(x), block_size(size)) for size in (call.hidden, call.dim)]
-    block_in = [min(_side(x), block_size(size)) for size in (call.dim, call.hidden)]
+    block_out = [min(2 * block_side(x.dtype), block_size(size)) for size in (call.hidden, call.dim)]
+    block_in = [min(block_side(x.dtype), block_size(size)) for size in (call.dim, call.hidden)]
     count = max_tiles(call.n, call.experts, tiles.rows)
     launch(
         kernels.grouped_linear,
@@ -293,21 +304,6 @@ def _split(hidden: int, tiles: Tiles) -> tuple[int, int]:
     """Hidden units of each split, a multiple of the block, and how many splits that makes."""
     part = triton.cdiv(triton.cdiv(hidden, tiles.splits), tiles.hidden) * tiles.hidden
     return part, triton.cdiv(hidden, part)
-
-
-def _side(x: Tensor) -> int:
-    """Of a block of a weight: 128 bytes, so that what is summed stays in registers."""
-    return max(SMALLEST, 128 // x.element_size())
-
-
-def _precision(x: Tensor) -> str:
-    """PyTorch's setting decides whether float32 may be rounded to TF32."""
-    if x.dtype != torch.float32:
-        return "ieee"
-    settings = torch.backends.cuda.matmul
-    if hasattr(settings, "fp32_precision"):  # torch 2.9; once it is set, allow_tf32 can't be read
-        return "tf32" if settings.fp32_precision == "tf32" else "ieee"
-    return "tf32" if settings.allow_tf32 else "ieee"
 
 
 def _row_dtype(x: Tensor, splits: int) -> torch.dtype:
