@@ -1,6 +1,7 @@
 """Compiles every kernel ahead of time for GPUs that need not be there, and checks that they fit.
 
-    python -m dynamic_dino_kernels.aot                    # all targets
+    python -m dynamic_dino_kernels.aot                    # a target of each generation
+    python -m dynamic_dino_kernels.aot --targets all
     python -m dynamic_dino_kernels.aot --targets sm_90 --dtypes bfloat16
     python -m dynamic_dino_kernels.aot --report           # and what their machine code does
     python -m dynamic_dino_kernels.aot --candidates       # what `tune` would try as well, an hour
@@ -47,6 +48,9 @@ TARGETS = {
         GPU("sm_120", processors=170, shared_memory=101376),
     )
 }
+# One for each kind of matrix instruction and size of shared memory; sm_87 is compiled as sm_80 is,
+# sm_89 and sm_120 nearly as sm_86.
+DEFAULT = ("sm_80", "sm_86", "sm_90", "sm_100")
 DTYPES = ("float16", "bfloat16", "float32")
 TOKENS = (900, 14400)
 EXPERTS, DIM, HIDDEN, TOP_K = 16, 256, 1024, 2
@@ -203,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=[*TARGETS, "all"], default=list(DEFAULT))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--candidates", action="store_true", help="of `tune`, too")
@@ -213,9 +217,10 @@ def main(arguments: list[str] | None = None) -> int:
     if interpreted():
         parser.error("TRITON_INTERPRET=1 replaces the kernels by interpreted ones: unset it")
 
+    targets = TARGETS if "all" in options.targets else options.targets
     todo = {
         job: None  # a dict keeps the order, and kernels that several inputs share come once
-        for target in options.targets
+        for target in targets
         for dtype in options.dtypes
         for tokens in options.tokens
         for job in jobs(target, getattr(torch, dtype), tokens, options.candidates)

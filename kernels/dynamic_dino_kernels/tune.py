@@ -205,9 +205,9 @@ def tune(
 ) -> None:
     """Measures the problems one after the other, and hands the fastest way of each to `keep`.
 
-    budget: seconds for all; what is left is shared among the problems that are left. The estimate
-    comes first, and a batch of candidates is compiled, then measured, before the next: whenever the
-    time is over, the best of those measured is kept, of at least two.
+    budget: seconds for all; what is left is shared among the problems that are left. The choice
+    so far comes first, and a batch of candidates is compiled, then measured, before the next:
+    whenever the time is over, the best of those measured is kept, of at least two.
     """
     gpu, start = gpu_of(device), clock()
     for index, problem in enumerate(problems):
@@ -233,7 +233,7 @@ def tune(
                 before = f"{times[estimate] * 1e6:.1f} us" if estimate in times else "unfit"
                 print(
                     f"{problem.key(gpu.product or gpu.name)}: {times[best] * 1e6:.1f} us, "
-                    f"estimate {before}, {len(times)} of {len(todo)} measured, {best}"
+                    f"before {before}, {len(times)} of {len(todo)} measured, {best}"
                 )
 
 
@@ -281,8 +281,9 @@ def _rounded(problem: Problem) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
+    """The first and the last line: Triton's errors say where, show the code, and say what."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
+    return f"{type(error).__name__}: {' ... '.join(dict.fromkeys(lines[:1] + lines[-1:]))[:200]}"
 
 
 # ---- command ------------------------------------------------------------------------------------

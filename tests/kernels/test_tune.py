@@ -2,7 +2,11 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +186,36 @@ def test_needs_cuda():
             tune.main([])
 
 
+def test_compiles_for_a_gpu_that_is_not_there():
+    """Triton's own compiler in two threads: what fits, what doesn't, and what is no kernel."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__], env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    fits, large, tiny = json.loads(done.stdout)
+    assert fits is None
+    assert large.startswith("needs ") and large.endswith(f" bytes of {H100.shared_memory}")
+    assert tiny.startswith("CompilationError: ")
+
+
+def compile_three():
+    """Without the interpreter, on a driver that knows only which GPU it would be."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+        )
+    )
+    wanted = problem(64)
+    ways = [Tiles(rows=16), Tiles(rows=128, hidden=64, warps=8, stages=4), Tiles(hidden=8)]
+    with recorded_launches(H100):
+        wrong = tune.Bench(wanted, CPU).compile(ways, workers=2)
+    print(json.dumps([wrong.get(tiles) for tiles in ways]))
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_all_of_it_at_a_tiny_size(monkeypatch, backward):
     """Real kernels and a real file; only the clock of the GPU is replaced."""
@@ -211,3 +245,7 @@ def test_all_of_it_at_a_tiny_size(monkeypatch, backward):
     torch.testing.assert_close(
         y, expert_ffn(x, w1, b1, w2, b2, ids, gates, backend="sequential"), rtol=1e-4, atol=1e-4
     )
+
+
+if __name__ == "__main__":
+    compile_three()

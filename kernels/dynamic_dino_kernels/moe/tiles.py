@@ -278,6 +278,6 @@ def shared_memory(problem: Problem, tiles: Tiles, gpu: GPU) -> int:
         return (max(1, buffers) * (rows + 2 * side) + rows) * side * size
     width = block_size(problem.dim)
     tokens, weights, layers = (2, 3, 3) if problem.backward else (1, 2, 1)
-    blocks = weights * buffers if tiles.stages > 1 else weights if from_shared else 1
+    blocks = weights * buffers if tiles.stages > 1 else 1
     values = (tokens * rows + blocks * tiles.hidden) * width + layers * rows * tiles.hidden
     return values * size + 256
