@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from dynamic_dino_kernels import expert_ffn
 from dynamic_dino_kernels.moe.ops import expert_ffn_backward_op, expert_ffn_op, triton_ffn
+from dynamic_dino_kernels.moe.precision import precision_of
 from dynamic_dino_kernels.moe.tiles import Problem, Tiles, choose_tiles, pinned_tiles
 
 NAMES = ("x", "w1", "b1", "w2", "b2", "gates")
@@ -105,6 +106,7 @@ def test_tf32_is_pytorchs_choice(setting, value, expected):
     line = f"torch.backends.cuda.matmul.{setting} = {value!r}" if setting else ""
     code = f"""
 import torch
+from dynamic_dino_kernels.launch import GPU, recorded_launches
 from dynamic_dino_kernels.moe.ops import forward
 {line}
 for dtype in (torch.float32, torch.float16):
@@ -133,7 +135,13 @@ def test_detector_sizes_on_the_gpu(tokens, dtype, form):
     low = [a.detach().to(dtype).requires_grad_() for a in args]
     *exact, gates = [a.detach().double().requires_grad_() for a in low]
     expected = expert_ffn(*exact, ids, gates, activation="silu", backend="grouped")
-    tiles = choose_tiles(Problem(2 * tokens, 16, 256, 1024, dtype), ids.device)
+    precision = precision_of(low[0])
+    problem = Problem(2 * tokens, 16, 256, 1024, dtype, top_k=2, precision=precision)
+    tiles = choose_tiles(problem, ids.device)
+    if (
+        form == "fused" and tiles.form != form
+    ):  # what is right for two launches is too large for one
+        tiles = Tiles(rows=16, hidden=16)
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pinned_tiles(replace(tiles, form=form)):

@@ -200,7 +200,8 @@ def ways(problem: Problem, gpu: GPU) -> Iterator[Tiles]:
         least = 16 if problem.backward else wanted // 2
         for rows in (r for r in (64, 32, 16) if least <= r <= wanted):
             for hidden, warps, stages in _fused_blocks(problem, gpu, rows):
-                if hidden <= block_size(problem.hidden) and _in_registers(problem, rows, warps):
+                if _in_registers(problem, rows, warps):
+                    hidden = min(hidden, block_size(problem.hidden))
                     yield Tiles("fused", rows, hidden, 1, warps, stages)
     elif problem.backward or problem.dtype.itemsize > 4:
         # No matrix units, or float64: the operands live in registers as well.
