@@ -1,44 +1,56 @@
 """Compiles every kernel ahead of time for GPUs that need not be there, and checks that they fit.
 
-    python -m dynamic_dino_kernels.aot                    # all targets
+    python -m dynamic_dino_kernels.aot                    # a target of each generation
+    python -m dynamic_dino_kernels.aot --targets all
     python -m dynamic_dino_kernels.aot --targets sm_90 --dtypes bfloat16
+    python -m dynamic_dino_kernels.aot --report           # and what their machine code does
     python -m dynamic_dino_kernels.aot --candidates       # what `tune` would try as well, an hour
 
 What is compiled are the launches of the real operators, recorded for the shapes below: the detector
 at one image and at sixteen, forward and backward. A row of the table is one kernel: its shared
 memory, registers, and the stack that spilled registers would live on. Exits with 1 if a kernel
 spills or wants more shared memory than the GPU has; candidates may, `tune` finds out by their time.
+
+--report adds how many programs a multiprocessor holds at a time, and what stands in the main loop:
+matrix instructions (HMMA, HGMMA, UTCHMMA) or ordinary ones (FFMA), copies to shared memory that
+run meanwhile (LDGSTS), loads from it (LDSM, LDS); and the arithmetic done over the arithmetic that
+the matrix products need: 1.50 where the first of two is computed twice.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from . import sass
 from .backend import interpreted
 from .launch import GPU, recorded_launches
+from .moe.tiles import resident
 
 # Shared memory per program by compute capability: CUDA C++ programming guide, table of technical
-# specifications. Multiprocessors of one product each: A100, RTX A6000, Jetson Orin, H200.
+# specifications. Multiprocessors of one product each: A100, RTX A6000, Jetson Orin, RTX 4090, H200,
+# B200, RTX 5090.
 TARGETS = {
     gpu.name: gpu
     for gpu in (
         GPU("sm_80", processors=108, shared_memory=166912),
         GPU("sm_86", processors=84, shared_memory=101376),
         GPU("sm_87", processors=16, shared_memory=166912),
+        GPU("sm_89", processors=128, shared_memory=101376),
         GPU("sm_90", processors=132, shared_memory=232448),
+        GPU("sm_100", processors=148, shared_memory=232448),
+        GPU("sm_120", processors=170, shared_memory=101376),
     )
 }
+# One for each kind of matrix instruction and size of shared memory; sm_87 is compiled as sm_80 is,
+# sm_89 and sm_120 nearly as sm_86.
+DEFAULT = ("sm_80", "sm_86", "sm_90", "sm_100")
 DTYPES = ("float16", "bfloat16", "float32")
 TOKENS = (900, 14400)
 EXPERTS, DIM, HIDDEN, TOP_K = 16, 256, 1024, 2
@@ -70,11 +82,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Usage:
-    """Of one program: bytes of shared memory, registers per thread, bytes of stack per thread."""
+    """Of one program: bytes of shared memory, registers per thread, bytes of stack per thread, and
+    what its code does, if that was asked for."""
 
     shared: int
     registers: int
     stack: int
+    code: sass.Code | None = None
 
 
 def jobs(target: str, dtype: torch.dtype, tokens: int, candidates: bool = False) -> Iterator[Job]:
@@ -83,6 +97,7 @@ def jobs(target: str, dtype: torch.dtype, tokens: int, candidates: bool = False)
     from .deform_attn import ops as deform_attn
     from .moe import ops as moe
     from .moe import router
+    from .moe.precision import choose_precision
     from .moe.tiles import Problem, Tiles, pinned_tiles
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -131,8 +146,10 @@ def jobs(target: str, dtype: torch.dtype, tokens: int, candidates: bool = False)
     if not candidates:
         return
     for backward in (False, True):
-        problem = Problem(tokens * TOP_K, EXPERTS, DIM, HIDDEN, dtype, backward)
-        for tiles in tune.candidates(problem, TARGETS[target].shared_memory):
+        precision = choose_precision(dtype, TARGETS[target], backward)
+        sizes = (tokens * TOP_K, EXPERTS, DIM, HIDDEN)
+        problem = Problem(*sizes, dtype, backward, TOP_K, precision)
+        for tiles in tune.candidates(problem, TARGETS[target], exhaustive=True):
             with recorded_launches(TARGETS[target]) as launches, pinned_tiles(tiles):
                 if backward:
                     moe.backward(x, x, *weights, ids, gates, *plan, z, "relu", True)
@@ -163,8 +180,19 @@ def _job(target: str, variant: str, kernel, args: tuple, meta: dict, candidate=F
     )
 
 
-def compile_job(job: Job) -> Usage:
-    """Compiles one kernel. Raises what Triton raises if it can't."""
+def compile_job(job: Job, report: bool = False) -> Usage:
+    """Compiles one kernel, and reads its code for a `report`. Raises what Triton raises if it
+    can't."""
+    compiled = compiled_kernel(job)
+    code, cubin = None, compiled.asm["cubin"]
+    if report:
+        warps = compiled.metadata.num_warps
+        code = sass.read(cubin, compiled.asm["ptx"], compiled.asm["ttgir"], warps)
+    return Usage(compiled.metadata.shared, *sass.resources(cubin), code)
+
+
+def compiled_kernel(job: Job):
+    """Triton's CompiledKernel, with its `metadata` and its code, `asm`."""
     import importlib
 
     import triton
@@ -180,26 +208,7 @@ def compile_job(job: Job) -> Usage:
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},  # as torch allocates
     )
     target = GPUTarget("cuda", int(job.target.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options=dict(job.options))
-    return Usage(compiled.metadata.shared, *_resources(compiled.asm["cubin"]))
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack, as the cuobjdump that Triton brings along reads them."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        text = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
-    return int(found[1]), int(found[2])
+    return triton.compile(source, target=target, options=dict(job.options))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -208,28 +217,32 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=[*TARGETS, "all"], default=list(DEFAULT))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--candidates", action="store_true", help="of `tune`, too")
+    parser.add_argument("--report", action="store_true", help="what the machine code does, too")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
     if interpreted():
         parser.error("TRITON_INTERPRET=1 replaces the kernels by interpreted ones: unset it")
 
+    targets = TARGETS if "all" in options.targets else options.targets
     todo = {
         job: None  # a dict keeps the order, and kernels that several inputs share come once
-        for target in options.targets
+        for target in targets
         for dtype in options.dtypes
         for tokens in options.tokens
         for job in jobs(target, getattr(torch, dtype), tokens, options.candidates)
     }
-    head = f"{'target':7}{'input':17}{'kernel':22}{'shared':>8}{'regs':>6}{'stack':>7}  launch"
+    head = f"{'target':8}{'input':17}{'kernel':22}{'shared':>8}{'regs':>6}{'stack':>7}  launch"
     print(head, "-" * len(head), sep="\n")
     failures = 0
     with ProcessPoolExecutor(options.workers) as pool:
-        for job, usage in zip(todo, pool.map(compile_job, todo), strict=True):
-            limit = TARGETS[job.target].shared_memory
+        usages = pool.map(compile_job, todo, [options.report] * len(todo))
+        for job, usage in zip(todo, usages, strict=True):
+            gpu = TARGETS[job.target]
+            limit = gpu.shared_memory
             problems = ["spills registers"] * (usage.stack > 0)
             problems += [f"needs more than {limit} bytes"] * (usage.shared > limit)
             failures += bool(problems) and not job.candidate
@@ -238,10 +251,14 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{k}={v}" for k, v in job.constants if k.startswith(("BLOCK", "ROWS", "PART"))
             )
             print(
-                f"{job.target:7}{job.variant:17}{job.kernel:22}{usage.shared:8}"
+                f"{job.target:8}{job.variant:17}{job.kernel:22}{usage.shared:8}"
                 f"{usage.registers:6}{usage.stack:7}  {sizes} {launch}"
                 + "".join(f"  <- {problem}" for problem in problems)
             )
+            if usage.code:
+                warps = dict(job.options).get("num_warps", 4)  # Triton's default
+                held = resident(gpu, warps, usage.registers, usage.shared)
+                print(f"{'':25}{held} at a time; {usage.code}")
     print(f"{len(todo)} kernels compiled, {failures} don't fit")
     return 1 if failures else 0
 

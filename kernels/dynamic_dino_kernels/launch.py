@@ -23,11 +23,13 @@ from triton.language.extra import cuda as tl_cuda
 @dataclass(frozen=True)
 class GPU:
     """What the choice of tiles depends on: compute capability ("sm_90"), streaming
-    multiprocessors, and bytes of shared memory that one program may use."""
+    multiprocessors, bytes of shared memory that one program may use, and the product's name
+    ("NVIDIA H100 PCIe"), "" where it doesn't matter."""
 
     name: str
     processors: int
     shared_memory: int
+    product: str = ""
 
     @property
     def dependent_launch(self) -> dict:
@@ -59,6 +61,7 @@ def _query(device: torch.device) -> GPU:
         f"sm_{properties.major}{properties.minor}",
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
+        properties.name,
     )
 
 

@@ -1,8 +1,12 @@
 """Every kernel compiles for every GPU generation, without spills, within the shared memory."""
 
 import os
+import re
 import subprocess
 import sys
+
+import pytest
+from dynamic_dino_kernels import aot, sass
 
 
 def run(*arguments, **environment):
@@ -18,7 +22,55 @@ def run(*arguments, **environment):
 def test_kernels_fit_every_target():
     result = run("--dtypes", "float16", "float32", "--tokens", "900", "--workers", "1")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("fused_ffn") >= 8 and result.stdout.endswith(" 0 don't fit\n")
+    assert result.stdout.endswith(" 0 don't fit\n")
+    for target in aot.DEFAULT:
+        lines = [line for line in result.stdout.splitlines() if line.split()[0] == target]
+        assert {"fused_ffn", "grouped_linear", "sample_forward"} <= {x.split()[3] for x in lines}
+
+
+@pytest.mark.parametrize("target, unit", [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
+def test_report_says_what_the_machine_code_does(target, unit):
+    """The default tiles: no product is computed twice, and copies run beside the arithmetic."""
+    result = run("--report", "--targets", target, "--dtypes", "float16", "--tokens", "900")
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    of_ffn = [lines[i + 1] for i, line in enumerate(lines) if "fused_ffn" in line]
+    assert of_ffn
+    for line in of_ffn:
+        assert re.search(rf"\d at a time; loop: \d+ {unit} ", line), line
+        assert "arithmetic x 1.00; pipelined" in line, line
+
+
+CODE = """
+        /*0000*/                   LDG.E R0, [R2] ;   /* 0x0 */
+        /*0010*/                   LDGSTS.E [R0], [R2] ;   /* 0x0 */
+        /*0020*/                   HMMA.16816.F32 R0, R0, R0, R0 ;   /* 0x0 */
+        /*0030*/              @!P0 BRA 0x20 ;   /* 0x0 */
+        /*0040*/                   HMMA.16816.F32 R0, R0, R0, R0 ;   /* 0x0 */
+        /*0050*/                   HMMA.16816.F32 R0, R0, R0, R0 ;   /* 0x0 */
+        /*0060*/                   LDSM.16.M88.4 R0, [R2] ;   /* 0x0 */
+        /*0070*/               @P1 BRA 0x40 ;   /* 0x0 */
+        /*0080*/               @P1 BRA 0x10 ;   /* 0x0 */
+        /*0090*/                   EXIT ;   /* 0x0 */
+        /*00a0*/                   BRA 0xa0;   /* 0x0 */
+"""
+TTGIR = (
+    "%z = tt.dot %x, %w, %c : tensor<32x16xf16, #dot> * tensor<16x16xf16, #dot> -> "
+    "tensor<32x16xf32, #mma>"
+)
+
+
+def test_main_loop_and_duplication(monkeypatch):
+    """Of nested loops an inner one, with the most arithmetic; two warps do a product of 32 x 16 x
+    16 in two instructions each, so that four instructions are twice as many."""
+    monkeypatch.setattr(sass, "_cuobjdump", lambda cubin, what="-sass": CODE)
+    one = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {...};\n"
+    code = sass.read(b"", one * 4, TTGIR, warps=2)
+    assert code.loop == {"HMMA": 2, "LDSM": 1, "BRA": 1} and not code.pipelined
+    assert code.whole["HMMA"] == 3 and code.whole["LDGSTS"] == 1
+    assert code.duplication == 2
+    assert sass.read(b"", one * 2, TTGIR, warps=2).duplication == 1
+    assert sass.read(b"", "", "", warps=2).duplication is None
 
 
 def test_the_interpreter_has_nothing_to_compile():

@@ -68,7 +68,7 @@ def sample_forward(
     acc = tl.zeros([QUERIES, BLOCK_C], SUM)
     for level in tl.static_range(LEVELS):
         height, width, first = _map(maps, level)
-        for point in range(POINTS):
+        for point in tl.static_range(POINTS):  # so that the points' loads don't wait for each other
             at = (row * LEVELS + level) * POINTS + point
             left, top, fx, fy = _sample(locations, at, live, height, width, SUM)
             weight = tl.load(weights + at, mask=live, other=0.0).to(SUM)

@@ -130,11 +130,12 @@ def fused_ffn(
         if first >= end:
             return
         row, live, slot = _load_rows(slots, first, end, ROWS)
+        slot = slot.to(tl.int32)  # kept through the loop: half the registers
     split = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
     x_tile = tl.load(
-        x + (slot // top_k * D)[:, None] + d[None, :],
+        x + ((slot // top_k).to(tl.int64) * D)[:, None] + d[None, :],
         mask=live[:, None] & in_d[None, :],
         other=0.0,
     )
@@ -149,7 +150,7 @@ def fused_ffn(
         in_h = h < H
         z = _hidden_layer(x_tile, w1, b1, h, d, H, D, BIAS1, SUM, PRECISION)
         a = _activate(z, ACTIVATION)
-        at_h = row[:, None] * WIDTH + h[None, :]
+        at_h = row.to(tl.int64)[:, None] * WIDTH + h[None, :]
         mask_h = live[:, None] & in_h[None, :]
         if SAVE:
             tl.store(hidden + at_h, z, mask=mask_h)
@@ -166,7 +167,7 @@ def fused_ffn(
     if BIAS2 and split == 0:
         acc += tl.load(b2 + expert * D + d, mask=in_d, other=0.0).to(SUM)[None, :]
     tl.store(
-        out + (split * n + slot)[:, None] * D + d[None, :],
+        out + (split.to(tl.int64) * n + slot)[:, None] * D + d[None, :],
         acc,
         mask=live[:, None] & in_d[None, :],
     )
@@ -220,7 +221,7 @@ def grouped_linear(
     for start in range(0, IN, BLOCK_IN):
         i = start + tl.arange(0, BLOCK_IN)
         in_i = i < IN
-        at_x = x + (source * HALVES_IN * IN)[:, None] + i[None, :]
+        at_x = x + (source.to(tl.int64) * HALVES_IN * IN)[:, None] + i[None, :]
         mask_x = live[:, None] & in_i[None, :]
         x_tile = tl.load(at_x, mask=mask_x, other=0.0)
         at_w = w + o[None, :] * IN + i[:, None]
@@ -244,7 +245,11 @@ def grouped_linear(
         if BIAS:
             up += tl.load(bias + OUT + o, mask=in_o, other=0.0).to(SUM)[None, :]
         acc *= up
-    tl.store(out + target[:, None] * OUT + o[None, :], acc, mask=live[:, None] & in_o[None, :])
+    tl.store(
+        out + target.to(tl.int64)[:, None] * OUT + o[None, :],
+        acc,
+        mask=live[:, None] & in_o[None, :],
+    )
 
 
 @triton.jit
@@ -360,12 +365,16 @@ def ffn_backward_rows(
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
     mask_d = live[:, None] & in_d[None, :]
-    dy_tile = tl.load(dy + (slot // top_k * D)[:, None] + d[None, :], mask=mask_d, other=0.0)
+    dy_tile = tl.load(
+        dy + ((slot // top_k).to(tl.int64) * D)[:, None] + d[None, :], mask=mask_d, other=0.0
+    )
     if GATED:
         gate = tl.load(gates + slot, mask=live, other=0.0).to(SUM)
         dgate = tl.zeros([ROWS], SUM)
     if not SAVED:
-        x_tile = tl.load(x + (slot // top_k * D)[:, None] + d[None, :], mask=mask_d, other=0.0)
+        x_tile = tl.load(
+            x + ((slot // top_k).to(tl.int64) * D)[:, None] + d[None, :], mask=mask_d, other=0.0
+        )
     expert = expert.to(tl.int64)
     WIDTH: tl.constexpr = 2 * H if GLU else H
     w1 += expert * WIDTH * D
@@ -376,7 +385,7 @@ def ffn_backward_rows(
         h = split * PART + start + tl.arange(0, BLOCK_H)
         in_h = h < H
         mask_h = live[:, None] & in_h[None, :]
-        at_h = row[:, None] * WIDTH + h[None, :]
+        at_h = row.to(tl.int64)[:, None] * WIDTH + h[None, :]
         if SAVED:
             z = tl.load(hidden + at_h, mask=mask_h, other=0.0).to(SUM)
         else:
@@ -410,7 +419,7 @@ def ffn_backward_rows(
             bias = tl.load(b2 + expert * D + d, mask=in_d, other=0.0).to(SUM)
             dgate += tl.sum(dy_tile.to(SUM) * bias[None, :], 1)
         tl.store(dgates + split * n + slot, dgate, mask=live)
-    tl.store(dx_rows + (split * n + slot)[:, None] * D + d[None, :], dx, mask=mask_d)
+    tl.store(dx_rows + (split.to(tl.int64) * n + slot)[:, None] * D + d[None, :], dx, mask=mask_d)
 
 
 @triton.jit
@@ -461,8 +470,8 @@ def ffn_backward_weights(
         dup_bias = tl.zeros([BLOCK_H], SUM)
     for start in range(first, end, ROWS):
         row, live, slot = _load_rows(slots, start, end, ROWS)
-        token = slot // top_k
-        at_t = row[None, :] * WIDTH + h[:, None]
+        token = (slot // top_k).to(tl.int64)
+        at_t = row.to(tl.int64)[None, :] * WIDTH + h[:, None]
         mask_t = live[None, :] & in_h[:, None]
         dz_t = tl.load(dz + at_t, mask=mask_t, other=0.0)
         mask_d = live[:, None] & in_d[None, :]
@@ -476,7 +485,7 @@ def ffn_backward_weights(
             if BIAS1:
                 dup_bias += tl.sum(dup_t.to(SUM), 1)
 
-        at_h = row[:, None] * WIDTH + h[None, :]
+        at_h = row.to(tl.int64)[:, None] * WIDTH + h[None, :]
         mask_h = live[:, None] & in_h[None, :]
         z = tl.load(hidden + at_h, mask=mask_h, other=0.0)
         a = _activate(z.to(SUM), ACTIVATION)

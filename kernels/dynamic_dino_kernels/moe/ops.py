@@ -14,7 +14,8 @@ from . import kernels, router
 from .activations import GATED
 from .grouped import needs_grad
 from .plan import MOST_BLOCKS, TOKENS, Plan, blocks_shape, make_plan, max_tiles, sort_in_blocks
-from .tiles import SMALLEST, Problem, Tiles, block_size, choose_tiles, pinned
+from .precision import precision_of
+from .tiles import SMALLEST, Problem, Tiles, block_side, block_size, pinned, run_fitting
 
 
 class Norm(NamedTuple):
@@ -89,7 +90,7 @@ _ffn, _block = Replayed(_run_ffn), Replayed(_run_block)
 
 def _state(x: Tensor) -> tuple:
     """What decides, besides shapes and types, which kernels run."""
-    return _precision(x), pinned()
+    return precision_of(x) if x.dtype == torch.float32 else None, pinned()
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
@@ -127,13 +128,16 @@ def forward(
             f"blocks {list(blocks.shape)} were made for other ids than these of T={len(x)} tokens, "
             f"K={call.top_k} slots and E={call.experts} experts"
         )
-    tiles = choose_tiles(call.problem(backward=False), x.device)
-    fused = tiles.form == "fused"
-    direct = fused and not save and len(blocks) <= MOST_BLOCKS
-    plan = None if direct else make_plan(blocks, call.n, call.experts)
     z = x.new_empty(call.n if save_hidden else 0, call.width)
-    run = _fused if fused else _two_gemms
-    rows = run(call, tiles, plan or blocks, x, w1, b1, w2, b2, z)
+
+    def run(tiles: Tiles) -> tuple[Plan | None, Tensor]:
+        fused = tiles.form == "fused"
+        direct = fused and not save and len(blocks) <= MOST_BLOCKS
+        plan = None if direct else make_plan(blocks, call.n, call.experts)
+        form = _fused if fused else _two_gemms
+        return plan, form(call, tiles, plan or blocks, x, w1, b1, w2, b2, z)
+
+    plan, rows = run_fitting(call.problem(), x.device, run)
     norm = None if residual is None else Norm(residual, norm_weight, norm_bias, eps)
     y, *of_norm = _combine(rows, expert_ids, gates, x, norm, save)
     kept = plan if save else (blocks.new_empty(0), blocks.new_empty(0))
@@ -157,27 +161,31 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, b1, w2, b2 and gates; without `weights`, the four are empty, and so are
     those of biases and gates that aren't there."""
-    call, plan = _Call(x, w1, expert_ids, activation), Plan(slots, offsets)
+    call, plan = _Call(x, w1, expert_ids, activation, backward=True), Plan(slots, offsets)
     saved = len(z) == call.n
     z = z if saved else x.new_empty(call.n, call.width)
     dz = torch.empty_like(z)
-    tiles = choose_tiles(call.problem(backward=True), x.device)
-    if call.glu and not saved:  # within the next kernel, that would take too many registers
-        _first_linear(call, tiles, plan, x, w1, b1, z, activated=False)
-        saved = True
-    part, splits = call.split(tiles)
-    dx_rows = x.new_empty(splits, call.n, call.dim, dtype=_row_dtype(x, splits))
     gated = gates is not None
-    dgates = x.new_empty(splits, call.n if gated else 0, dtype=sum_dtype(x))
-    gate_values = gates if gated else dgates
-    launch(
-        kernels.ffn_backward_rows,
-        (max_tiles(call.n, call.experts, tiles.rows), splits),
-        *(x, w1, _or(b1, x), w2, _or(b2, x), dy, gate_values, *plan, z, dz, dx_rows, dgates),
-        *(call.n, call.top_k, call.experts),
-        **call.sizes, **call.numerics, **call.tile(tiles, backward=True), **_biases(b1, b2),
-        PART=part, GATED=gated, SAVED=saved,
-    )  # fmt: skip
+
+    def run(tiles: Tiles) -> tuple[Tensor, Tensor]:
+        recompute = not saved
+        if call.glu and recompute:  # within the next kernel, that would take too many registers
+            _first_linear(call, tiles, plan, x, w1, b1, z, activated=False)
+            recompute = False
+        part, splits = call.split(tiles)
+        dx_rows = x.new_empty(splits, call.n, call.dim, dtype=_row_dtype(x, splits))
+        dgates = x.new_empty(splits, call.n if gated else 0, dtype=sum_dtype(x))
+        launch(
+            kernels.ffn_backward_rows,
+            (max_tiles(call.n, call.experts, tiles.rows), splits),
+            *(x, w1, _or(b1, x), w2, _or(b2, x), dy, gates if gated else dgates, *plan, z, dz),
+            *(dx_rows, dgates, call.n, call.top_k, call.experts),
+            **call.sizes, **call.numerics, **call.tile(tiles), **_biases(b1, b2),
+            PART=part, GATED=gated, SAVED=not recompute,
+        )  # fmt: skip
+        return dx_rows, dgates
+
+    dx_rows, dgates = run_fitting(call.problem(), x.device, run)
     dx = _combine(dx_rows, expert_ids, None, x)[0]
     # Empty slots have no row: what is at their place was never written.
     dgates = dgates.sum(0)
@@ -186,11 +194,11 @@ def backward(
 
     grads = _empty_grads(w1, b1, w2, b2, weights)
     if weights:
-        block = min(_side(x), max(block_size(call.dim), block_size(call.hidden)))
+        block = min(block_side(x.dtype), max(block_size(call.dim), block_size(call.hidden)))
         launch(
             kernels.ffn_backward_weights,
             (call.experts, triton.cdiv(call.hidden, block), triton.cdiv(call.dim, block)),
-            *(x, dy, gate_values, *plan, z, dz, *grads, call.top_k),
+            *(x, dy, gates if gated else dgates, *plan, z, dz, *grads, call.top_k),
             **call.sizes, **call.numerics, **_biases(b1, b2), GATED=gated,
             BLOCK_D=block, BLOCK_H=block,
             ROWS=max(SMALLEST, block // 2), num_warps=4, num_stages=2,
@@ -270,22 +278,25 @@ expert_ffn_op.register_autograd(_differentiate, setup_context=_setup_context)
 class _Call:
     """The sizes of one call, and the keyword arguments that its kernels have in common."""
 
-    def __init__(self, x: Tensor, w1: Tensor, expert_ids: Tensor, activation: str) -> None:
+    def __init__(
+        self, x: Tensor, w1: Tensor, expert_ids: Tensor, activation: str, backward: bool = False
+    ) -> None:
         self.experts, self.width, self.dim = w1.shape
         self.glu = activation in GATED
         self.hidden = self.width // 2 if self.glu else self.width
         self.top_k, self.n = expert_ids.shape[1], expert_ids.numel()
-        self.dtype = x.dtype
+        self.dtype, self.backward, precision = x.dtype, backward, precision_of(x, backward)
         self.sizes = dict(D=self.dim, H=self.hidden)
         self.dependent = gpu_of(x.device).dependent_launch
         self.numerics = dict(
             ACTIVATION=GATED.get(activation, activation), GLU=self.glu, SUM=sum_type(x),
-            PRECISION=_precision(x),
+            PRECISION=precision,
         )  # fmt: skip
 
-    def problem(self, backward: bool) -> Problem:
+    def problem(self) -> Problem:
         """Of a gated activation, that of twice the units: two rows of W1 make one."""
-        return Problem(self.n, self.experts, self.dim, self.width, self.dtype, backward)
+        sizes = (self.n, self.experts, self.dim, self.width)
+        return Problem(*sizes, self.dtype, self.backward, self.top_k, self.numerics["PRECISION"])
 
     def block_h(self, tiles: Tiles) -> int:
         """Hidden units at a time."""
@@ -297,10 +308,10 @@ class _Call:
         part = triton.cdiv(triton.cdiv(self.hidden, tiles.splits), block) * block
         return part, triton.cdiv(self.hidden, part)
 
-    def tile(self, tiles: Tiles, backward: bool = False) -> dict:
+    def tile(self, tiles: Tiles) -> dict:
         warps, stages = tiles.warps, tiles.stages
         if self.glu:  # more operands than the tiles are made for, which otherwise spill
-            warps, stages = (min(4, warps), stages) if backward else (warps, max(2, stages))
+            warps, stages = (min(4, warps), stages) if self.backward else (warps, max(2, stages))
         return dict(
             EXPERTS=block_size(self.experts, 2), BLOCK_D=block_size(self.dim), ROWS=tiles.rows,
             BLOCK_H=self.block_h(tiles), num_warps=warps, num_stages=stages,
@@ -345,7 +356,8 @@ def _two_gemms(call: _Call, tiles: Tiles, plan: Plan, x, w1, b1, w2, b2, z: Tens
         (triton.cdiv(call.dim, columns), max_tiles(call.n, call.experts, tiles.rows)),
         *(z, w2, _or(b2, x), *plan, rows, call.top_k, call.experts),
         IN=call.hidden, OUT=call.dim, GATHER=False, BEFORE=save, AFTER=False, BIAS=b2 is not None,
-        BLOCK_OUT=columns, BLOCK_IN=min(_side(x), block_size(call.hidden)), **call.grouped(tiles),
+        BLOCK_OUT=columns, BLOCK_IN=min(block_side(x.dtype), block_size(call.hidden)),
+        **call.grouped(tiles),
     )  # fmt: skip
     return rows
 
@@ -361,13 +373,14 @@ def _first_linear(
         (triton.cdiv(units, columns), max_tiles(call.n, call.experts, tiles.rows)),
         *(x, w1, _or(b1, x), *plan, z, call.top_k, call.experts),
         IN=call.dim, OUT=units, GATHER=True, BEFORE=False, AFTER=activated, BIAS=b1 is not None,
-        BLOCK_OUT=columns, BLOCK_IN=min(_side(x), block_size(call.dim)), **call.grouped(tiles),
+        BLOCK_OUT=columns, BLOCK_IN=min(block_side(x.dtype), block_size(call.dim)),
+        **call.grouped(tiles),
     )  # fmt: skip
 
 
 def _columns(call: _Call, x: Tensor, joins: bool) -> int:
     """Of a block of a grouped linear layer; half where it joins the halves of a gated one."""
-    return _side(x) if call.glu and joins else 2 * _side(x)
+    return block_side(x.dtype) if call.glu and joins else 2 * block_side(x.dtype)
 
 
 def _combine(
@@ -407,21 +420,6 @@ def _or(bias: Tensor | None, unused: Tensor) -> Tensor:
 
 def _biases(b1: Tensor | None, b2: Tensor | None) -> dict[str, bool]:
     return dict(BIAS1=b1 is not None, BIAS2=b2 is not None)
-
-
-def _side(x: Tensor) -> int:
-    """Of a block of a weight: 128 bytes, so that what is summed stays in registers."""
-    return max(SMALLEST, 128 // x.element_size())
-
-
-def _precision(x: Tensor) -> str:
-    """PyTorch's setting decides whether float32 may be rounded to TF32."""
-    if x.dtype != torch.float32:
-        return "ieee"
-    settings = torch.backends.cuda.matmul
-    if hasattr(settings, "fp32_precision"):  # torch 2.9; once it is set, allow_tf32 can't be read
-        return "tf32" if settings.fp32_precision == "tf32" else "ieee"
-    return "tf32" if settings.allow_tf32 else "ieee"
 
 
 def _row_dtype(x: Tensor, splits: int) -> torch.dtype:

@@ -218,7 +218,7 @@ def find_rows_in_blocks(
     live = row < number
     owner = tl.sum((end[None, :] <= row[:, None]).to(tl.int32), 1)
     place = row + tl.sum(tl.where(block[None, :] == owner[:, None], shift[None, :], 0), 1)
-    return expert, live, tl.load(blocks + place, mask=live, other=0).to(tl.int64)
+    return expert, live, tl.load(blocks + place, mask=live, other=0)
 
 
 def max_tiles(n: int, num_experts: int, rows: int) -> int:
