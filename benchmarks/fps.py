@@ -37,7 +37,7 @@ from detectors import (
     use_backend,
     use_loop,
 )
-from dynamic_dino.accelerate import WAYS
+from dynamic_dino.accelerate import WAYS, way_of
 from dynamic_dino.deploy import optimize_for_inference
 from dynamic_dino.detector import OpenVocabularyDetector
 from dynamic_dino.inference import DTYPES
@@ -99,7 +99,7 @@ def served(
 def measure(case: Case, models: dict, options: argparse.Namespace) -> dict:
     """One row of the report: FPS, quartiles and memory of every contender."""
     batch = samples(case.size, case.batch, options.names, options.device)
-    steps, memory, scores = {}, {}, {}
+    steps, memory, scores, ran = {}, {}, {}, {}
     for name, model in models.items():
         make_room(model, case, batch)
         call = served(model, case.precision, case.mode)
@@ -114,12 +114,22 @@ def measure(case: Case, models: dict, options: argparse.Namespace) -> dict:
             before = torch.cuda.memory_allocated()
         scores[name] = found()[0]["instances"].scores.float()  # compiles, captures, warms up
         found()
+        ran[name] = way_it_ran(call.model)
         if options.device == "cuda":
             memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
         steps[name] = lambda found=found: timed(found, options.device)
     check_equal(scores, case)
     times = take_turns(steps, options.repeats)
-    return asdict(case) | {"results": summarise(times, case.batch, memory)}
+    results = summarise(times, case.batch, memory)
+    for name, way in ran.items():
+        results[name]["ran"] = way
+    return asdict(case) | {"results": results}
+
+
+def way_it_ran(model: OpenVocabularyDetector) -> str:
+    """One of `WAYS`, whatever was asked for: what can't be captured or compiled runs eagerly."""
+    backbone, rest = way_of(model.backbone.forward), way_of(model.search)
+    return backbone if backbone == rest else f"backbone {backbone}, rest {rest}"
 
 
 def make_room(model: OpenVocabularyDetector, case: Case, batch: list[dict]) -> None:
@@ -192,7 +202,8 @@ def print_table(title: str, results: dict) -> None:
         spread = f"{r['low_ms']:.1f}-{r['high_ms']:.1f}"
         line = f"  {name:22}{r['fps']:9.2f} FPS {r['median_ms']:10.1f} ms {spread:>16}"
         line += f"  {r['fps'] / first:5.2f} x {next(iter(results))}"
-        print(line + (f"  {r['peak_mib']:7.0f} MiB" if "peak_mib" in r else ""))
+        line += f"  {r['peak_mib']:7.0f} MiB" if "peak_mib" in r else ""
+        print(line + (f"  {r['ran']}" if "ran" in r else ""))
 
 
 def plot(rows: list[dict], path: Path, title: str) -> None:
@@ -301,19 +312,20 @@ def main(arguments: list[str] | None = None) -> None:
     report["rows"] = []
     for case in cases(options):
         row = measure(case, models, options)
-        print_table(str(case), row["results"])
         report["rows"].append(row)
         if options.json:
             write_json(options.json, report)  # after each row: a run that dies loses nothing
+        print_table(str(case), row["results"])
     if options.many_names:
         row = report["many_names"] = measure_many_names(models, options)
+        if options.json:
+            write_json(options.json, report)
         print_table(
             f"{row['names']} names in {row['pieces']} pieces, {row['precision']}, "
             f"{row['detector']}",
             row["results"],
         )
     if options.json:
-        write_json(options.json, report)
         print(options.json)
     if options.plot:
         plot(report["rows"], options.plot, machine_name(options.device))

@@ -83,11 +83,11 @@ def main() -> None:
     for name, seconds in times.items():
         rows[name]["times"] = quartiles(seconds)
     report = provenance(PACKAGES, options.device) | {"models": rows}
-    print(results.model_zoo(report))
     if options.save:
         options.json = results_folder(options.device) / "model_zoo.json"
     if options.json:
         write_json(options.json, report)
+    print(results.model_zoo(report))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ relative to the norm; ours must stay within 30 roundings. "loop" is the paper's 
 Contenders take turns, so that a slow moment of the machine hits them all; given are medians, their
 quartiles, and ratios to dense. Several layers' weights take turns as well, as in a decoder: those
 of one layer alone would stay in the cache. On CUDA each contender is captured in a graph, unless it
-synchronises, and "roofline" is the share that it reaches of what the GPU's arithmetic and memory
-allow. The time of a CPU says nothing by itself, look at the ratios.
+synchronises (each line ends with which it was, "graph" or "eager"), and "roofline" is the share
+that it reaches of what the GPU's arithmetic and memory allow. The time of a CPU says nothing by
+itself, look at the ratios.
 
 "MiB" is the most that one layer allocates at a time. The forward pass of "layer" is also split into
 phases: the router; dispatch, which finds out whose slots are whose and gathers their rows; the
@@ -138,8 +139,9 @@ class Benchmark:
             )
         return ((y.double() - want).norm() / want.norm()).item()
 
-    def prepare(self, kind: type[nn.Module]) -> Callable[[], float]:
-        """A function that runs all layers once and returns the seconds per layer."""
+    def prepare(self, kind: type[nn.Module]) -> tuple[Callable[[], float], str]:
+        """A function that runs all layers once and returns the seconds per layer; and how it runs
+        them, from a "graph" or "eager"."""
         layers = [self.build(kind) for _ in range(self.options.layers)]
 
         def step() -> None:
@@ -148,13 +150,13 @@ class Benchmark:
 
         step()  # compiles, and the loop decides how many rows each expert needs
         if self.options.device == "cpu":
-            return lambda: timed(step, "cpu") / len(layers)
+            return (lambda: timed(step, "cpu") / len(layers)), "eager"
         try:
-            replay = captured(step)
+            replay, ran = captured(step), "graph"
         except RuntimeError:  # the loop and `grouped` synchronise, which can't be captured
             torch.cuda.synchronize()
-            replay = step
-        return lambda: seconds(replay) / len(layers)
+            replay, ran = step, "eager"
+        return (lambda: seconds(replay) / len(layers)), ran
 
     def profile(self, kind: type[nn.Module]) -> dict:
         """{"peak_mib"}, and {"phases_us"} of the forward pass of a layer."""
@@ -174,8 +176,8 @@ def measure(case: Case, options: argparse.Namespace) -> dict:
         try:
             if case.part == "ffn" and not case.train:
                 errors[name] = bench.error(kind)
-            steps[name] = bench.prepare(kind)
-            profiles[name] = bench.profile(kind)
+            steps[name], ran = bench.prepare(kind)
+            profiles[name] = bench.profile(kind) | {"ran": ran}
         except Exception as error:
             if name in ("dense", *OURS):
                 raise
@@ -233,9 +235,9 @@ def print_row(row: dict) -> None:
         line += f"  {t['median_us'] / dense:5.2f} x dense"
         line += f"  {t['roofline']:4.0%} of roofline" if "roofline" in t else ""
         line += f"  error {t['error']:.1e}" if "error" in t else ""
-        print(f"{line}  {t['peak_mib']:.1f} MiB")
-        if phases := t.get("phases_us"):
-            whole = sum(phases.values())
+        print(f"{line}  {t['peak_mib']:.1f} MiB  {t['ran']}")
+        phases = t.get("phases_us", {})
+        if whole := sum(phases.values()):  # 0 where the profiler sees no kernels
             print(" " * 20 + ", ".join(f"{p} {us / whole:.0%}" for p, us in phases.items()))
     for name, why in row["failed"].items():
         print(f"  {name:18} doesn't run: {why}")
@@ -365,10 +367,10 @@ def main(arguments: list[str] | None = None) -> None:
     report["rows"] = []
     for case in cases(options):
         row = measure(case, options)
-        print_row(row)
         report["rows"].append(row)
         if options.json:
             write_json(options.json, report)  # after each row: a run that dies loses nothing
+        print_row(row)
     if options.json:
         print(options.json)
     if options.plot:

@@ -226,11 +226,12 @@ def main(arguments: list[str] | None = None) -> None:
     height, width = options.size
     print(f"{machine_name(options.device)}: {height} x {width}, batch 1, {options.dtype}, 10 names")
     rows, failed = measure(options)
-    print_rows(rows)
     if options.json:
         report = provenance(("torch", "transformers", "timm"), options.device)
         report["settings"] = settings(options)
         write_json(options.json, report | {"rows": rows, "failed": failed})
+    print_rows(rows)
+    if options.json:
         print(options.json)
 
 

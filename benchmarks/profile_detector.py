@@ -141,6 +141,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     result = run(options)
     stages, operators = summarise(result, options.repeats, options.device == "cuda")
+    if options.json:
+        report = provenance(("torch", "triton"), options.device)
+        report["settings"] = settings(options)
+        kept = dict(list(operators.items())[: options.rows])
+        write_json(options.json, report | {"stages_ms": stages, "operators_ms": kept})
     height, width = options.size
     print(
         f"{machine_name(options.device)}, {height} x {width}, {options.precision}, "
@@ -152,10 +157,6 @@ def main(arguments: list[str] | None = None) -> None:
     for name, (ms, calls) in list(operators.items())[: options.rows]:
         print(f"{name[:50]:52}{ms:10.2f}{calls:8}")
     if options.json:
-        report = provenance(("torch", "triton"), options.device)
-        report["settings"] = settings(options)
-        kept = dict(list(operators.items())[: options.rows])
-        write_json(options.json, report | {"stages_ms": stages, "operators_ms": kept})
         print(options.json)
     if options.trace:
         options.trace.parent.mkdir(parents=True, exist_ok=True)

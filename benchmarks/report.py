@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import subprocess
@@ -31,9 +32,17 @@ def provenance(packages: Sequence[str] = ("torch", "triton", "numpy"), device: s
         "machine": machine_name(device),
         "python": platform.python_version(),
         "versions": {name: v for name in packages if (v := _version(name))},
-        "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git(*CODE_CHANGES) else ""),
+        "commit": commit(),
         "command": " ".join(["python", *map(_relative, sys.argv)]),
     }
+
+
+def commit() -> str:
+    """That of the code, with "-dirty" where it was changed. Where there is no repository or no git,
+    the environment variable DYNAMIC_DINO_COMMIT says it; else it is "unknown"."""
+    if found := _git("rev-parse", "HEAD"):
+        return found + ("-dirty" if _git(*CODE_CHANGES) else "")
+    return os.environ.get("DYNAMIC_DINO_COMMIT") or "unknown"
 
 
 def machine_name(device: str = "cpu") -> str:
@@ -72,7 +81,11 @@ def _version(package: str) -> str:
 
 
 def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    """What git prints; "" without git, or outside of a repository."""
+    try:
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    except OSError:
+        return ""
     return result.stdout.strip()
 
 

@@ -253,11 +253,12 @@ def main(arguments: list[str] | None = None) -> None:
         rows = measure(options)
     except ConfigError as error:
         raise SystemExit(f"training_step.py: error: {error}") from None
-    print_rows(rows)
     if options.json:
         report = provenance(device=options.device)
         report["settings"] = settings(options)
         write_json(options.json, report | {"scale": scaled, "rows": rows})
+    print_rows(rows)
+    if options.json:
         print(options.json)
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 from functools import cache
 from importlib.util import find_spec
+from subprocess import CalledProcessError
 
 import torch
 
@@ -20,8 +21,9 @@ def resolve_backend(backend: str = "auto", device: torch.device | str = "cpu") -
     """Returns "sequential", "grouped" or "triton", the back-end to run on tensors of a device.
 
     An explicit `backend` wins over the environment variable DYNAMIC_DINO_KERNELS, which wins over
-    the automatic choice: "triton" on CUDA (from compute capability 8.0 on), "grouped" elsewhere.
-    What is chosen automatically is said once in the log.
+    the automatic choice: "triton" on CUDA (from compute capability 8.0 on, and where Triton finds a
+    C compiler and Python's headers), "grouped" elsewhere. What is chosen automatically is said once
+    in the log, on CUDA with what keeps Triton from running.
 
     Raises:
         ValueError: the argument or the variable names no back-end.
@@ -37,8 +39,8 @@ def resolve_backend(backend: str = "auto", device: torch.device | str = "cpu") -
         return _automatic(device)
     if name == "triton" and (obstacle := obstacle_of(device)):
         raise RuntimeError(
-            f"{source} is 'triton', but {obstacle}: choose 'grouped', or 'auto' to get the fastest "
-            "that runs"
+            f"{source} is 'triton', but {obstacle}. Or choose 'grouped', or 'auto' to get the "
+            "fastest that runs"
         )
     return name
 
@@ -47,7 +49,9 @@ def resolve_backend(backend: str = "auto", device: torch.device | str = "cpu") -
 def _automatic(device: torch.device) -> str:
     obstacle = "the tensors are on the CPU" if device.type == "cpu" else obstacle_of(device)
     name = "grouped" if obstacle else "triton"
-    logger.info("Kernels on %s: %s%s", device, name, f", since {obstacle}" if obstacle else "")
+    level = logging.WARNING if obstacle and device.type == "cuda" else logging.INFO
+    because = f", since {obstacle}" if obstacle else ""
+    logger.log(level, "Kernels on %s: %s%s", device, name, because)
     return name
 
 
@@ -59,9 +63,30 @@ def obstacle_of(device: torch.device) -> str:
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"{device} has compute capability {major}.{minor}, and the kernels need 8.0"
+        if not interpreted():
+            return obstacle_to_launching(device)
     elif not interpreted():
         return f"the tensors are on {device}, not on CUDA"
     return ""
+
+
+@cache
+def obstacle_to_launching(device: torch.device) -> str:
+    """Why Triton can't launch kernels there, and the remedy; "" if it can. Tried once a process."""
+    from .probe import launch_nothing
+
+    try:
+        launch_nothing(device)
+        return ""
+    except CalledProcessError as error:
+        reason = f"{error.cmd[0]} failed"
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"Triton can't launch a kernel there ({reason}): at run time it needs a C compiler and "
+        "Python's headers (on Debian and Ubuntu: apt install gcc python3-dev), and a driver of the "
+        "GPU as new as its CUDA"
+    )
 
 
 def interpreted() -> bool:

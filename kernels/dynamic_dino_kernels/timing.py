@@ -6,22 +6,16 @@ from collections.abc import Callable
 
 import torch
 
+from .capture import capture
+
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
     """A function that replays `step` from a CUDA graph, after a warm-up that compiles kernels.
 
     Raises:
-        RuntimeError: `step` can't be captured, since it synchronises.
+        RuntimeError: `step` can't be captured, see `capture`.
     """
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    return capture(step)[0].replay
 
 
 def seconds(step: Callable[[], None]) -> float:

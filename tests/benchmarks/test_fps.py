@@ -30,6 +30,7 @@ def test_compares_dense_with_experts_on_every_backend(result):
         for r in row["results"].values():
             assert r["fps"] == pytest.approx(row["batch"] * 1e3 / r["median_ms"])
             assert 0 < r["low_ms"] <= r["median_ms"] <= r["high_ms"]
+            assert r["ran"] == "eager"
     assert report["many_names"]["pieces"] == 2 and len(report["many_names"]["results"]) == 2
     assert report["settings"]["overrides"] == ["model.decoder.num_layers=2"] and report["commit"]
     assert (folder / "fps.png").stat().st_size > 5000

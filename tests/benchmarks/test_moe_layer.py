@@ -60,7 +60,7 @@ def test_says_where_the_numbers_come_from(result):
 def test_splits_a_layer_into_phases(result):
     for row in result[1]["rows"]:
         for name, found in row["times"].items():
-            assert found["peak_mib"] > 0
+            assert found["peak_mib"] > 0 and found["ran"] == "eager"
             assert ("phases_us" in found) == (row["part"] == "layer" and row["pass"] == "forward")
             phases = found.get("phases_us", {})
             if name in ("loop", "sequential", "grouped", "HF grouped_mm") and phases:

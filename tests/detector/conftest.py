@@ -1,6 +1,7 @@
 """The nano detector with random heads, and samples with a few drawn shapes."""
 
 import copy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from dynamic_dino.data.drawn import NAMES, draw_image
 from dynamic_dino.engine.config import load_config
 from dynamic_dino.prompt import Prompt
 
+sys.path.insert(0, str(Path(__file__).parent))  # capture_scan.py
 RECIPE = Path(__file__).parents[2] / "configs/pretrain/nano_drawn.py"
 
 

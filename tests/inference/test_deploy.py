@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -199,9 +200,9 @@ def test_prompts_of_many_lengths_share_shapes_where_shapes_are_captured(trained)
     assert optimize_for_inference(copy.deepcopy(trained)).text_encoder.pad_to == 1
     shapes, search = set(), served.search.function
 
-    def seen(features, masks, text):
+    def seen(features, masks, text, routings):
         shapes.add((text.tokens.shape, text.phrase_map.shape))
-        return search(features, masks, text)
+        return search(features, masks, text, routings)
 
     served.search = seen
     for prompt in ("red circle.", "red circle. blue square. green star. a ring."):
@@ -267,11 +268,27 @@ def test_what_fails_is_logged_once_and_the_function_goes_on(caplog):
         calls.append("fast")
         raise RuntimeError("out of luck\nat length")
 
-    run = WithFallback(lambda x: x + 1, broken, "graph")
+    def successor(x):
+        return x + 1
+
+    run = WithFallback(successor, broken, "graph")
     assert [run(1), run(2)] == [2, 3] and calls == ["fast"]
-    assert [r.getMessage() for r in caplog.records] == [
-        "accelerate='graph' failed, going on without: out of luck"
-    ]
+    (record,) = caplog.records
+    assert re.match(
+        r"accelerate='graph' failed, so \S+successor runs without .*: out of luck \(a CUDA graph",
+        record.getMessage(),
+    )
+
+
+@torch.no_grad()
+def test_routings_leave_the_search_only_if_they_are_wanted(trained):
+    """Each of their tensors would be a copy out of a CUDA graph."""
+    samples = batch("red circle.")
+    features, masks = trained.image_features(samples)
+    text = trained.text_encoder([s["prompt"] for s in samples])
+    assert trained.search(features, masks, text)[1] == []
+    assert len(trained.search(features, masks, text, True)[1]) == len(trained.decoder.layers)
+    assert not load_detector("nano-x16", device="cpu").model.return_routings
 
 
 def test_other_devices_are_not_captured():

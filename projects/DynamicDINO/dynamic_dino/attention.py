@@ -237,7 +237,8 @@ def sine_encoding(positions: Tensor, dim: int, temperature: float = 10000.0) -> 
 
 def box_encoding(boxes: Tensor, dim: int) -> Tensor:
     """Encodes boxes [..., 4] as [..., 4 * dim], in the order (y, x, w, h) of DAB-DETR."""
-    y_first = boxes[..., [1, 0, 2, 3]]
+    x, y, w, h = boxes.unbind(-1)  # a list as an index would be copied from the host
+    y_first = torch.stack([y, x, w, h], -1)
     return sine_encoding(y_first * (2 * math.pi), dim)
 
 

@@ -260,7 +260,7 @@ class OpenVocabularyDetector(nn.Module):
                     for maps in chosen
                 ]
             text = self.text_encoder([piece.prompt for _, piece in chunk])
-            best, chunk_routings = self.search(*chosen, text)
+            best, chunk_routings = self.search(*chosen, text, self.return_routings)
             routings.append(chunk_routings)
             for row, (i, piece) in enumerate(chunk):
                 found[i].append(best.of_image(row, piece, start + row))
@@ -271,12 +271,17 @@ class OpenVocabularyDetector(nn.Module):
         return results
 
     def search(
-        self, features: dict[str, Tensor], masks: dict[str, Tensor], text: TextFeatures
+        self,
+        features: dict[str, Tensor],
+        masks: dict[str, Tensor],
+        text: TextFeatures,
+        routings: bool = False,
     ) -> tuple[Detections, list[Routing]]:
-        """The best (query, phrase) pairs: all of inference between features and results."""
+        """The best (query, phrase) pairs: all of inference between features and results. The
+        mixtures' routings only if they are wanted, since a CUDA graph's results must be copied."""
         output = self.detect(features, masks, text)
         best = best_pairs(output.layers[-1], output.text.phrase_map, self.max_detections)
-        return best, output.routings
+        return best, output.routings if routings else []
 
 
 def stack_padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

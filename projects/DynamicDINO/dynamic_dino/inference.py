@@ -187,6 +187,8 @@ def load_detector(
     """
     device = _device(device)
     detector, cfg = load_model(model, weights, device, dtype, accelerate)
+    if isinstance(detector, OpenVocabularyDetector):
+        detector.return_routings = False  # a `Detector` has no place for them
     return Detector(detector, cfg.inference.size, device, threshold)
 
 

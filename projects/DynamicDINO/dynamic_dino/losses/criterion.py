@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -130,7 +131,7 @@ class _Objects:
         self.tokens = torch.cat(
             [(phrase_map[image] > 0)[target.labels] for image, target in enumerate(targets)]
         ).float()
-        self.count = _mean_over_ranks(self.boxes.new_tensor(float(len(self.boxes)))).clamp(min=1)
+        self.count = _mean_over_ranks(self.boxes.new_full((), len(self.boxes))).clamp(min=1)
 
 
 def _stack(layers: list[Predictions]) -> Predictions:
@@ -149,11 +150,16 @@ def _suffixes(layers: list[Predictions], suffix: str) -> list[str]:
 def _known_assignment(
     denoising: DenoisingQueries, targets: list[Target], layers: int
 ) -> Assignment:
-    counts = torch.tensor([0, *(len(target.labels) for target in targets[:-1])])
-    offsets = counts.cumsum(0).to(denoising.target_index.device)
-    positive = denoising.valid & (denoising.target_index >= 0)
-    image, query = torch.nonzero(positive, as_tuple=True)
-    target = offsets[image] + denoising.target_index[image, query]
+    """The positives, image after image: every object once in each group. So the host knows how many
+    there are, and needn't wait for the device to find them, as `nonzero` would."""
+    counts, index = [len(target.labels) for target in targets], denoising.target_index
+    offsets = torch.stack([index.new_full((), n) for n in accumulate([0, *counts[:-1]])])
+    positive = denoising.valid & (index >= 0)
+    found = positive.flatten().byte().argsort(descending=True, stable=True)
+    found = found[: denoising.groups * sum(counts)]
+    width = max(index.shape[1], 1)
+    image, query = found // width, found % width
+    target = offsets[image] + index[image, query]
     return Assignment(*(index.expand(layers, -1) for index in (image, query, target)))
 
 

@@ -64,8 +64,8 @@ class Denoising(nn.Module):
         groups = max(self.num_queries // (2 * size), 1) if size else 0
         boxes = pad_sequence([target.boxes.float() for target in targets], batch_first=True)
         labels = pad_sequence([target.labels for target in targets], batch_first=True)
-        counts = torch.tensor([len(target.labels) for target in targets]).to(device)
-        valid = torch.arange(size, device=device) < counts.unsqueeze(1)
+        real = [torch.ones_like(target.labels, dtype=torch.bool) for target in targets]
+        valid = pad_sequence(real, batch_first=True)
 
         index = torch.arange(size, device=device).repeat(2 * groups)  # the object of each slot
         negative = torch.arange(2 * groups, device=device).repeat_interleave(size) % 2 == 1

@@ -6,6 +6,7 @@ import torch
 from dynamic_dino_kernels.moe import expert_ffn, moe_block
 from torch import Tensor, nn
 
+from .losses import expert_counts
 from .routing import Routing
 
 
@@ -86,7 +87,7 @@ class Experts(nn.Module):
         experts = torch.arange(len(self.w1), device=x.device)[:, None]
         ids = routing.expert_ids.flatten().long()
         slots = ids.sort(stable=True).indices  # empty slots, then those of expert 0, 1, ...
-        counts = torch.bincount(ids + 1, minlength=len(experts) + 1)
+        counts = expert_counts(ids + 1, len(experts) + 1)  # those of empty slots first
         first, count = counts.cumsum(0)[:-1, None], counts[1:, None]
         taken = count.clamp(max=most)
         step = torch.arange(most, device=x.device)

@@ -117,8 +117,10 @@ def expert_load(routing: Routing) -> Tensor:
 
 
 def expert_counts(ids: Tensor, num_experts: int) -> Tensor:
-    """How many slots each expert fills: ids [T, K], -1 = empty -> int64 [E]"""
-    return torch.bincount(ids.flatten().long() + 1, minlength=num_experts + 1)[1:]
+    """How many slots each expert fills: ids of any shape, -1 = empty -> int64 [E]"""
+    # torch.bincount reads the largest id on the host, and so waits for the GPU.
+    experts = torch.arange(num_experts, device=ids.device)
+    return (ids.flatten()[:, None] == experts).sum(0)
 
 
 def entropy(p: Tensor) -> Tensor:

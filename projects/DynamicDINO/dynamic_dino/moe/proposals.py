@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -41,10 +43,11 @@ class ProposalStatistics(nn.Module):
         def mean(values: Tensor) -> Tensor:  # [B, K, N] -> [B, N]
             return (weights[..., None] * values).sum(1)
 
-        above = scores[..., None] > scores.new_tensor(THRESHOLDS)
-        most = torch.log1p(scores.new_tensor(float(scores.shape[1])))
-        sides = boxes[..., 2:].prod(-1, keepdim=True).sqrt()
-        size = (sides >= sides.new_tensor(SIDES)).sum(-1)
+        # One threshold after the other: as a tensor, they would be copied from the host.
+        above = torch.stack([scores > threshold for threshold in THRESHOLDS], -1)
+        most = math.log1p(scores.shape[1])
+        sides = boxes[..., 2:].prod(-1).sqrt()
+        size = torch.stack([sides >= side for side in SIDES], -1).sum(-1)
         centres = boxes[..., :2]
         spread = mean((centres - mean(centres)[:, None]) ** 2).sqrt()
         columns = [

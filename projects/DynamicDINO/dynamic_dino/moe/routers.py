@@ -34,7 +34,8 @@ class Router(nn.Module):
         if not self.dropped:
             return None
         mask = torch.zeros(self.num_experts, dtype=torch.bool, device=device)
-        mask[list(self.dropped)] = True
+        for expert in self.dropped:  # a list as an index, or a value, is copied from the host
+            mask[expert].fill_(True)
         return mask
 
     def block(self) -> dict | None:
