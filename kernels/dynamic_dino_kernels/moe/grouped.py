@@ -54,14 +54,11 @@ def forward(
     [E + 1] of the experts' rows; the rows [N, D] before the gates, and the hidden layer before the
     activation, [N, H], each empty unless it is to be saved."""
     act, _ = _ACTIVATIONS[activation]
-    (tokens, top_k), experts = expert_ids.shape, len(w1)
-    owner = torch.where(expert_ids < 0, experts, expert_ids).flatten()
-    slots = torch.argsort(owner, stable=True)
-    offsets = F.pad(torch.bincount(owner, minlength=experts + 1).cumsum(0)[:-1], (1, 0))
-    filled, sizes = _sizes(offsets)
+    tokens, top_k = expert_ids.shape
+    x_rows, sizes, slots, offsets = expert_rows(x, expert_ids, len(w1))
+    filled = len(x_rows)
 
     # Fresh memory costs page faults: experts share the buffer of what isn't kept.
-    x_rows = x.index_select(0, _tokens(slots[:filled], top_k))
     rows = x.new_empty(tokens * top_k, w2.shape[1])
     pre = x.new_empty(tokens * top_k if save_hidden else 0, w1.shape[1])
     buffer = x.new_empty(max(sizes), w1.shape[1])
@@ -74,8 +71,20 @@ def forward(
         if size:
             torch.addmm(b1_e, x_e, w1_e, out=pre_e)
             torch.addmm(b2_e, act(pre_e, hidden_e), w2_e, out=out_e)
-    y = _sum_slots(rows, slots, filled, expert_ids, gates)
+    y = sum_slots(rows, slots, filled, expert_ids, gates)
     return y, slots, offsets, rows if save_rows else rows.new_empty(0, rows.shape[1]), pre
+
+
+def expert_rows(
+    x: Tensor, expert_ids: Tensor, experts: int
+) -> tuple[Tensor, list[int], Tensor, Tensor]:
+    """The rows of x by expert, one for each slot that isn't empty, and how many each expert has;
+    the plan: slots [N], by expert, then by token, empty ones last, and offsets [E + 1]."""
+    owner = torch.where(expert_ids < 0, experts, expert_ids).flatten()
+    slots = torch.argsort(owner, stable=True)
+    offsets = F.pad(torch.bincount(owner, minlength=experts + 1).cumsum(0)[:-1], (1, 0))
+    filled, sizes = _sizes(offsets)
+    return x.index_select(0, _tokens(slots[:filled], expert_ids.shape[1])), sizes, slots, offsets
 
 
 def backward(
@@ -127,7 +136,7 @@ def backward(
             torch.mm(dpre_e.t(), x_e, out=dw1[e])
             torch.sum(dpre_e, 0, out=db1[e])
             torch.mm(dpre_e, w1[e], out=dx_rows[start:end])
-    dx = _sum_slots(dx_rows, slots, filled, expert_ids) if hidden_grads else dx_rows
+    dx = sum_slots(dx_rows, slots, filled, expert_ids) if hidden_grads else dx_rows
     return dx, dw1, db1, dw2, db2, dgates.view_as(gates)
 
 
@@ -141,7 +150,7 @@ def _tokens(slots: Tensor, top_k: int) -> Tensor:
     return slots.div(max(top_k, 1), rounding_mode="floor")
 
 
-def _sum_slots(
+def sum_slots(
     rows: Tensor, slots: Tensor, filled: int, expert_ids: Tensor, gates: Tensor | None = None
 ) -> Tensor:
     """[N, D] -> [T, D]: sums each token's rows, with weights if given."""
