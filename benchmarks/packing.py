@@ -9,9 +9,9 @@
 - "layer": the end of a layer of the Edge model's decoder, FFN, residual and norm, dense and as
   x16-Top2 with its router. Six layers' weights take turns, as in the decoder, so that they come
   from as far as they do there. Tried as well: what experts would take if one's weights served all
-  ("cached", no mixture any more: a bound), experts visited up and down in turns, weights kept in
-  fewer bits and widened before each product, and one product per group of siblings, which start
-  equal and with the paper's gate stay so.
+  ("cached", no mixture any more: a bound), experts visited in order and up and down in turns,
+  weights kept in fewer bits and widened before each product, and one product per group of siblings,
+  which start equal and with the paper's gate stay so.
 - "bits": one layer by the operators that multiply with bfloat16 and int8 weights as they are.
 - "detector": nano and Edge, dense and x16, with random weights; "packed" means all that can be,
   "measured" what `load_detector` chooses.
@@ -117,6 +117,7 @@ class Layer:
             "experts": lambda *r: expert_ffn(x, *self.experts, *r, backend="grouped"),
             "experts, packed": lambda *r: self.packed(x, *r),
             "experts, cached": lambda *r: expert_ffn(x, *one, *r, backend="grouped"),
+            "in order": lambda *r: self._by_expert(self._plain, *r),
             "up and down": self.up_and_down,
             "bfloat16, widened": lambda *r: self._by_expert(self._widened_bf16, *r),
             "int8, widened": lambda *r: self._by_expert(self._widened_int8, *r),
@@ -287,7 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
     report["vectors"] = torch.backends.cpu.get_cpu_capability()
     report["bfloat16"] = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     report["rows"] = []
-    print(f"{report['machine']}, {report['vectors']}")
+    print(f"{report['machine']}, {report['vectors']}", flush=True)
     for threads in options.threads:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
