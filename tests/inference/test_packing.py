@@ -152,7 +152,9 @@ def test_what_is_measured_to_be_faster_is_packed(drawn, monkeypatch, caplog):
     monkeypatch.setattr(packing, "gain", lambda *args: 0.5)
     served = optimize_for_inference(copy.deepcopy(drawn))
     assert count(served, PackedExperts, PackedLinear) == 0
-    assert "0 of" in caplog.messages[-1] and "1.00 times as fast" in caplog.messages[-1]
+    assert caplog.messages[-1].endswith(
+        "not packed for oneDNN: at best that is 1.05 times as fast here"
+    )
 
 
 def test_an_explicit_backend_is_kept(drawn):

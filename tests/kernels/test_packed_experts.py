@@ -197,6 +197,10 @@ def test_what_cannot_be_packed(monkeypatch):
 
 
 def test_the_gain_is_measured_once():
+    torch.manual_seed(seed := 5)
     first = gain(3, 8, 16, "relu")
     assert first > 0 and gain(3, 8, 16, "relu") == first
+    assert torch.initial_seed() == seed and torch.equal(
+        torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(seed))
+    ), "seeds are left alone"
     assert expert_gain(3, 8, 16) == pytest.approx(2 / (1 / first + 1 / gain(3, 16, 8)))

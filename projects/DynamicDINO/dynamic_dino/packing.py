@@ -138,15 +138,19 @@ def _can_be_packed(experts: Experts) -> bool:
 
 
 def _log(found: list[_Candidate], chosen: list[_Candidate], gains: dict) -> None:
+    if not chosen:
+        best = max(gains.values(), default=1)
+        logger.info("Weights not packed for oneDNN: at best that is %.2f times as fast here", best)
+        return
     counts = []
-    for name, kind in (("mixtures of experts", True), ("linear layers and FFNs", False)):
-        of_kind = [
-            [isinstance(c.module, Experts) for c in cs].count(kind) for cs in (chosen, found)
-        ]
-        counts.append("{} of {} {}".format(*of_kind, name))
-    total = sum(c.cost for c in found)
-    packed = sum(c.cost / (gains.get(c, 1) if c in chosen else 1) for c in found)
-    speed = f", which makes these {total / packed:.2f} times as fast" if gains else ""
+    for name, experts in (("mixtures of experts", True), ("linear layers and FFNs", False)):
+        here, all_ = (
+            sum(isinstance(c.module, Experts) == experts for c in of) for of in (chosen, found)
+        )
+        counts.append(f"{here} of {all_} {name}")
+    plain = sum(c.cost for c in found)
+    packed = sum(c.cost / (gains[c] if c in chosen else 1) for c in found) if gains else 0
+    speed = f", which makes these {plain / packed:.2f} times as fast" if gains else ""
     logger.info("Weights packed for oneDNN: %s%s", ", ".join(counts), speed)
 
 
