@@ -41,6 +41,7 @@ from dynamic_dino.accelerate import WAYS, way_of
 from dynamic_dino.deploy import optimize_for_inference
 from dynamic_dino.detector import OpenVocabularyDetector
 from dynamic_dino.inference import DTYPES
+from dynamic_dino.packing import PACK
 from dynamic_dino.prompt import Prompt
 from report import machine_name, provenance, results_folder, write_json
 from turns import quartiles, take_turns, timed
@@ -79,12 +80,12 @@ def detectors(options: argparse.Namespace) -> dict[str, OpenVocabularyDetector]:
 
 
 def served(
-    detector: OpenVocabularyDetector, precision: str, mode: str
+    detector: OpenVocabularyDetector, precision: str, mode: str, pack: str = "auto"
 ) -> Callable[[list[dict]], list[dict]]:
     """The detector as `load_detector` would give it, with TF32 on or off while it runs."""
     tf32 = precision == "tf32"
     dtype = torch.float32 if tf32 else DTYPES[precision]
-    model = optimize_for_inference(copy.deepcopy(detector), dtype, mode)
+    model = optimize_for_inference(copy.deepcopy(detector), dtype, mode, pack)
     model.return_routings = False
 
     def call(batch: list[dict]) -> list[dict]:
@@ -102,7 +103,7 @@ def measure(case: Case, models: dict, options: argparse.Namespace) -> dict:
     steps, memory, scores, ran = {}, {}, {}, {}
     for name, model in models.items():
         make_room(model, case, batch)
-        call = served(model, case.precision, case.mode)
+        call = served(model, case.precision, case.mode, options.pack)
 
         def found(call=call) -> list[dict]:
             if case.text == "text encoded":
@@ -169,7 +170,7 @@ def measure_many_names(models: dict, options: argparse.Namespace) -> dict:
     name, model = list(models.items())[-1]
     precision = options.precisions[-1]
     # Two, so that what one forgets the other still has
-    call, forgetful = (served(model, precision, "eager") for _ in range(2))
+    call, forgetful = (served(model, precision, "eager", options.pack) for _ in range(2))
     vocabulary = Prompt.from_phrases([f"object {i}" for i in range(options.many_names)])
     size = options.sizes[0]
     whole = [samples(size, device=options.device)[0] | {"prompt": vocabulary}]
@@ -268,6 +269,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", help="contenders, e.g. dense 'experts, grouped' (default: all)")
     add("--repeats", type=int, help="default: 50 on CUDA, 7 on a CPU")
     add("--threads", type=int, default=0, help="of a CPU")
+    add("--pack", default="auto", choices=PACK, help="weights for oneDNN (default: if faster)")
     add("--save", action="store_true", help="--json and --plot in benchmarks/results/<machine>/")
     add("--json", type=Path, help="write the results there")
     add("--plot", type=Path, help="draw them there")
@@ -306,7 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"{options.repeats} repeats, {options.many_names} of LVIS's 1203 names; see --help"
         )
     report = provenance(("torch", "triton", "timm", "transformers"), options.device)
-    kept = ("config_file", "device", "names", "repeats", "overrides")
+    kept = ("config_file", "device", "names", "repeats", "pack", "overrides")
     report["settings"] = {key: getattr(options, key) for key in kept}
     report["settings"]["threads"] = torch.get_num_threads()
     report["rows"] = []

@@ -135,6 +135,20 @@ def fps(report: dict) -> str:
     return text
 
 
+def packing(report: dict) -> str:
+    text = f"Time over that of the first column; vectors: {report['vectors']}.\n"
+    for part in dict.fromkeys(row["part"] for row in report["rows"]):
+        of_part = [row for row in report["rows"] if row["part"] == part]
+        names = list(of_part[0]["results"])
+        rows = []
+        for row in of_part:
+            times = [row["results"][name]["median_us"] for name in names]
+            ratios = [f"{t / times[0]:.2f}" for t in times[1:]]
+            rows.append([row["case"], str(row["threads"]), f"{times[0] / 1e3:.3g}", *ratios])
+        text += "\n" + table([part, "threads", f"{names[0]}, ms", *names[1:]], rows)
+    return text
+
+
 def peers(report: dict) -> str:
     rows = [
         [
@@ -310,6 +324,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "moe_layer": ("One FFN of the decoder", "moe_layer", moe_layer),
     "moe_phases": ("Phases and memory of the same", "moe_layer", moe_phases),
     "moe_scaling": ("The same over tokens and experts", "moe_scaling", moe_layer),
+    "packing": ("Weights packed for oneDNN, on a CPU", "packing", packing),
     "training_step": ("A training step", "training_step", training_step),
     "peers": ("Other libraries' detectors", "peers", peers),
     "public_weights": (

@@ -69,6 +69,12 @@ def parser() -> argparse.ArgumentParser:
         choices=("eager", "graph", "compile"),
         help="CUDA graphs, or torch.compile, for many images of one size (default: eager)",
     )
+    p.add_argument(
+        "--pack",
+        default="auto",
+        choices=("auto", "always", "never"),
+        help="weights packed for oneDNN, on a CPU (default: where that is measured to be faster)",
+    )
     return p
 
 
@@ -176,6 +182,7 @@ def make_detector(args: argparse.Namespace):
         args.threshold,
         args.dtype,
         args.accelerate,
+        args.pack,
     )
 
 

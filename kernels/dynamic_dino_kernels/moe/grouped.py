@@ -81,29 +81,38 @@ def forward(
     [E + 1] of the experts' rows; the rows [N, D] before the gates, and the hidden layer before the
     activation, [N, H] or [N, 2H], each empty unless it is to be saved."""
     act, _ = _ACTIVATIONS[activation]
-    (tokens, top_k), experts = expert_ids.shape, len(w1)
-    owner = torch.where(expert_ids < 0, experts, expert_ids).flatten()
-    slots = torch.argsort(owner, stable=True)
-    offsets = F.pad(torch.bincount(owner, minlength=experts + 1).cumsum(0)[:-1], (1, 0))
-    filled, sizes = _sizes(offsets)
+    tokens, top_k = expert_ids.shape
+    x_rows, sizes, slots, offsets = expert_rows(x, expert_ids, len(w1))
+    filled = len(x_rows)
 
     # Fresh memory costs page faults: experts share the buffer of what isn't kept.
-    x_rows = x.index_select(0, _tokens(slots[:filled], top_k))
     rows = x.new_empty(tokens * top_k, w2.shape[1])
     pre = x.new_empty(tokens * top_k if save_hidden else 0, w1.shape[1])
     # What is kept of a gated activation takes the gates' half.
     buffer = x.new_empty(max(sizes), w2.shape[2] if save_hidden else w1.shape[1])
     hidden = [buffer[:size, : w2.shape[2]] for size in sizes]
     for size, x_e, w1_e, b1_e, pre_e, hidden_e, w2_e, b2_e, out_e in zip(
-        sizes, x_rows.split(sizes), w1.transpose(1, 2).unbind(), _unbind(b1, experts),
+        sizes, x_rows.split(sizes), w1.transpose(1, 2).unbind(), unbind(b1, len(w1)),
         pre[:filled].split(sizes) if save_hidden else [buffer[:size] for size in sizes], hidden,
-        w2.transpose(1, 2).unbind(), _unbind(b2, experts), rows[:filled].split(sizes), strict=True,
+        w2.transpose(1, 2).unbind(), unbind(b2, len(w2)), rows[:filled].split(sizes), strict=True,
     ):  # fmt: skip
         if size:
             _linear(x_e, w1_e, b1_e, pre_e)
             _linear(act(pre_e, hidden_e), w2_e, b2_e, out_e)
-    y = _sum_slots(rows, slots, filled, expert_ids, gates)
+    y = sum_slots(rows, slots, filled, expert_ids, gates)
     return y, slots, offsets, rows if save_rows else rows.new_empty(0, rows.shape[1]), pre
+
+
+def expert_rows(
+    x: Tensor, expert_ids: Tensor, experts: int
+) -> tuple[Tensor, list[int], Tensor, Tensor]:
+    """The rows of x by expert, one for each slot that isn't empty, and how many each expert has;
+    the plan: slots [N], by expert, then by token, empty ones last, and offsets [E + 1]."""
+    owner = torch.where(expert_ids < 0, experts, expert_ids).flatten()
+    slots = torch.argsort(owner, stable=True)
+    offsets = F.pad(torch.bincount(owner, minlength=experts + 1).cumsum(0)[:-1], (1, 0))
+    filled, sizes = _sizes(offsets)
+    return x.index_select(0, _tokens(slots[:filled], expert_ids.shape[1])), sizes, slots, offsets
 
 
 def backward(
@@ -161,7 +170,7 @@ def backward(
             if len(db1):
                 torch.sum(dpre_e, 0, out=db1[e])
             torch.mm(dpre_e, w1[e], out=dx_rows[start:end])
-    dx = _sum_slots(dx_rows, slots, filled, expert_ids) if hidden_grads else dx_rows
+    dx = sum_slots(dx_rows, slots, filled, expert_ids) if hidden_grads else dx_rows
     return dx, dw1, db1, dw2, db2, dgates.view_as(gates)
 
 
@@ -177,7 +186,7 @@ def _linear(x: Tensor, w_t: Tensor, bias: Tensor | None, out: Tensor | None = No
     return torch.addmm(bias, x, w_t, out=out)
 
 
-def _unbind(bias: Tensor | None, experts: int) -> tuple[Tensor | None, ...]:
+def unbind(bias: Tensor | None, experts: int) -> tuple[Tensor | None, ...]:
     return (None,) * experts if bias is None else bias.unbind()
 
 
@@ -191,7 +200,7 @@ def _tokens(slots: Tensor, top_k: int) -> Tensor:
     return slots.div(max(top_k, 1), rounding_mode="floor")
 
 
-def _sum_slots(
+def sum_slots(
     rows: Tensor, slots: Tensor, filled: int, expert_ids: Tensor, gates: Tensor | None = None
 ) -> Tensor:
     """[N, D] -> [T, D]: sums each token's rows, with weights if given."""

@@ -78,7 +78,7 @@ class PositionMLP(nn.Module):
 
     def forward(self, boxes: Tensor) -> Tensor:
         encoding = box_encoding(boxes, self.dim // 2)
-        return self.layers(encoding.to(self.layers[0].weight.dtype))
+        return self.layers(encoding.to(self.layers[0].bias.dtype))
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 Batch norms become part of the convolutions before them, as GELU does on a CPU, which after a linear
 layer works in place; the branches of RepVGG blocks become one convolution (arXiv 2101.03697,
-section 3.3); weights are cast once. It can't be trained after.
+section 3.3); weights are cast once, and on a CPU packed for oneDNN where that is faster. It can't
+be trained after.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .accelerate import accelerate
 from .detector import OpenVocabularyDetector
 from .enhancer import EdgeEnhancer, RepBlock
+from .packing import packed_modules
 
 TEXT_STEP = 16  # tokens and phrases; every shape of a prompt is captured or compiled anew
 
 
 def optimize_for_inference(
-    detector: OpenVocabularyDetector, dtype: torch.dtype = torch.float32, way: str = "eager"
+    detector: OpenVocabularyDetector,
+    dtype: torch.dtype = torch.float32,
+    way: str = "eager",
+    pack: str = "auto",
 ) -> OpenVocabularyDetector:
     """Folds, merges and casts, in place, and accelerates the two parts that run on tensors alone,
     the backbone and all that follows it; the detector then is in evaluation mode for good.
@@ -34,6 +39,13 @@ def optimize_for_inference(
 
     Args:
         way: "eager", "compile" or "graph", see `accelerate`.
+        pack: whether linear layers and experts are packed for oneDNN: "auto", "always" or "never",
+            see `packed_modules`. A packed detector is for float32 on a CPU; it can be traced by
+            torch.export, with the plain weights, but not by torch.jit, and torch.compile, which
+            has its own linear layers, gets them plain.
+
+    Raises:
+        ValueError: `way` or `pack` is none of these, or pack="always" where that can't be.
     """
     detector.eval().requires_grad_(False)
     convolutions = nn.ModuleList([detector.backbone])
@@ -45,6 +57,12 @@ def optimize_for_inference(
     pixels = detector.pixel_mean, detector.pixel_std
     detector.to(dtype)
     detector.pixel_mean, detector.pixel_std = pixels  # images are normalised in float32
+    if way == "compile":
+        if pack == "always":
+            raise ValueError("pack='always' doesn't go with accelerate='compile'")
+        pack = "never"
+    rows = detector.query_selection.num_queries
+    replace_modules(detector, packed_modules(detector, rows, pack))
     detector.backbone.forward = accelerate(detector.backbone.forward, way)
     detector.search = accelerate(detector.search, way)
     detector.text_encoder.pad_to = 1 if way == "eager" else TEXT_STEP
@@ -70,7 +88,7 @@ def fold_batch_norms(model: nn.Module, run: Callable[[], object]) -> int:
     for norm, convolution in _readers(model, _BatchNorm, run).items():
         replaced[convolution] = fuse_conv_bn_eval(convolution, norm)
         replaced[norm] = getattr(norm, "act", nn.Identity())  # timm's norms may bring one
-    _replace(model, replaced)
+    replace_modules(model, replaced)
     return len(replaced) // 2
 
 
@@ -91,7 +109,7 @@ def fuse_gelu(model: nn.Module, run: Callable[[], object]) -> int:
         else:
             replaced[source] = ConvGELU(source, approximate)
             replaced[gelu] = nn.Identity()
-    _replace(model, replaced)
+    replace_modules(model, replaced)
     return len(gelus)
 
 
@@ -201,12 +219,13 @@ def merge_branches(model: nn.Module) -> int:
             merged.weight.data[:, :, 1:2, 1:2] += point.weight.data
             merged.bias.data += point.bias.data
             replaced[block] = nn.Sequential(merged, nn.SiLU(inplace=True))
-    _replace(model, replaced)
+    replace_modules(model, replaced)
     return len(replaced)
 
 
-def _replace(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> None:
+    """Puts modules in the places of others, wherever these are, shared ones too."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() leaves repetitions out
             if child in replaced:
                 setattr(parent, name, replaced[child])

@@ -167,6 +167,7 @@ def load_detector(
     threshold: float = 0.2,
     dtype: str = "float32",
     accelerate: str = "eager",
+    pack: str = "auto",
 ) -> Detector:
     """A detector by the name of a shipped model, or by its recipe and weights.
 
@@ -181,12 +182,14 @@ def load_detector(
         dtype: "float32", "float16" or "bfloat16", what the weights are cast to, once.
         accelerate: "eager", "graph" (CUDA graphs, captured at the first image of a size) or
             "compile" (torch.compile, which takes minutes at the first image of a size).
+        pack: weights packed for oneDNN, on a CPU in float32: "auto" (where a measurement of some
+            tenths of a second finds that faster; what was chosen is logged), "always" or "never".
 
     Raises:
         FileNotFoundError, ValueError: naming the file or the argument, and what to give instead.
     """
     device = _device(device)
-    detector, cfg = load_model(model, weights, device, dtype, accelerate)
+    detector, cfg = load_model(model, weights, device, dtype, accelerate, pack)
     if isinstance(detector, OpenVocabularyDetector):
         detector.return_routings = False  # a `Detector` has no place for them
     return Detector(detector, cfg.inference.size, device, threshold)
@@ -198,6 +201,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str = "float32",
     accelerate: str = "eager",
+    pack: str = "auto",
 ) -> tuple[nn.Module, DictConfig]:
     """What `load_detector` makes a `Detector` of: the model, ready to detect, and its recipe."""
     device = _device(device)
@@ -218,7 +222,7 @@ def load_model(
         load_checkpoint(detector, weights)
     detector.to(device)
     if isinstance(detector, OpenVocabularyDetector):  # a recipe may have a model of another kind
-        optimize_for_inference(detector, DTYPES[dtype], accelerate)
+        optimize_for_inference(detector, DTYPES[dtype], accelerate, pack)
     return detector.eval(), cfg
 
 
