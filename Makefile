@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint
+.PHONY: help setup demo test bench gpu gpu-site lint
 
 # The active environment if there is one, else .venv, which `make setup` creates.
 VENV := $(or $(VIRTUAL_ENV),.venv)
@@ -11,7 +11,7 @@ PYTHONS := $(or $(PYTHON),python3 python3.11 python3.12 python3.10)
 READY := $(VENV)/.dynamic-dino-ready
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Environment: $(VENV). To choose the Python that creates it: make setup PYTHON=python3.11"
 
 setup: $(READY)  ## create .venv and install everything (2.5 GB of downloads, some minutes)
@@ -31,6 +31,13 @@ bench: $(READY)  ## measure this machine, into benchmarks/results/<machine> (min
 	@$(PY) benchmarks/moe_layer.py --save moe_scaling --parts layer \
 	    --tokens 100 300 900 2700 --experts 4 16
 	@$(PY) benchmarks/results.py
+
+# Installs nothing: on a machine without a network, `python3 benchmarks/gpu.py` is the same.
+gpu:  ## measure a GPU in ten minutes, into gpu_results/<gpu>: make gpu GPU="--seconds 300"
+	@$(or $(wildcard $(PY)),python3) benchmarks/gpu.py $(GPU)
+
+gpu-site: $(READY)  ## make .site, which `make gpu` needs where nothing can be installed
+	@$(PY) benchmarks/gpu_site.py
 
 lint: $(READY)  ## check the style of the code
 	@$(PY) -m ruff check

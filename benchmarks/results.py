@@ -117,12 +117,13 @@ def _case(row: dict) -> list[str]:
 
 
 def fps(report: dict) -> str:
-    names = list(report["rows"][0]["results"])
+    names = list(dict.fromkeys(name for row in report["rows"] for name in row["results"]))
     head = ["size", "batch", "precision", "mode", "text", *(f"{name}, FPS" for name in names)]
     rows = []
     for row in report["rows"]:
-        results, first = row["results"], row["results"][names[0]]["fps"]
-        cells = [f"{results[n]['fps']:.3g} ({results[n]['fps'] / first:.2f})" for n in names]
+        speeds = {name: result["fps"] for name, result in row["results"].items()}
+        ratios = {name: speed / speeds[names[0]] for name, speed in speeds.items()}
+        cells = [f"{speeds[n]:.3g} ({ratios[n]:.2f})" if n in speeds else "" for n in names]
         size = f"{row['size'][0]} x {row['size'][1]}"
         rows.append([size, str(row["batch"]), row["precision"], row["mode"], row["text"], *cells])
     text = f"In brackets: over that of {names[0]}.\n\n" + table(head, rows)
@@ -320,6 +321,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
         finetune_public,
     ),
     "fps": ("Images per second of the whole model", "fps", fps),
+    "fps_tuned": ("The same, with tiles tuned on this GPU", "fps_tuned", fps),
     "profile": ("Where one forward pass spends its time", "profile_detector", profile_detector),
     "moe_layer": ("One FFN of the decoder", "moe_layer", moe_layer),
     "moe_phases": ("Phases and memory of the same", "moe_layer", moe_phases),
