@@ -89,12 +89,22 @@ def served(
     model.return_routings = False
 
     def call(batch: list[dict]) -> list[dict]:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        set_tf32(tf32)
         with torch.inference_mode():
             return model(batch)
 
     call.model = model
     return call
+
+
+def set_tf32(on: bool) -> None:
+    """Off is PyTorch's own setting for matmuls, which isn't the same as asking for IEEE."""
+    torch.backends.cudnn.allow_tf32 = on
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9; once it is set, allow_tf32 can't be read
+        matmul.fp32_precision = "tf32" if on else "none"
+    else:
+        matmul.allow_tf32 = on
 
 
 def measure(case: Case, models: dict, options: argparse.Namespace) -> dict:

@@ -20,7 +20,7 @@ import results
 import transformers
 
 ROOT = Path(__file__).parents[2]
-PRETENDED = Path(__file__).parent / "pretended_gpu"
+PRETENDED = Path(__file__).parent / "mock_gpu"
 NANO = "--config-file configs/moe_tuning/nano_x16_stamps.py --repeats 2"
 SMALL = (
     "model.decoder.num_layers=1 model.query_selection.num_queries=4 model.denoising.num_queries=2 "

@@ -13,7 +13,7 @@ import gpu_site
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PRETENDED = Path(__file__).parent / "pretended_gpu"
+PRETENDED = Path(__file__).parent / "mock_gpu"
 OWN = ".".join(map(str, sys.version_info[:2]))
 
 
