@@ -225,6 +225,8 @@ class Run:
         }
         if step.tuned or step.name == "tune":
             new["DYNAMIC_DINO_KERNELS_TUNED"] = str(self.tiles)
+        if (commit := SITE / "COMMIT").exists():  # for provenance where there is no git
+            new["DYNAMIC_DINO_COMMIT"] = commit.read_text().strip()
         return os.environ | new
 
     def command(self, step: Step, limit: float) -> list[str]:

@@ -23,6 +23,8 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
+from report import commit
+
 ROOT = Path(__file__).resolve().parents[1]
 # What there must be; with it, what these require. The large ones couldn't be carried.
 BARE = (
@@ -99,6 +101,7 @@ def make_site(target: Path, python: str) -> float:
         copy_installed((*PURE, *(COMPILED if own else ())), new)
         if not own:
             download(COMPILED, python, new)
+        (new / "COMMIT").write_text(commit() + "\n")
         shutil.rmtree(target, ignore_errors=True)
         new.rename(target)
     return megabytes(target)
