@@ -248,7 +248,9 @@ def main(arguments: list[str] | None = None) -> int:
             failures += bool(problems) and not job.candidate
             launch = " ".join(f"{k}={v}" for k, v in job.options)
             sizes = " ".join(
-                f"{k}={v}" for k, v in job.constants if k.startswith(("BLOCK", "ROWS", "PART"))
+                f"{k}={v}"
+                for k, v in job.constants
+                if k.startswith(("BLOCK", "ROWS", "PART", "GLU"))
             )
             print(
                 f"{job.target:8}{job.variant:17}{job.kernel:22}{usage.shared:8}"

@@ -37,10 +37,14 @@ class Replayed:
     result was allocated by it. Calls that can't be repeated, since gradients, autocast, tracing or
     another mode of PyTorch is on, tensors aren't contiguous or lie on another device than Triton's
     current one, are refused by `find`.
+
+    Args:
+        state: of the first tensor, what else decides which kernels run, a setting of PyTorch's for
+            example; it must be hashable.
     """
 
-    def __init__(self, function: Callable) -> None:
-        self.function = function
+    def __init__(self, function: Callable, state: Callable[[Tensor], object] | None = None) -> None:
+        self.function, self.state = function, state
         self._recordings: dict[tuple, _Recording | None] = {}
 
     def find(self, tensors: tuple[Tensor | None, ...], constants: tuple) -> Call | None:
@@ -66,6 +70,8 @@ class Replayed:
             pointers.append(pointer)
             key.append(t.shape)
             key.append(t.dtype)
+        if self.state is not None:
+            key.append(self.state(tensors[0]))
         key = tuple(key)
         if key in self._recordings:
             recording = self._recordings[key]

@@ -32,10 +32,10 @@ LAYER = "--tokens 9 --dim 16 --hidden 32 --repeats 2"
 FURTHER = {
     "kernels": "-k one_expert_is_the_dense_ffn",
     "graphs": "",
-    "fps": f"{NANO} --sizes 64x64 --precisions float32 {SMALL}",
+    "fps": f"--sizes 64x64 --precisions float32 {NANO} {SMALL}",
     "layer": f"{LAYER} --experts 4 --layers 1 --dtypes float16",
     "tune": f"{LAYER} --experts 2 --dtypes float16 --workers 1",
-    "fps_tuned": f"{NANO} --sizes 32x32 {SMALL}",
+    "fps_tuned": f"--sizes 32x32 {NANO} {SMALL}",
     "fps_large": f"{NANO} --sizes 64x96 --precisions float32 --many-names 45 {SMALL}",
     "training_step": f"{NANO} --size 64 --batch 1 --names 3 --boxes 2 --dtype float16 {SMALL}",
     "public_weights": "--photos 1 --repeats 2 --threshold 0.95 --size 96 160",

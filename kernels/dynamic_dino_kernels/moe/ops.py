@@ -57,18 +57,18 @@ def find_ffn(x, w1, b1, w2, b2, expert_ids, gates, activation, blocks, norm) -> 
     """Of `expert_ffn`, if it can be repeated, see `replay`."""
     weight, bias, eps = norm or (None, None, 0.0)
     tensors = (x, w1, b1, w2, b2, expert_ids, gates, blocks, weight, bias)
-    return _ffn.find(tensors, (eps, activation, *_state(x)))
+    return _ffn.find(tensors, (eps, activation))
 
 
 def find_block(x, rows, w1, b1, w2, b2, top_k, weighted, activation, norm) -> Call | None:
     """Of `moe_block`, if it can be repeated, see `replay`: y, ids, gates or None, and probs."""
     weight, bias, eps = norm or (None, None, 0.0)
     tensors = (x, rows, w1, b1, w2, b2, weight, bias)
-    return _block.find(tensors, (top_k, weighted, eps, activation, *_state(x)))
+    return _block.find(tensors, (top_k, weighted, eps, activation))
 
 
 def _run_ffn(
-    x, w1, b1, w2, b2, expert_ids, gates, blocks, norm_weight, norm_bias, eps, activation, *_
+    x, w1, b1, w2, b2, expert_ids, gates, blocks, norm_weight, norm_bias, eps, activation
 ) -> Tensor:
     residual = None if norm_weight is None else x
     arguments = (x, w1, b1, w2, b2, expert_ids, gates, blocks, residual, norm_weight, norm_bias)
@@ -76,7 +76,7 @@ def _run_ffn(
 
 
 def _run_block(
-    x, rows, w1, b1, w2, b2, norm_weight, norm_bias, top_k, weighted, eps, activation, *_
+    x, rows, w1, b1, w2, b2, norm_weight, norm_bias, top_k, weighted, eps, activation
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     gates, probs, ids, blocks = router.forward(x, rows, top_k)
     gates = gates if weighted else None
@@ -85,12 +85,12 @@ def _run_block(
     return y, ids, gates, probs
 
 
-_ffn, _block = Replayed(_run_ffn), Replayed(_run_block)
-
-
 def _state(x: Tensor) -> tuple:
     """What decides, besides shapes and types, which kernels run."""
     return precision_of(x) if x.dtype == torch.float32 else None, pinned()
+
+
+_ffn, _block = Replayed(_run_ffn, _state), Replayed(_run_block, _state)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
