@@ -33,8 +33,8 @@ FURTHER = {
     "kernels": "-k one_expert_is_the_dense_ffn",
     "graphs": "",
     "fps": f"--sizes 64x64 --precisions float32 {NANO} {SMALL}",
-    "layer": f"{LAYER} --experts 4 --layers 1 --dtypes float16",
-    "tune": f"{LAYER} --experts 2 --dtypes float16 --workers 1",
+    "layer": f"{LAYER} --experts 4 --layers 1 --parts layer --dtypes float16",
+    "tune": f"{LAYER} --experts 2 --dtypes float16 --workers 1 --seconds 8",
     "fps_tuned": f"--sizes 32x32 {NANO} {SMALL}",
     "fps_large": f"{NANO} --sizes 64x96 --precisions float32 --many-names 45 {SMALL}",
     "training_step": f"{NANO} --size 64 --batch 1 --names 3 --boxes 2 --dtype float16 {SMALL}",
@@ -111,7 +111,7 @@ def test_the_whole_script_on_a_pretended_gpu(site, weights, tmp_path, monkeypatc
     ]
     assert report["many_names"]["names"] == 45 and report["command"].count("fps.py") == 2
     assert {"dense", "experts, triton"} <= set(report["rows"][0]["results"])
-    assert "going on without" not in log
+    assert "runs without from now on" not in log
 
     # ... and they become pages.
     monkeypatch.setattr(results, "RESULTS", tmp_path / "out")

@@ -282,6 +282,23 @@ def test_norm_under_autocast_keeps_the_residual_wide(device):
             assert grad.dtype == torch.float32
 
 
+def test_gradients_where_the_norm_is_in_half_precision():
+    args, ids = draw(tokens=9, slots=2, experts=4, dtype=torch.float16)
+    norm = [torch.randn(7, dtype=torch.float16, requires_grad=True) for _ in range(2)]
+    exact = {name: t.detach().double().requires_grad_() for name, t in args.items()}
+    exact_norm = [t.detach().double().requires_grad_() for t in norm]
+    y = run(args, ids, activation="silu", norm=(*norm, 1e-5), backend="triton")
+    expected = run(exact, ids, activation="silu", norm=(*exact_norm, 1e-5), backend="sequential")
+    dy = torch.randn_like(y)
+    grads = torch.autograd.grad(y, (*args.values(), *norm), dy)
+    wanted = torch.autograd.grad(expected, (*exact.values(), *exact_norm), dy.double())
+    for grad, want in zip(grads, wanted, strict=True):
+        assert grad.dtype == torch.float16
+        torch.testing.assert_close(
+            grad.double(), want, rtol=0.05, atol=0.05 * want.abs().max().item()
+        )
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_recomputing_the_hidden_layer_changes_nothing_but_memory(backend):
     args, ids = draw(tokens=21, slots=2, experts=3, dim=40, hidden=50)

@@ -255,10 +255,14 @@ def _differentiate(ctx, dy, *_):
     needs, (x, *_) = ctx.needs_input_grad, ffn
     dresidual = dnorm_weight = dnorm_bias = None
     if ctx.normed:
-        weight, bias, summed, (mean, rstd) = ctx.saved_tensors[10:]
-        dy, dnorm_weight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
-            dy, summed, [dy.shape[1]], mean[:, None], rstd[:, None], weight, bias, [True] * 3
+        weight, bias, summed, stats = ctx.saved_tensors[10:]
+        # As wide as the statistics, which PyTorch asks for on a CPU; the usual norm is anyway.
+        dy, summed, wide, shift = (t.to(stats.dtype) for t in (dy, summed, weight, bias))
+        mean, rstd = stats[:, :, None]
+        dy, *of_norm = torch.ops.aten.native_layer_norm_backward(
+            dy, summed, [dy.shape[1]], mean, rstd, wide, shift, [True] * 3
         )
+        dnorm_weight, dnorm_bias = (t.to(weight.dtype) for t in of_norm)
         dresidual = dy.to(ctx.residual_dtype)
     dx, dw1, db1, dw2, db2, dgates = expert_ffn_backward_op(
         dy.to(x.dtype).contiguous(), *ffn, slots, offsets, z, ctx.activation, any(needs[1:5])

@@ -282,6 +282,8 @@ class Pretending(TorchFunctionMode):
                 raise RuntimeError(
                     "Offset increment outside graph capture encountered unexpectedly."
                 )
+        if function is torch.device and isinstance(args[0], torch.device):
+            return args[0]
         if function is torch.device and on_cpu(args[0]) is CPU:
             return CPU  # whatever its number
         result = function(
