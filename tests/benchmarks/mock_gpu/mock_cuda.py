@@ -274,6 +274,8 @@ class Pretending(TorchFunctionMode):
         kwargs = kwargs or {}
         if (answer := self.ANSWERS.get(function)) is not None:
             return answer(*args, **kwargs)
+        if function is torch.device:
+            return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         if waits(name, args, kwargs):
             state.wait(name)
@@ -282,10 +284,6 @@ class Pretending(TorchFunctionMode):
                 raise RuntimeError(
                     "Offset increment outside graph capture encountered unexpectedly."
                 )
-        if function is torch.device and isinstance(args[0], torch.device):
-            return args[0]
-        if function is torch.device and on_cpu(args[0]) is CPU:
-            return CPU  # whatever its number
         result = function(
             *(on_cpu(a) for a in args), **{key: on_cpu(value) for key, value in kwargs.items()}
         )
@@ -309,6 +307,13 @@ def kernels_are_recorded() -> None:
             return launch(self, *args, **kwargs)
 
     interpreter.GridExecutor.__call__ = recorded
+
+
+class profile(torch.profiler.profile):  # noqa: N801
+    """torch.profiler.profile; of a GPU's kernels it sees none, as where CUPTI is missing."""
+
+    def __init__(self, *, activities=None, **options) -> None:
+        super().__init__(activities=[torch.profiler.ProfilerActivity.CPU], **options)
 
 
 def replace(owner, **attributes) -> None:
@@ -354,11 +359,6 @@ def install() -> None:
     torch.load = lambda *args, map_location=None, **kwargs: load(
         *args, map_location=on_cpu(map_location), **kwargs
     )
-    profile = (
-        torch.profiler.profile
-    )  # which would ask CUPTI for every kernel, and log that it failed
-    torch.profiler.profile = lambda activities, **options: profile(
-        activities=[a for a in activities if a != torch.profiler.ProfilerActivity.CUDA], **options
-    )
+    torch.profiler.profile = profile
     kernels_are_recorded()
     Pretending().__enter__()
