@@ -53,7 +53,7 @@ class Replayed:
         Everything that the function's result and checks depend on, but for values in tensors, must
         be among the constants, or be seen in shape and dtype of the tensors.
         """
-        if _INTERPRETED or not _is_plain_mode():
+        if not possible():
             return None
         device = driver.active.get_current_device()
         pointers, key = [], [device, constants]
@@ -240,10 +240,12 @@ class _Allocations(TorchDispatchMode):
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _is_plain_mode() -> bool:
-    """Whether tensors are what they seem, and nobody watches what is done with them."""
+def possible() -> bool:
+    """Whether kernels are compiled, tensors are what they seem, and nobody watches what is done
+    with them."""
     return not (
-        torch.is_grad_enabled()
+        _INTERPRETED
+        or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ..launch import launch, sum_dtype, sum_type
-from ..replay import Replayed
+from ..replay import Replayed, possible
 from . import kernels
 
 
@@ -20,7 +20,7 @@ def triton_ms_deform_attn(
     """See `dynamic_dino_kernels.deform_attn.ms_deform_attn`, which has checked the arguments."""
     flat = [size for shape in shapes for size in shape]
     value, locations, weights = (t.contiguous() for t in (value, _wide(locations), _wide(weights)))
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and possible():
         maps = _maps(tuple(flat), value.device)
         if call := _sample.find((value, maps, locations, weights), ()):
             return call()
