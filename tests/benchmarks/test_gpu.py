@@ -88,6 +88,9 @@ def weights(tmp_path_factory):
     return folder
 
 
+@pytest.mark.skipif(
+    os.environ.get("REHEARSE_GPU") != "1", reason="takes minutes: REHEARSE_GPU=1 asks for it"
+)
 def test_the_whole_script_on_a_pretended_gpu(site, weights, tmp_path, monkeypatch):
     public = f"{FURTHER['public_weights']} --weights hf:{weights}"
     run = start(tmp_path / "out", "--seconds", "3000", public_weights=public)
