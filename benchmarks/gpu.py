@@ -43,6 +43,7 @@ SITE = ROOT / ".site"
 # A step that gets less than this part of its limit is left out; one that could get more than that
 # many limits has no use for it.
 LEAST, MOST = 0.6, 2.0
+STOPS = (signal.SIGTERM, signal.SIGINT)
 UNREADABLE = 65  # instead of an exit status of 0, where the results of a step can't be read
 GRACE = 5.0  # seconds that a process gets to end by itself, and that planning leaves for the rest
 # What comes first is also what later steps can be compared with: dense and the paper's loop.
@@ -192,6 +193,12 @@ def report_imports() -> int:
 # ---- running ------------------------------------------------------------------------------------
 
 
+def as_a_group() -> None:
+    """In a new process: what it starts itself ends with it."""
+    os.setpgrp()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+
 class Run:
     """A call of this script: the folder of the GPU, and what has become of each step.
 
@@ -252,6 +259,7 @@ class Run:
             file.write(f"\n==== {step.name}: {shlex.join(command)}\n".encode())
             file.flush()
             start, begin = file.tell(), time.monotonic()
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until it is known whom to end
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -259,8 +267,9 @@ class Run:
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
                 env=self.environment(step),
-                preexec_fn=os.setpgrp,  # so that its own processes end with it
+                preexec_fn=as_a_group,
             )
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
             try:
                 status = self.process.wait(limit)
             except subprocess.TimeoutExpired:
@@ -506,7 +515,7 @@ def main(arguments: list[str] | None = None) -> int:
         run.end_process()
         sys.exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPS:
         signal.signal(number, stop)
     missing = run.look_around()
     steps = [step for step in all_steps() if step.name in options.only]

@@ -106,7 +106,8 @@ def moe_phases(report: dict) -> str:
         for name, found in row["times"].items() if row["part"] == "layer" else ():
             times = found.get("phases_us", {})
             whole = sum(times.values())
-            shares = [f"{100 * times[p] / whole:.0f} %" if times else "" for p in phases]
+            # Where the profiler sees no kernels of the GPU, all times are 0.
+            shares = [f"{100 * times[p] / whole:.0f} %" if whole else "" for p in phases]
             rows.append([*_case(row), row["pass"], name, *shares, f"{found['peak_mib']:.1f}"])
     return "Shares of the forward pass; the peak of memory.\n\n" + table(head, rows)
 
