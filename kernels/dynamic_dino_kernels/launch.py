@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 import triton
@@ -31,10 +31,11 @@ class GPU:
     shared_memory: int
     product: str = ""
 
-    @property
+    @cached_property
     def dependent_launch(self) -> dict:
         """Of a kernel that waits for its inputs itself (`wait_for_inputs`): Hopper and later start
-        it while the kernel before it ends. DYNAMIC_DINO_KERNELS_PDL=0 switches that off."""
+        it while the kernel before it ends. DYNAMIC_DINO_KERNELS_PDL=0 switches that off; it is read
+        once, since every launch asks."""
         capability = int(self.name.removeprefix("sm_")) if self.name.startswith("sm_") else 0
         if capability < 90 or os.environ.get("DYNAMIC_DINO_KERNELS_PDL") == "0":
             return dict(PDL=False)

@@ -91,10 +91,6 @@ class Replayed:
         self._recordings[key] = recording
         return result
 
-    def forget(self) -> None:
-        """Drops what was recorded, after something that tiles depend on was changed."""
-        self._recordings.clear()
-
 
 @dataclass(slots=True)
 class Call:

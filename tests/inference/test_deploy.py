@@ -27,6 +27,7 @@ from dynamic_dino.postprocess import Detections, best_pairs, to_instances
 from dynamic_dino.prompt import Prompt
 from dynamic_dino.structures import Predictions, TextFeatures
 from dynamic_dino.text import Piece
+from samples import batch
 from timm import create_model
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -138,19 +139,6 @@ def small():
     model.decoder.layer.image_attention.update(heads=1, points=1)
     model.decoder.layer.ffn.update(hidden=32, num_experts=4)
     return live(instantiate(model))
-
-
-def batch(*prompts: str):
-    return [
-        {
-            "image": torch.randint(256, (3, 96, 128), dtype=torch.uint8),
-            "image_size": (96, 128),
-            "height": 200,
-            "width": 300,
-            "prompt": Prompt.parse(prompt),
-        }
-        for prompt in prompts
-    ]
 
 
 @torch.no_grad()

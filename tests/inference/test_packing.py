@@ -24,6 +24,7 @@ from dynamic_dino.packing import (
 from dynamic_dino.prompt import Prompt
 from dynamic_dino.vocabulary import ClassVocabulary
 from dynamic_dino_kernels.packing import obstacle
+from samples import batch
 from torch import nn
 
 pytestmark = pytest.mark.skipif(obstacle() != "", reason=obstacle() or "packs")
@@ -37,19 +38,6 @@ def random_detector(recipe: str) -> nn.Module:
 @pytest.fixture(scope="module")
 def drawn() -> nn.Module:
     return random_detector("moe_tuning/nano_x16_drawn.py")
-
-
-def batch(*prompts: str) -> list[dict]:
-    return [
-        {
-            "image": torch.randint(256, (3, 96, 128), dtype=torch.uint8),
-            "image_size": (96, 128),
-            "height": 200,
-            "width": 300,
-            "prompt": Prompt.parse(prompt),
-        }
-        for prompt in prompts
-    ]
 
 
 def count(model: nn.Module, *kinds: type) -> int:

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dynamic_dino_kernels import expert_ffn, resolve_backend, route, warmup
+from ffn_arguments import random_arguments
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BACKENDS = ("sequential", "grouped", "triton")
@@ -12,21 +13,8 @@ NAMES = ("x", "w1", "b1", "w2", "b2", "gates")
 
 def draw(tokens, slots, experts, dim=7, hidden=10, dtype=torch.float64):
     """Arguments of expert_ffn with gradients on; ids are distinct in a row, as a top-k's are."""
-    shapes = {
-        "x": (tokens, dim),
-        "w1": (experts, hidden, dim),
-        "b1": (experts, hidden),
-        "w2": (experts, dim, hidden),
-        "b2": (experts, dim),
-        "gates": (tokens, slots),
-    }
-    args = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
-    args["w1"] /= dim**0.5
-    args["w2"] /= hidden**0.5
-    for tensor in args.values():
-        tensor.requires_grad_()
-    ids = torch.rand(tokens, experts).argsort(-1)[:, :slots].to(torch.int32)
-    return args, ids
+    args, ids = random_arguments(tokens, slots, experts, dim, hidden, dtype)
+    return {name: tensor.requires_grad_() for name, tensor in args.items()}, ids
 
 
 def run(args, ids, **options):

@@ -7,6 +7,7 @@ import torch
 from dynamic_dino_kernels import expert_ffn, warmup
 from dynamic_dino_kernels.moe import ACTIVATIONS
 from dynamic_dino_kernels.moe.grouped import grouped_backward_op, grouped_op
+from ffn_arguments import random_arguments
 from torch import nn
 
 BACKENDS = ("sequential", "grouped", "triton")
@@ -42,20 +43,9 @@ def draw(
 ):
     """Arguments with gradients on; ids are distinct in a row, some slots empty."""
     rows = hidden * (2 if activation in GATED else 1)
-    shapes = {
-        "x": (tokens, dim),
-        "w1": (experts, rows, dim),
-        "b1": (experts, rows),
-        "w2": (experts, dim, hidden),
-        "b2": (experts, dim),
-        "gates": (tokens, slots),
-    }
-    args = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
-    args["w1"] /= dim**0.5
-    args["w2"] /= hidden**0.5
+    args, ids = random_arguments(tokens, slots, experts, dim, hidden, dtype, rows)
     args = {name: tensor.requires_grad_() for name, tensor in args.items()}
     args |= {name: None for name in ("b1", "b2") if name not in biases}
-    ids = torch.rand(tokens, experts).argsort(-1)[:, :slots].to(torch.int32)
     ids[torch.rand(ids.shape) < 0.2] = -1
     return args, ids
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -186,10 +185,7 @@ def expert_ffn(
             y = checkpoint(reference.sequential, *arguments, use_reentrant=False)
         else:
             y = reference.sequential(*arguments)
-        if norm is None:
-            return y
-        weight, bias, eps = norm
-        return F.layer_norm((residual + y).to(weight.dtype), weight.shape, weight, bias, eps)
+        return reference.add_and_norm(residual, y, norm)
 
 
 def moe_block(
@@ -210,7 +206,7 @@ def moe_block(
     """A whole FFN block of a transformer, from tokens to normed sum: `route`, then `expert_ffn`.
 
     The same result and gradients as those two; where no gradient is asked for, Triton's kernels
-    are launched one after the other with a third of their Python (see `replay`).
+    are launched one after the other without the dispatch of either (see `replay`).
 
     Args:
         x: float [T, D], T tokens.

@@ -267,7 +267,6 @@ def _differentiate(ctx, dy, *_):
     dx, dw1, db1, dw2, db2, dgates = expert_ffn_backward_op(
         dy.to(x.dtype).contiguous(), *ffn, slots, offsets, z, ctx.activation, any(needs[1:5])
     )
-
     norm_grads = (dresidual, dnorm_weight, dnorm_bias)
     grads = (dx, dw1, db1, dw2, db2, None, dgates, None, *norm_grads, *[None] * 4)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import POST_OPS, PackedWeight, applies, gain, multiply, obstacle
 from . import checks, expert_ffn
 from .grouped import expert_rows, sum_slots, unbind
+from .reference import add_and_norm
 
 
 class PackedExperts:
@@ -71,10 +71,7 @@ class PackedExperts:
         filled = len(x_rows)
         rows.append(x.new_empty(int(filled < len(slots)), x.shape[1]))  # stands for the empty slots
         y = sum_slots(torch.cat(rows), slots, filled, expert_ids, gates)
-        if norm is None:
-            return y
-        weight, bias, eps = norm
-        return F.layer_norm((x + y).to(weight.dtype), weight.shape, weight, bias, eps)
+        return add_and_norm(x, y, norm)
 
 
 def pack_experts(

@@ -46,6 +46,15 @@ def best_first(values: Tensor) -> Tensor:
     return torch.sort(values.detach(), dim=-1, descending=True, stable=True).indices
 
 
+def add_and_norm(residual: Tensor, y: Tensor, norm: tuple[Tensor, Tensor, float] | None) -> Tensor:
+    """LayerNorm(residual + y) in the dtype of the norm's weight, see `expert_ffn`; without a norm,
+    y as it is."""
+    if norm is None:
+        return y
+    weight, bias, eps = norm
+    return F.layer_norm((residual + y).to(weight.dtype), weight.shape, weight, bias, eps)
+
+
 def sequential(x, w1, b1, w2, b2, expert_ids, gates, activation: str) -> Tensor:
     """Loops over all experts: select the expert's tokens, run them, add the result.
 
