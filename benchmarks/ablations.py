@@ -36,17 +36,17 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
-import ablations_page
 import numpy as np
 import torch
-from detectors import ROOT
-from dynamic_dino.engine.config import ConfigError, load_config
+from dynamic_dino.config import ConfigError, load_config
 from dynamic_dino.engine.setup import resolve_device
-from finished_run import read_folder
 from flops import measure
-from report import provenance, results_folder, write_json
-from sweep_times import step_times
-from sweeps import SETTINGS, SWEEPS, Setting
+from lib import ablations_page
+from lib.detectors import ROOT
+from lib.finished_run import read_folder
+from lib.provenance import provenance, results_folder, write_json
+from lib.sweep_times import step_times
+from lib.sweeps import SETTINGS, SWEEPS, Setting
 
 PACKAGES = ("torch", "transformers", "timm", "numpy", "scipy", "faster-coco-eval")
 LOG = "sweep.log"

@@ -15,8 +15,8 @@ import csv
 import json
 from pathlib import Path
 
+from lib.provenance import provenance, results_folder, write_json
 from PIL import Image
-from report import provenance, results_folder, write_json
 
 NAME = "expert_analysis"
 

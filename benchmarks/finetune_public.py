@@ -16,9 +16,9 @@ import json
 import re
 from pathlib import Path
 
-import results
-from finished_run import read_folder
-from report import provenance, write_json
+from lib import tables as results
+from lib.finished_run import read_folder
+from lib.provenance import provenance, write_json
 
 PACKAGES = ("torch", "transformers", "timm", "numpy", "faster-coco-eval")
 

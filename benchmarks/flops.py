@@ -33,17 +33,17 @@ from math import prod
 from pathlib import Path
 
 import torch
-from detectors import NAMES, RECIPE, ROOT, dense_of, load_model_config, samples, use_backend
 from detectron2.config import instantiate
-from dynamic_dino.attention import BiAttention
-from dynamic_dino.engine.config import ConfigError, input_errors, load_config
+from dynamic_dino.config import ConfigError, input_errors, load_config
 from dynamic_dino.engine.trainable import set_trainable
+from dynamic_dino.modeling.attention import BiAttention
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.tuning import count_parameters
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
+from lib.detectors import NAMES, RECIPE, ROOT, dense_of, load_model_config, samples, use_backend
+from lib.provenance import provenance, results_folder, write_json
 from omegaconf import DictConfig
-from report import provenance, results_folder, write_json
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 

@@ -26,7 +26,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from detectors import (
+from dynamic_dino.modeling.detector import OpenVocabularyDetector
+from dynamic_dino.modeling.prompt import Prompt
+from dynamic_dino.serving.accelerate import WAYS, way_of
+from dynamic_dino.serving.deploy import optimize_for_inference
+from dynamic_dino.serving.inference import DTYPES
+from dynamic_dino.serving.packing import PACK
+from lib.detectors import (
     NAMES,
     RECIPE,
     build,
@@ -37,14 +43,8 @@ from detectors import (
     use_backend,
     use_loop,
 )
-from dynamic_dino.accelerate import WAYS, way_of
-from dynamic_dino.deploy import optimize_for_inference
-from dynamic_dino.detector import OpenVocabularyDetector
-from dynamic_dino.inference import DTYPES
-from dynamic_dino.packing import PACK
-from dynamic_dino.prompt import Prompt
-from report import machine_name, provenance, results_folder, write_json
-from turns import quartiles, take_turns, timed
+from lib.interleaved import quartiles, take_turns, timed
+from lib.provenance import machine_name, provenance, results_folder, write_json
 
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
 

@@ -82,7 +82,7 @@ def all_steps() -> list[Step]:
             [*pytest, "tests/kernels", "--ignore", "tests/kernels/test_aot.py"],
             "hypothesis",
         ),
-        Step("graphs", 45, [*pytest, "tests/inference/test_deploy.py", "-k", "graph"], "fps"),
+        Step("graphs", 45, [*pytest, "tests/serving/test_deploy.py", "-k", "graph"], "fps"),
         Step("fps", 110, [fps, *EDGE, *none, *quick], "fps", "fps"),
         Step(
             "layer",
@@ -183,7 +183,7 @@ def report_imports() -> int:
         print("missing: a C compiler, with which Triton builds its launchers")
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         print("missing: Python.h, with which Triton builds its launchers")
-    from report import machine_name, results_folder
+    from lib.provenance import machine_name, results_folder
 
     found = {"gpu": results_folder("cuda").name, "machine": machine_name("cuda")}
     print(json.dumps(found | {"missing": missing}))

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from report import commit
+from lib.provenance import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 # What there must be; with it, what these require. The large ones couldn't be carried.

@@ -6,8 +6,8 @@
     python benchmarks/model_zoo.py dataloader.test.val.mapper.features=datasets/stamps/features
 
 Evaluates the weights that this package ships as `train_net.py --eval-only` does, on the test sets
-of their recipes, which `python -m dynamic_dino.data.stamps` makes. Then they take turns on one
-image, served as `load_detector` does, text cached.
+of their recipes, which `python -m dynamic_dino.data.synthetic.stamps` makes. Then they take turns
+on one image, served as `load_detector` does, text cached.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import hashlib
 import tempfile
 from pathlib import Path
 
-import results
 import torch
-from detectors import samples
 from detectron2.config import instantiate
 from dynamic_dino import load_detector
-from dynamic_dino.checkpoint import load_checkpoint
-from dynamic_dino.engine.config import load_config
+from dynamic_dino.checkpoint.weights import load_checkpoint
+from dynamic_dino.config import load_config
 from dynamic_dino.engine.evaluate import do_test
 from dynamic_dino.files import PACKAGE, configs_folder
-from dynamic_dino.inference import SHIPPED_MODELS
 from dynamic_dino.moe.tuning import count_parameters
-from report import provenance, results_folder, write_json
-from turns import quartiles, take_turns, timed
+from dynamic_dino.serving.inference import SHIPPED_MODELS
+from lib import tables as results
+from lib.detectors import samples
+from lib.interleaved import quartiles, take_turns, timed
+from lib.provenance import provenance, results_folder, write_json
 
 WEIGHTS = PACKAGE / "weights"
 PACKAGES = ("torch", "triton", "timm", "transformers", "numpy", "faster-coco-eval")

@@ -37,12 +37,12 @@ from pathlib import Path
 import torch
 from dynamic_dino_kernels import route
 from dynamic_dino_kernels.timing import captured, seconds
-from moe_peers import Dense, Experts, Grouped, contenders
-from phases import ROUTING, peak_bytes, time_by_phase
-from report import machine_name, provenance, results_folder, settings, write_json
+from lib.interleaved import quartiles, take_turns, timed
+from lib.moe_peers import Dense, Experts, Grouped, contenders
+from lib.phases import ROUTING, peak_bytes, time_by_phase
+from lib.provenance import machine_name, provenance, results_folder, settings, write_json
 from torch import Tensor, nn
 from torch.profiler import record_function
-from turns import quartiles, take_turns, timed
 
 OURS = ("loop", "sequential", "grouped", "triton")
 # Dense 16-bit TFLOP/s and memory TB/s, from NVIDIA's data sheets; the first name that fits counts.

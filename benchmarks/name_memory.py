@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How many names a decoder's FFNs can remember, dense or as experts; the rest of it left away.
 
-    python -m dynamic_dino.data.glyphs          # and their features, which this script caches
+    python -m dynamic_dino.data.synthetic.glyphs   # its features are cached by this script
     python benchmarks/name_memory.py --seeds 0 1 2 3 4
     python benchmarks/name_memory.py --tuning 1500 --rows control x16 top1_x8 \\
         --json benchmarks/results/cpu/name_memory_long.json
@@ -27,18 +27,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import ablations_page
 import numpy as np
 import torch
 import torch.nn.functional as F
-from detectors import ROOT
 from detectron2.structures import BoxMode
+from dynamic_dino.config import load_config
 from dynamic_dino.data.catalog import dataset_root
 from dynamic_dino.data.datasets import get_metadata, load_datasets
 from dynamic_dino.data.feature_cache import FeatureCache, cache_features
-from dynamic_dino.engine.config import load_config
-from dynamic_dino.feed_forward import FeedForward
-from dynamic_dino.heads import ContrastiveHead
+from dynamic_dino.modeling.feed_forward import FeedForward
+from dynamic_dino.modeling.heads import ContrastiveHead
+from dynamic_dino.modeling.prompt import Prompt
+from dynamic_dino.modeling.text import TextEncoder
 from dynamic_dino.moe.adaptive import AdaptiveExperts
 from dynamic_dino.moe.hierarchical import HierarchicalRouter
 from dynamic_dino.moe.layer import MoEFeedForward
@@ -47,9 +47,9 @@ from dynamic_dino.moe.part_router import PartRouter
 from dynamic_dino.moe.routing import Routing
 from dynamic_dino.moe.statistics import RoutingStatistics
 from dynamic_dino.moe.top_any import TopAnyRouter
-from dynamic_dino.prompt import Prompt
-from dynamic_dino.text import TextEncoder
-from report import provenance, results_folder, write_json
+from lib import ablations_page
+from lib.detectors import ROOT
+from lib.provenance import provenance, results_folder, write_json
 from torch import Tensor, nn
 from tqdm import tqdm
 

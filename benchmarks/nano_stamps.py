@@ -14,13 +14,13 @@ import argparse
 import json
 from pathlib import Path
 
-import results
 from detectron2.data import MetadataCatalog
 from dynamic_dino import load_detector
 from dynamic_dino.data.datasets import load_datasets
 from dynamic_dino.demo import draw_photos
-from finished_run import read_folder
-from report import provenance, write_json
+from lib import tables as results
+from lib.finished_run import read_folder
+from lib.provenance import provenance, write_json
 
 PACKAGES = ("torch", "transformers", "timm", "numpy", "faster-coco-eval")
 

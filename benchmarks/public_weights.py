@@ -31,19 +31,20 @@ from pathlib import Path
 
 import torch
 import transformers
-from detectors import NAMES
 from detectron2.structures import Instances
-from dynamic_dino.accelerate import WAYS
 from dynamic_dino.data.catalog import dataset_root
-from dynamic_dino.hub import PREFIX, locate_directory
-from dynamic_dino.inference import DTYPES, Detector, as_array, find_images, load_detector
-from dynamic_dino.postprocess import best_pairs, to_instances
-from dynamic_dino.prompt import Prompt
-from dynamic_dino.structures import Predictions
-from dynamic_dino.text import Piece, locate_model
+from dynamic_dino.modeling.postprocess import best_pairs, to_instances
+from dynamic_dino.modeling.prompt import Prompt
+from dynamic_dino.modeling.structures import Predictions
+from dynamic_dino.modeling.text import Piece
+from dynamic_dino.serving.accelerate import WAYS
+from dynamic_dino.serving.inference import DTYPES, Detector, as_array, find_images, load_detector
+from dynamic_dino.sources import HUB, model_directory, resolve_model
+from lib.detectors import NAMES
+from lib.interleaved import quartiles, take_turns, timed
+from lib.provenance import machine_name, provenance, results_folder, settings, write_json
 from peers import SWIN_BASE, SWIN_TINY, TOKENIZER
 from PIL import Image
-from report import machine_name, provenance, results_folder, settings, write_json
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers.models.grounding_dino import (
@@ -51,7 +52,6 @@ from transformers.models.grounding_dino import (
     GroundingDinoImageProcessorPil,
     GroundingDinoProcessor,
 )
-from turns import quartiles, take_turns, timed
 
 SCORES, PIXELS = 1e-3, 0.5  # as far may a detection and its twin be apart
 SHARE = 0.99  # of the detections must have a twin
@@ -81,7 +81,7 @@ def save_random(folder: Path, mm: bool, swin: dict) -> None:
         if not mm:  # MM-Grounding-DINO scales logits, this one trusts in training
             model.model.decoder.layer_norm.weight.mul_(0.1)
     model.save_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(locate_model(TOKENIZER))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(TOKENIZER))
     GroundingDinoProcessor(GroundingDinoImageProcessor(), tokenizer).save_pretrained(folder)
 
 
@@ -124,7 +124,7 @@ class Twins:
 def load_twins(
     folder: Path, options: argparse.Namespace, dtype: str = "float32", accelerate: str = "eager"
 ) -> Twins:
-    threshold, spec = options.threshold, f"{PREFIX}{folder}"
+    threshold, spec = options.threshold, f"{HUB}{folder}"
     ours = load_detector(spec, None, options.device, threshold, dtype, accelerate)
     ours.size = tuple(options.size)
     theirs = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(
@@ -358,7 +358,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(name, flush=True)
         with tempfile.TemporaryDirectory() as temporary:
             if options.weights:
-                folder = locate_directory(options.weights)
+                folder = model_directory(options.weights)
             else:
                 folder = Path(temporary)
                 save_random(folder, *MODELS[name])

@@ -22,14 +22,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from dynamic_dino.feed_forward import FeedForward
+from dynamic_dino.modeling.feed_forward import FeedForward
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino_kernels import ms_deform_attn
 from dynamic_dino_kernels.replay import Replayed
-from pretended_gpu import Launches, pretend
-from report import machine_name, provenance, results_folder, settings, write_json
+from lib.interleaved import quartiles, take_turns
+from lib.pretended_gpu import Launches, pretend
+from lib.provenance import machine_name, provenance, results_folder, settings, write_json
 from torch import Tensor, nn
-from turns import quartiles, take_turns
 
 DIM, HIDDEN = 256, 2048
 LEVELS = [(80, 80), (40, 40), (20, 20)]

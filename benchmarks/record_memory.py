@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 from dynamic_dino.data import build_train_loader, datasets, get_metadata, load_datasets
-from dynamic_dino.data.drawn import NAMES
-from report import provenance, results_folder, write_json
+from dynamic_dino.data.synthetic.drawn import NAMES
+from lib.provenance import provenance, results_folder, write_json
 
 # Table 7: images and boxes, in thousands; names
 SOURCES = {

@@ -29,21 +29,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from detectors import RECIPE, ROOT, dense_of, load_model_config, samples, use_backend
 from detectron2.config import instantiate
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from dynamic_dino.engine.config import ConfigError, load_config
-from dynamic_dino.engine.memory import keep_freed_memory
+from dynamic_dino.config import ConfigError, load_config
+from dynamic_dino.engine.allocator import keep_freed_memory
 from dynamic_dino.engine.optim import build_optimizer
 from dynamic_dino.engine.trainable import set_trainable
 from dynamic_dino.engine.trainer import Trainer
 from dynamic_dino.moe.layer import MoEFeedForward
+from lib.detectors import RECIPE, ROOT, dense_of, load_model_config, samples, use_backend
+from lib.interleaved import quartiles, take_turns, timed
+from lib.provenance import machine_name, provenance, results_folder, settings, write_json
 from omegaconf import DictConfig, OmegaConf
-from report import machine_name, provenance, results_folder, settings, write_json
 from torch import nn
-from turns import quartiles, take_turns, timed
 
 PRE_TRAINING, DENSE_CONTROL = "pre-training", "dense control"
 COCO_NAMES = [category["name"] for category in COCO_CATEGORIES if category["isthing"]]

@@ -1,7 +1,7 @@
 """The scene router also sees statistics of the selected boxes, which the paper allows for."""
 
 from detectron2.config import LazyCall as L
-from dynamic_dino.moe.proposals import STATISTICS, ProposalStatistics
+from dynamic_dino.modeling.proposals import STATISTICS, ProposalStatistics
 
 from .dino import dataloader, inference, lr_multiplier, model, optimizer, train  # noqa: F401
 

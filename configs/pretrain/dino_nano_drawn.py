@@ -1,6 +1,6 @@
 """Closed-set DINO at nano's size on the drawn shapes, for tests and first steps."""
 
-from dynamic_dino.data.drawn import NAMES
+from dynamic_dino.data.synthetic.drawn import NAMES
 
 from ..common.data.drawn import dataloader
 from ..common.models.dino_nano import inference, model

@@ -81,9 +81,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     # Imported late, so that --help and wrong arguments answer at once.
+    from dynamic_dino.data.visualization import draw_detections
     from dynamic_dino.files import writable_folder, write_text
-    from dynamic_dino.inference import as_array, as_prompt, detection_records, find_images
-    from dynamic_dino.visualization import draw_detections
+    from dynamic_dino.serving.inference import as_array, as_prompt, detection_records, find_images
     from PIL import Image
     from tqdm import tqdm
 
@@ -171,8 +171,8 @@ def named(args: argparse.Namespace) -> str:
 
 
 def make_detector(args: argparse.Namespace):
-    from dynamic_dino.engine.memory import keep_freed_memory
-    from dynamic_dino.inference import load_detector
+    from dynamic_dino.engine.allocator import keep_freed_memory
+    from dynamic_dino.serving.inference import load_detector
 
     keep_freed_memory()
     return load_detector(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dynamic_dino.engine.config import ConfigError, load_config
+from dynamic_dino.config import ConfigError, load_config
 from dynamic_dino.engine.evaluate import do_test, load_for_evaluation
 from dynamic_dino.engine.launch import argument_parser, launch
 from dynamic_dino.engine.setup import setup

@@ -5,9 +5,9 @@ import pytest
 import torch
 from detectron2.config import instantiate
 from dynamic_dino.analysis.collect import Collection, LayerCounts
+from dynamic_dino.config import load_config
 from dynamic_dino.data.datasets import register_builtin
-from dynamic_dino.data.drawn import write_drawn_dataset
-from dynamic_dino.engine.config import load_config
+from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
 from dynamic_dino.evaluation.coco import read_ground_truth
 from dynamic_dino.evaluation.predictions import Predictions
 from dynamic_dino.files import configs_folder

@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import ablations
-import ablations_page
 import numpy as np
 import pytest
-import report
-from dynamic_dino.engine.config import load_config
-from sweep_times import step_times
-from sweeps import SETTINGS, SWEEPS, Row, Setting, Sweep
+from dynamic_dino.config import load_config
+from lib import ablations_page
+from lib import provenance as report
+from lib.sweep_times import step_times
+from lib.sweeps import SETTINGS, SWEEPS, Row, Setting, Sweep
 
 TRAIN_NET = """
 import json, os, sys, time

@@ -5,7 +5,7 @@ import json
 import finetune_public
 import numpy as np
 import pytest
-import results
+from lib import tables as results
 
 
 def write_run(folder, first: dict, after: dict) -> None:

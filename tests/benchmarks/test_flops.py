@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from dynamic_dino.attention import DeformableAttention, MultiHeadAttention
-from dynamic_dino.feed_forward import FeedForward
+from dynamic_dino.modeling.attention import DeformableAttention, MultiHeadAttention
+from dynamic_dino.modeling.feed_forward import FeedForward
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.part_router import PartRouter
 from dynamic_dino.moe.top_any import TopAnyRouter

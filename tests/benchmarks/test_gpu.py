@@ -16,8 +16,8 @@ from pathlib import Path
 import gpu
 import gpu_site
 import pytest
-import results
 import transformers
+from lib import tables as results
 
 ROOT = Path(__file__).parents[2]
 PRETENDED = Path(__file__).parent / "mock_gpu"

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import results
-from dynamic_dino.data.drawn import write_drawn_dataset
-from dynamic_dino.inference import SHIPPED_MODELS
+from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
+from dynamic_dino.serving.inference import SHIPPED_MODELS
+from lib import tables as results
 
 ROOT = Path(__file__).parents[2]
 

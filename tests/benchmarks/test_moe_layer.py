@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from phases import ROUTING, peak_bytes, time_by_phase
+from lib.phases import ROUTING, peak_bytes, time_by_phase
 from torch.profiler import record_function
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/moe_layer.py"

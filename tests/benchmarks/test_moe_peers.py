@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from detectors import LoopedExperts, loops, use_loop
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino_kernels import expert_ffn
 from dynamic_dino_kernels.moe.reference import sequential
-from moe_peers import Loop, Room, looped_ffn
+from lib.detectors import LoopedExperts, loops, use_loop
+from lib.moe_peers import Loop, Room, looped_ffn
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

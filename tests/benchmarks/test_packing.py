@@ -4,8 +4,8 @@ import json
 
 import packing
 import pytest
-import results
 from dynamic_dino_kernels.packing import obstacle
+from lib import tables as results
 
 pytestmark = pytest.mark.skipif(obstacle() != "", reason=obstacle() or "packs")
 SMALL = "--tokens 30 --dim 16 --hidden 32 --experts 4 --layers 2 --repeats 2 --threads 1".split()

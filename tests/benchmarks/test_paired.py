@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from paired import estimate, paired
+from lib.paired import estimate, paired
 from scipy import stats
 
 

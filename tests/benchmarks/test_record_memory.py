@@ -3,8 +3,8 @@
 import json
 
 import record_memory
-import results
 from dynamic_dino.data import datasets
+from lib import tables as results
 
 
 def test_everything_is_counted(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import moe_layer
 import pytest
-import report
+from lib import provenance as report
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import instantiate
-from dynamic_dino.engine.config import load_config
+from dynamic_dino.config import load_config
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "configs/moe_tuning"

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
+from dynamic_dino.config import ConfigError, load_config
 from dynamic_dino.data import datasets
 from dynamic_dino.data.odinw import MINIVAL, ODINW13, PROMPTS, files_of
-from dynamic_dino.engine.config import ConfigError, load_config
 from dynamic_dino.engine.evaluate import do_test, means
 from dynamic_dino.evaluation.cli import main as score
 

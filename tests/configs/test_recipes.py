@@ -9,7 +9,7 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.registry import locate
-from dynamic_dino.engine.config import load_config
+from dynamic_dino.config import load_config
 from dynamic_dino.engine.optim import build_optimizer
 from dynamic_dino.engine.trainable import set_trainable
 from dynamic_dino.moe.layer import MoEFeedForward

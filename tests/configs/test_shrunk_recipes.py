@@ -8,12 +8,12 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, Instances
-from dynamic_dino.engine.config import load_config
+from dynamic_dino.config import load_config
 from dynamic_dino.engine.optim import build_optimizer
 from dynamic_dino.engine.trainable import set_train_mode, set_trainable
+from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.moe.adaptive import AdaptiveExperts
 from dynamic_dino.moe.layer import MoEFeedForward
-from dynamic_dino.prompt import Prompt
 from omegaconf import OmegaConf
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from dynamic_dino.data.drawn import NAMES, draw_image
+from dynamic_dino.data.synthetic.drawn import NAMES, draw_image
 
 SIZE = 96
 

@@ -11,8 +11,8 @@ from detectron2.structures import BoxMode
 from dynamic_dino.data import ODINW13, ODINW35, datasets, odinw_names
 from dynamic_dino.data.builtin import BUILTIN
 from dynamic_dino.data.coco_json import clean_name
-from dynamic_dino.data.drawn import NAMES
 from dynamic_dino.data.odinw import MINIVAL, PROMPTS
+from dynamic_dino.data.synthetic.drawn import NAMES
 
 
 @pytest.fixture(scope="module")

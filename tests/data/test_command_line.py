@@ -12,8 +12,8 @@ from dynamic_dino.data.__main__ import main
 from dynamic_dino.data.builtin import BUILTIN, Builtin
 from dynamic_dino.data.check import check_dataset
 from dynamic_dino.data.convert import convert
-from dynamic_dino.data.drawn import NAMES
 from dynamic_dino.data.show import phrases_of
+from dynamic_dino.data.synthetic.drawn import NAMES
 from PIL import Image
 
 

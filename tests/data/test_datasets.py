@@ -10,7 +10,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from dynamic_dino.data import datasets
-from dynamic_dino.data.drawn import NAMES, write_drawn_dataset
+from dynamic_dino.data.synthetic.drawn import NAMES, write_drawn_dataset
 
 GOOD = {
     "images": [
@@ -150,7 +150,7 @@ def test_missing_builtin_says_how_to_get_it(tmp_path):
     try:
         with pytest.raises(FileNotFoundError) as error:
             datasets.load_datasets("stamps_train")
-        for word in ("stamps/annotations/train.json", "dynamic_dino.data.stamps"):
+        for word in ("stamps/annotations/train.json", "dynamic_dino.data.synthetic.stamps"):
             assert word in str(error.value)
         with pytest.raises(ValueError, match="unknown data set 'stamp_train'.*stamps_train"):
             datasets.load_datasets("stamp_train")

@@ -14,13 +14,13 @@ from dynamic_dino.data import (
     datasets,
     load_datasets,
 )
-from dynamic_dino.data.drawn import write_drawn_dataset
 from dynamic_dino.data.feature_cache import (
     FeatureCache,
     build_feature_cache,
     cache_features,
     module_fingerprint,
 )
+from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
 from torch import nn
 
 CANVAS = 96

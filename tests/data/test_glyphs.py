@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 from dynamic_dino.data import datasets
-from dynamic_dino.data.glyphs import (
+from dynamic_dino.data.synthetic.glyphs import (
     COLORS,
     GLYPHS,
     SHAPES,

@@ -16,8 +16,8 @@ from dynamic_dino.data import (
     datasets,
     load_datasets,
 )
-from dynamic_dino.data.drawn import write_drawn_dataset
 from dynamic_dino.data.loader import TrainBatches
+from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
 
 
 @pytest.fixture(scope="module")

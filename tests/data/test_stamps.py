@@ -13,11 +13,11 @@ from itertools import combinations
 import cv2
 import numpy as np
 import pytest
-from dynamic_dino.data.stamps import build as build_module
-from dynamic_dino.data.stamps import cli, compose, sources
-from dynamic_dino.data.stamps.build import Settings, build, is_complete
-from dynamic_dino.data.stamps.library import Cutout, Library, prepare_cutout
-from dynamic_dino.data.stamps.vocabulary import load_vocabulary, make_vocabulary
+from dynamic_dino.data.synthetic.stamps import build as build_module
+from dynamic_dino.data.synthetic.stamps import cli, compose, sources
+from dynamic_dino.data.synthetic.stamps.build import Settings, build, is_complete
+from dynamic_dino.data.synthetic.stamps.library import Cutout, Library, prepare_cutout
+from dynamic_dino.data.synthetic.stamps.vocabulary import load_vocabulary, make_vocabulary
 
 SEEN = ["disc", "red disc", "square", "cross", "ring", "bar"]
 NOVEL = ["diamond", "star"]

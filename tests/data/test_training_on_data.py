@@ -7,9 +7,9 @@ import miniatures
 import numpy as np
 import pytest
 from detectron2.config import LazyConfig
+from dynamic_dino.config import ConfigError, load_config
 from dynamic_dino.data import datasets
 from dynamic_dino.data.convert import convert
-from dynamic_dino.engine.config import ConfigError, load_config
 from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
 

@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def document() -> dict:
-    file = files("dynamic_dino.data.stamps").joinpath("val_real.json")
+    file = files("dynamic_dino.data.synthetic.stamps").joinpath("val_real.json")
     return json.loads(file.read_text("utf-8"))
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from dynamic_dino.engine.config import load_config
+from dynamic_dino.config import load_config
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamic_dino.engine.config import ConfigError, load_config
+from dynamic_dino.config import ConfigError, load_config
 from dynamic_dino.engine.train import do_train
 
 RECIPE = Path(__file__).with_name("adaptive_recipe.py")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamic_dino.engine.config import ConfigError, load_config
+from dynamic_dino.config import ConfigError, load_config
 from dynamic_dino.engine.launch import Placement, first_host, placement_from_environment
 from dynamic_dino.engine.train import do_train
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from dynamic_dino.config import ConfigError, load_config
 from dynamic_dino.data.datasets import register_builtin
-from dynamic_dino.data.drawn import write_drawn_dataset
-from dynamic_dino.engine.config import ConfigError, load_config
+from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
 from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
 from dynamic_dino.engine.trainer import Trainer

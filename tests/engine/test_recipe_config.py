@@ -1,7 +1,7 @@
 """Wrong recipes and overrides: each gets one error that names the nearest right thing."""
 
 import pytest
-from dynamic_dino.engine.config import TRAIN_DEFAULTS, ConfigError, load_config, require
+from dynamic_dino.config import TRAIN_DEFAULTS, ConfigError, load_config, require
 
 GOOD = """
 from detectron2.config import LazyCall as L

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from dynamic_dino.config import ConfigError
 from dynamic_dino.engine import checkpointing, trainer
 from dynamic_dino.engine.checkpointing import last_checkpoint
-from dynamic_dino.engine.config import ConfigError
 from dynamic_dino.engine.train import do_train
 
 TRAIN_NET = Path(__file__).parents[2] / "projects/DynamicDINO/train_net.py"

@@ -8,12 +8,12 @@ import platform
 import pytest
 import torch
 from detectron2.config import instantiate
+from dynamic_dino.config import ConfigError
+from dynamic_dino.engine.allocator import keep_freed_memory
 from dynamic_dino.engine.checkpointing import last_checkpoint, trim_metrics
-from dynamic_dino.engine.config import ConfigError
 from dynamic_dino.engine.ema import ModelEma
 from dynamic_dino.engine.evaluate import do_test, load_for_evaluation
 from dynamic_dino.engine.launch import argument_parser, launch
-from dynamic_dino.engine.memory import keep_freed_memory
 from dynamic_dino.engine.setup import check_writable, resolve_device
 from dynamic_dino.engine.train import do_train
 from dynamic_dino.engine.trainer import NonFiniteLossError, amp_dtype, seed_everything

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from detectron2.utils import comm
-from dynamic_dino.engine.config import load_config
+from dynamic_dino.config import load_config
 from dynamic_dino.engine.launch import launch
 from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train

@@ -10,10 +10,10 @@ import torch
 import torch.multiprocessing as mp
 from detectron2.config import LazyCall as L
 from detectron2.structures import Boxes, Instances
+from dynamic_dino.config import TRAIN_DEFAULTS
 from dynamic_dino.data.datasets import load_coco_json, register_coco_json
 from dynamic_dino.data.loader import build_test_loader
 from dynamic_dino.data.mapper import TestMapper
-from dynamic_dino.engine.config import TRAIN_DEFAULTS
 from dynamic_dino.engine.evaluate import do_test
 from dynamic_dino.evaluation import DetectionEvaluator
 from dynamic_dino.moe.routing import Routing

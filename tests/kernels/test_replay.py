@@ -29,7 +29,7 @@ def on_the_pretended_gpu(code: str) -> str:
 
 COMPARE = """
 import torch
-from pretended_gpu import Launches, pretend
+from lib.pretended_gpu import Launches, pretend
 pretend("{target}")
 from dynamic_dino_kernels import expert_ffn, moe_block, ms_deform_attn, route, route_any
 from dynamic_dino_kernels.moe import ops, router
@@ -139,7 +139,7 @@ def test_repeated_calls_launch_the_same_on_their_own_pointers(target):
 
 REFUSED = """
 import torch
-from pretended_gpu import pretend
+from lib.pretended_gpu import pretend
 pretend("sm_90")
 from dynamic_dino_kernels.moe import ops
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -8,9 +8,9 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
-from dynamic_dino.engine.config import load_config
+from dynamic_dino.config import load_config
+from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.moe.layer import MoEFeedForward
-from dynamic_dino.prompt import Prompt
 from torch import nn
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -120,7 +120,7 @@ def dense(request):
 @pytest.fixture
 def ffn():
     """A dense FFN of 12 channels and 24 hidden units."""
-    from dynamic_dino.feed_forward import FeedForward
+    from dynamic_dino.modeling.feed_forward import FeedForward
 
     result = FeedForward(dim=12, hidden=24)
     for parameter in result.parameters():

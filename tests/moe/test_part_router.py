@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dynamic_dino.feed_forward import FeedForward
+from dynamic_dino.modeling.feed_forward import FeedForward
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.part_router import PartRouter
 from dynamic_dino.moe.statistics import RoutingStatistics

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import instantiate
-from dynamic_dino.engine.config import load_config
+from dynamic_dino.config import load_config
+from dynamic_dino.modeling.prompt import Prompt
+from dynamic_dino.modeling.proposals import STATISTICS, ProposalStatistics
+from dynamic_dino.modeling.structures import Predictions
 from dynamic_dino.moe.hierarchical import HierarchicalRouter
-from dynamic_dino.moe.proposals import STATISTICS, ProposalStatistics
-from dynamic_dino.prompt import Prompt
-from dynamic_dino.structures import Predictions
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import instantiate
-from dynamic_dino.checkpoint import export_weights, load_checkpoint
-from dynamic_dino.engine.config import load_config
-from dynamic_dino.feed_forward import FeedForward
+from dynamic_dino.checkpoint.weights import export_weights, load_checkpoint
+from dynamic_dino.config import load_config
+from dynamic_dino.modeling.feed_forward import FeedForward
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.losses import LoadBalanceLoss
 from dynamic_dino.moe.routers import GATES

@@ -7,7 +7,7 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
-from dynamic_dino.checkpoint_import import import_public
+from dynamic_dino.checkpoint.public import import_public
 from dynamic_dino.moe.layer import MoEFeedForward
 from timm.layers import DropPath
 from twins import as_transformers, clear_samples, random_samples, their_inputs, their_layers

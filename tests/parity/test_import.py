@@ -8,19 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.config import LazyConfig, instantiate
-from dynamic_dino.checkpoint import load_checkpoint, main
-from dynamic_dino.checkpoint_import import (
+from dynamic_dino.checkpoint.__main__ import main
+from dynamic_dino.checkpoint.mmdetection_names import from_unfold
+from dynamic_dino.checkpoint.public import (
     IncompleteError,
     export_directory,
     heads_differ,
     import_public,
     recipe_of,
 )
-from dynamic_dino.engine.config import load_config
+from dynamic_dino.checkpoint.transformers_config import detector_config, read_config
+from dynamic_dino.checkpoint.weight_names import UNUSED, canonical_name
+from dynamic_dino.checkpoint.weights import load_checkpoint
+from dynamic_dino.config import load_config
 from dynamic_dino.files import configs_folder
-from dynamic_dino.mmdetection_names import from_unfold
-from dynamic_dino.transformers_config import detector_config, read_config
-from dynamic_dino.weight_names import UNUSED, canonical_name
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from timm.models.swin_transformer import PatchMerging

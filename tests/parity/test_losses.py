@@ -18,9 +18,9 @@ import re
 
 import numpy as np
 import torch
-from dynamic_dino.checkpoint_import import Account, convert
-from dynamic_dino.structures import Target
-from dynamic_dino.weight_names import UNUSED, canonical_name
+from dynamic_dino.checkpoint.public import Account, convert
+from dynamic_dino.checkpoint.weight_names import UNUSED, canonical_name
+from dynamic_dino.modeling.structures import Target
 from scipy.optimize import linear_sum_assignment
 from transformers.loss.loss_grounding_dino import (
     GroundingDinoHungarianMatcher,

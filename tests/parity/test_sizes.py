@@ -4,10 +4,10 @@ import pytest
 import torch
 import transformers
 from detectron2.config import LazyConfig, instantiate
-from dynamic_dino.checkpoint_import import Account, convert
+from dynamic_dino.checkpoint.public import Account, convert
+from dynamic_dino.checkpoint.transformers_config import detector_config
+from dynamic_dino.checkpoint.weight_names import UNUSED, canonical_name
 from dynamic_dino.files import configs_folder
-from dynamic_dino.transformers_config import detector_config
-from dynamic_dino.weight_names import UNUSED, canonical_name
 from twins import FAMILIES, SEPARATE
 
 SWIN = {

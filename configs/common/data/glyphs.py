@@ -1,5 +1,5 @@
 """Glyphs with arbitrary names, to be learnt by heart. Make them with
-``python -m dynamic_dino.data.glyphs``.
+``python -m dynamic_dino.data.synthetic.glyphs``.
 
 Both splits ask for 120 names an image, the ones that it shows and others.
 """

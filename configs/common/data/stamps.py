@@ -1,5 +1,5 @@
 """Stamps, the embedded data set, at nano's 320 pixels. Make it with
-``python -m dynamic_dino.data.stamps``.
+``python -m dynamic_dino.data.synthetic.stamps``.
 
 val and val_novel ask for 30 names an image, the ones that it shows and others (federated); the
 photos of val_real are asked for 30 as well.

@@ -7,20 +7,20 @@ them. ImageNet weights are torchvision's, by way of the Hugging Face hub.
 
 from detectron2.config import LazyCall as L
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
-from dynamic_dino.attention import DeformableAttention
-from dynamic_dino.backbone import Backbone
-from dynamic_dino.decoder import Decoder, DecoderLayer
-from dynamic_dino.deformable_enhancer import DeformableEnhancer, DeformableImageLayer
-from dynamic_dino.detector import OpenVocabularyDetector
-from dynamic_dino.enhancer import EnhancerLayer
-from dynamic_dino.feed_forward import FeedForward
-from dynamic_dino.heads import LinearHead
-from dynamic_dino.losses.criterion import Criterion
-from dynamic_dino.losses.denoising import ClassDenoising
-from dynamic_dino.losses.matcher import HungarianMatcher
-from dynamic_dino.neck import GroupNormNeck
-from dynamic_dino.query_selection import QuerySelection
-from dynamic_dino.vocabulary import ClassVocabulary, count_classes
+from dynamic_dino.data.class_names import class_vocabulary, count_classes
+from dynamic_dino.modeling.attention import DeformableAttention
+from dynamic_dino.modeling.backbone import Backbone
+from dynamic_dino.modeling.decoder import Decoder, DecoderLayer
+from dynamic_dino.modeling.deformable_enhancer import DeformableEnhancer, DeformableImageLayer
+from dynamic_dino.modeling.detector import OpenVocabularyDetector
+from dynamic_dino.modeling.enhancer import EnhancerLayer
+from dynamic_dino.modeling.feed_forward import FeedForward
+from dynamic_dino.modeling.heads import LinearHead
+from dynamic_dino.modeling.losses.criterion import Criterion
+from dynamic_dino.modeling.losses.denoising import ClassDenoising
+from dynamic_dino.modeling.losses.matcher import HungarianMatcher
+from dynamic_dino.modeling.neck import GroupNormNeck
+from dynamic_dino.modeling.query_selection import QuerySelection
 
 num_classes = L(count_classes)(names="${model.text_encoder.names}")
 
@@ -32,7 +32,7 @@ model = L(OpenVocabularyDetector)(
         frozen_parts=["conv1", "layer1"],
     ),
     neck=L(GroupNormNeck)(in_channels=[512, 1024, 2048], dim=256, levels=4),
-    text_encoder=L(ClassVocabulary)(names=[c["name"] for c in COCO_CATEGORIES if c["isthing"]]),
+    text_encoder=L(class_vocabulary)(names=[c["name"] for c in COCO_CATEGORIES if c["isthing"]]),
     enhancer=L(DeformableEnhancer)(
         dim=256,
         levels=4,

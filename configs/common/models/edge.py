@@ -6,11 +6,11 @@ image FFN as RT-DETR's on P5) and RT-DETR's cross-scale fusion fill the rest. Th
 """
 
 from detectron2.config import LazyCall as L
-from dynamic_dino.attention import BiAttention, DeformableAttention
-from dynamic_dino.backbone import Backbone
-from dynamic_dino.decoder import Decoder, DecoderLayer
-from dynamic_dino.detector import OpenVocabularyDetector
-from dynamic_dino.enhancer import (
+from dynamic_dino.modeling.attention import BiAttention, DeformableAttention
+from dynamic_dino.modeling.backbone import Backbone
+from dynamic_dino.modeling.decoder import Decoder, DecoderLayer
+from dynamic_dino.modeling.detector import OpenVocabularyDetector
+from dynamic_dino.modeling.enhancer import (
     CrossScaleFusion,
     CSPRepLayer,
     EdgeEnhancer,
@@ -18,12 +18,12 @@ from dynamic_dino.enhancer import (
     ImageLayer,
     TextLayer,
 )
-from dynamic_dino.feed_forward import FeedForward
-from dynamic_dino.heads import ContrastiveHead
-from dynamic_dino.losses.criterion import Criterion
-from dynamic_dino.losses.matcher import HungarianMatcher
-from dynamic_dino.query_selection import QuerySelection
-from dynamic_dino.text import TextEncoder
+from dynamic_dino.modeling.feed_forward import FeedForward
+from dynamic_dino.modeling.heads import ContrastiveHead
+from dynamic_dino.modeling.losses.criterion import Criterion
+from dynamic_dino.modeling.losses.matcher import HungarianMatcher
+from dynamic_dino.modeling.query_selection import QuerySelection
+from dynamic_dino.modeling.text import TextEncoder
 
 model = L(OpenVocabularyDetector)(
     backbone=L(Backbone)(name="efficientvit_l1.r224_in1k", weights="timm"),  # 38.0M

@@ -5,11 +5,11 @@ without which nothing is learned in a short training from scratch.
 """
 
 from detectron2.config import LazyCall as L
-from dynamic_dino.attention import BiAttention, DeformableAttention
-from dynamic_dino.deformable_enhancer import DeformableImageLayer
-from dynamic_dino.enhancer import EnhancerLayer, TextLayer
-from dynamic_dino.feed_forward import FeedForward
-from dynamic_dino.text import TextEncoder
+from dynamic_dino.modeling.attention import BiAttention, DeformableAttention
+from dynamic_dino.modeling.deformable_enhancer import DeformableImageLayer
+from dynamic_dino.modeling.enhancer import EnhancerLayer, TextLayer
+from dynamic_dino.modeling.feed_forward import FeedForward
+from dynamic_dino.modeling.text import TextEncoder
 
 from .mm_gdino_tiny import inference, model
 

@@ -5,19 +5,19 @@ see docs/public_weights.md. The tokenizer is BERT's, from the package that bring
 """
 
 from detectron2.config import LazyCall as L
-from dynamic_dino.attention import BiAttention, DeformableAttention
-from dynamic_dino.backbone import Backbone
-from dynamic_dino.decoder import Decoder, DecoderLayer
-from dynamic_dino.deformable_enhancer import DeformableEnhancer, DeformableImageLayer
-from dynamic_dino.detector import OpenVocabularyDetector
-from dynamic_dino.enhancer import EnhancerLayer, TextLayer
-from dynamic_dino.feed_forward import FeedForward
-from dynamic_dino.heads import ContrastiveHead
-from dynamic_dino.losses.criterion import Criterion
-from dynamic_dino.losses.matcher import HungarianMatcher
-from dynamic_dino.neck import GroupNormNeck
-from dynamic_dino.query_selection import QuerySelection
-from dynamic_dino.text import TextEncoder
+from dynamic_dino.modeling.attention import BiAttention, DeformableAttention
+from dynamic_dino.modeling.backbone import Backbone
+from dynamic_dino.modeling.decoder import Decoder, DecoderLayer
+from dynamic_dino.modeling.deformable_enhancer import DeformableEnhancer, DeformableImageLayer
+from dynamic_dino.modeling.detector import OpenVocabularyDetector
+from dynamic_dino.modeling.enhancer import EnhancerLayer, TextLayer
+from dynamic_dino.modeling.feed_forward import FeedForward
+from dynamic_dino.modeling.heads import ContrastiveHead
+from dynamic_dino.modeling.losses.criterion import Criterion
+from dynamic_dino.modeling.losses.matcher import HungarianMatcher
+from dynamic_dino.modeling.neck import GroupNormNeck
+from dynamic_dino.modeling.query_selection import QuerySelection
+from dynamic_dino.modeling.text import TextEncoder
 
 model = L(OpenVocabularyDetector)(
     backbone=L(Backbone)(

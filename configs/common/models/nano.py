@@ -4,17 +4,17 @@ EfficientNet-lite0 and MiniLM are frozen, so their features can be cached while 
 """
 
 from detectron2.config import LazyCall as L
-from dynamic_dino.attention import BiAttention, DeformableAttention
-from dynamic_dino.backbone import Backbone
-from dynamic_dino.enhancer import (
+from dynamic_dino.modeling.attention import BiAttention, DeformableAttention
+from dynamic_dino.modeling.backbone import Backbone
+from dynamic_dino.modeling.enhancer import (
     CrossScaleFusion,
     EnhancerLayer,
     ImageLayer,
     SeparableFusion,
 )
-from dynamic_dino.feed_forward import FeedForward
-from dynamic_dino.losses.denoising import Denoising
-from dynamic_dino.text import TextEncoder
+from dynamic_dino.modeling.feed_forward import FeedForward
+from dynamic_dino.modeling.losses.denoising import Denoising
+from dynamic_dino.modeling.text import TextEncoder
 
 from .edge import model
 

@@ -11,7 +11,7 @@ __all__ = ["load_detector"]
 def __getattr__(name: str) -> Any:
     # Lazily, so that `import dynamic_dino` doesn't pull torch and transformers in.
     if name == "load_detector":
-        from .inference import load_detector
+        from .serving.inference import load_detector
 
         return load_detector
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,16 +16,16 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from .config import load_config
 from .data.datasets import get_metadata, load_datasets, register_builtin
 from .data.images import load_image
-from .data.stamps.cli import main as make_stamps
-from .engine.config import load_config
+from .data.synthetic.stamps.cli import main as make_stamps
+from .data.visualization import contact_sheet, draw_detections
 from .engine.evaluate import do_test, load_for_evaluation
 from .engine.setup import setup
 from .engine.train import do_train
 from .files import configs_folder
-from .inference import Detector, load_detector
-from .visualization import contact_sheet, draw_detections
+from .serving.inference import Detector, load_detector
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  after the choice of the back-end

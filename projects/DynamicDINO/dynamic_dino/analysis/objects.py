@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..losses.boxes import box_iou
+from ..modeling.losses.boxes import box_iou
 from .collect import Collection
 
 SMALL = 32**2  # COCO's

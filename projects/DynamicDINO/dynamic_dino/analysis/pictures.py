@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..data.images import load_image
-from ..visualization import contact_sheet, draw_boxes, phrase_colors
+from ..data.visualization import contact_sheet, draw_boxes, phrase_colors
 from .collect import Collection
 from .combinations import FITS, combination, label
 from .exhibit import Exhibit, slug

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..data.datasets import load_datasets
 from ..files import write_text
-from ..inference import load_model
+from ..serving.inference import load_model
 from .collect import Collection, collect
 from .drop import drop_experts
 from .exhibit import Section, slug

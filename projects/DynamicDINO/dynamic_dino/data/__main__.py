@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..text import quiet_transformers
+from ..modeling.text import quiet_transformers
 from .builtin import BUILTIN
 from .catalog import dataset_root
 from .check import MAX_TOKENS, TOKENIZER, check_dataset

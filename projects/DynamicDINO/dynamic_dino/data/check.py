@@ -162,9 +162,9 @@ def _check_captions(
         return
     from transformers import AutoTokenizer
 
-    from ..text import locate_model
+    from ..sources import resolve_model
 
-    encode = AutoTokenizer.from_pretrained(locate_model(tokenizer))
+    encode = AutoTokenizer.from_pretrained(resolve_model(tokenizer))
     for where, text in tqdm(long, desc="long captions", delay=1, disable=None):
         count = len(encode(text, verbose=False)["input_ids"])
         if count > max_tokens:

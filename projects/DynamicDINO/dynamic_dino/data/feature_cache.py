@@ -320,7 +320,7 @@ def _file_bytes(file_name: str | Path) -> int:
 
 
 def main() -> None:
-    from dynamic_dino.engine.config import load_config
+    from dynamic_dino.config import load_config
 
     parser = argparse.ArgumentParser(
         description="Caches the features of a config's frozen backbone on disk."

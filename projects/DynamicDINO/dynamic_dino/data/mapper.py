@@ -12,7 +12,7 @@ import torch
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from ..prompt import Prompt
+from ..modeling.prompt import Prompt
 from .datasets import get_metadata
 from .images import Size, read_image, resize_transform, to_tensor
 from .prompts import PromptSampler, caption_phrases, evaluation_prompt

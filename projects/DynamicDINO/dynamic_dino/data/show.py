@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..visualization import contact_sheet, draw_boxes
 from .datasets import get_metadata, load_file, locate
 from .images import read_image
 from .records import Record
+from .visualization import contact_sheet, draw_boxes
 
 COLUMNS = 4
 

@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer as _Checkpointer
 from torch import nn
 
-from .config import nearest
+from ..config import nearest
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
+from ..config import ConfigError, accepts, input_errors, nearest
 from ..data.loader import as_sources
 from ..data.records import Mixture
 from ..evaluation import DetectionEvaluator, PredictionLog, inference_on_dataset
-from .config import ConfigError, accepts, input_errors, nearest
 from .fingerprint import annotation_file, fingerprint
 from .trainer import amp_dtype, autocast
 
@@ -175,7 +175,7 @@ def results_table(scores: dict[str, float]) -> str:
 
 def load_for_evaluation(cfg: DictConfig, resume: bool) -> nn.Module:
     """The recipe's model with the run's last weights (`resume`) or ``train.init_checkpoint``."""
-    from ..checkpoint import load_checkpoint
+    from ..checkpoint.weights import load_checkpoint
     from .checkpointing import last_checkpoint
 
     path = last_checkpoint(cfg.train.output_dir) if resume else cfg.train.init_checkpoint

@@ -17,7 +17,7 @@ from detectron2.engine import launch as spawn
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
-from .config import ConfigError
+from ..config import ConfigError
 
 EXAMPLES = """
 examples:

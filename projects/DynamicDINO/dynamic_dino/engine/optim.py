@@ -10,7 +10,7 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from .config import ConfigError, nearest
+from ..config import ConfigError, nearest
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm)
 _BIASES = ("bias", "b1", "b2")  # b1, b2: the stacked biases of experts, which are matrices

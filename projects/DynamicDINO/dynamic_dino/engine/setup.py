@@ -13,9 +13,9 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
+from ..config import ConfigError
 from ..files import probe_folder
-from .config import ConfigError
-from .memory import keep_freed_memory
+from .allocator import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig
 from torch import nn
 
+from ..config import ConfigError, accepts, input_errors, require
 from .adaptive_experts import AdaptiveExpertsHook
 from .checkpointing import (
     BestCheckpointer,
@@ -21,7 +22,6 @@ from .checkpointing import (
     last_checkpoint,
     trim_metrics,
 )
-from .config import ConfigError, accepts, input_errors, require
 from .ema import ModelEma
 from .evaluate import do_test, results_table
 from .optim import build_optimizer
@@ -89,7 +89,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
     with input_errors():
         model = instantiate(cfg.model).to(train.device)
         if train.init_checkpoint and not resumable:
-            from ..checkpoint import load_checkpoint
+            from ..checkpoint.weights import load_checkpoint
 
             load_checkpoint(model, train.init_checkpoint, train.init_except)
         set_trainable(model, train.trainable)

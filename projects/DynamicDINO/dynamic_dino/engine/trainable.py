@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from .config import ConfigError
+from ..config import ConfigError
 from .optim import match_parameters
 
 

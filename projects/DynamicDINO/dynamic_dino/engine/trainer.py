@@ -18,9 +18,9 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..config import ConfigError
 from ..moe.routing import Routing
 from .checkpointing import BestCheckpointer
-from .config import ConfigError
 from .ema import ModelEma
 from .trainable import set_train_mode
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..data import datasets  # noqa: F401  registers the built-in names
 from ..files import write_text
 from .coco import groups_of, ids_of, read_ground_truth
 from .predictions import Predictions

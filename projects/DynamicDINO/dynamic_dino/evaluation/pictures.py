@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..data.images import load_image
-from ..visualization import contact_sheet, draw_boxes
+from ..data.visualization import contact_sheet, draw_boxes
 from .predictions import Predictions
 
 COUNT, COLUMNS = 12, 4

@@ -1,0 +1,386 @@
+"""What stands in benchmarks/results/ as tables: RESULTS.md, and marked parts of documents.
+
+In README and the model cards, a table stands between the lines <!-- results: NAME --> and
+<!-- end of results -->, where NAME is one of `TABLES`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).resolve().parents[1]
+RESULTS = BENCHMARKS / "results"
+README = BENCHMARKS.parent / "README.md"
+CARDS = BENCHMARKS.parent / "projects/DynamicDINO/dynamic_dino/weights/README.md"
+PAGE = BENCHMARKS / "RESULTS.md"
+MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.S)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def nano_stamps(report: dict) -> str:
+    columns = {
+        "val, seen": "val/AP50",
+        "rare": "val/AP50r",
+        "frequent": "val/AP50f",
+        "val_novel, novel": "val_novel/AP50_novel",
+        "real photos, seen": "val_real/AP50_seen",
+        "real, novel": "val_real/AP50_novel",
+    }
+    names = {"control": "dense, tuned on (control)"}
+    rows = []
+    for name, run in report["runs"].items():
+        iterations = f"{'' if name == 'dense' else '+ '}{run['iterations']}"
+        scores = (run["scores"].get(key) for key in columns.values())
+        rows.append([names.get(name, name), iterations, *map(_percent, scores)])
+    return table(["model", "iterations", *columns], rows)
+
+
+def finetune_public(report: dict) -> str:
+    keys = "val/AP", "val/AP50"
+    rows = []
+    for name, run in report["runs"].items():
+        killed = ", ".join(map(str, run["resumed_at"])) or "-"
+        scores = [f"{run['before'][k]:.1f} -> {run['after'][k]:.1f}" for k in keys]
+        rows.append([name, str(run["iterations"]), killed, *scores])
+    return table(["run", "iterations", "killed, went on from", "AP", "AP50"], rows)
+
+
+def _percent(score: float | None) -> str:
+    return "-" if score is None else f"{score:.1f}"
+
+
+def model_zoo(report: dict) -> str:
+    columns = {
+        "val": "val/AP50",
+        "val_novel": "val_novel/AP50_novel",
+        "val_real": "val_real/AP50_seen",
+    }
+    times = {name: model["times"]["median_ms"] for name, model in report["models"].items()}
+    rows = []
+    for name, model in report["models"].items():
+        parameters = (f"{model['parameters'][kind] / 1e6:.1f}M" for kind in ("active", "total"))
+        rows.append(
+            [
+                f"`{name}`",
+                f"`{model['config']}`",
+                f"`{model['weights']}`, {model['bytes'] / 1e6:.0f} MB",
+                *(_percent(model["scores"].get(key)) for key in columns.values()),
+                " / ".join(parameters),
+                f"{times[next(iter(times))] / times[name]:.2f}",
+            ]
+        )
+    head = ["model", "config", "weights", *(f"AP50, {c}" for c in columns)]
+    return table([*head, "parameters, active / total", "FPS / that of dense"], rows)
+
+
+def moe_layer(report: dict) -> str:
+    names = list(dict.fromkeys(n for row in report["rows"] for n in row["times"]))
+    head = ["T", "experts", "dtype", "routing", "part", "pass", "dense, µs", *names[1:]]
+    rows = []
+    for row in report["rows"]:
+        times = {name: t["median_us"] for name, t in row["times"].items()}
+        ratios = [f"{times[n] / times['dense']:.2f}" if n in times else "" for n in names[1:]]
+        rows.append([*_case(row), row["part"], row["pass"], f"{times['dense']:.0f}", *ratios])
+    return "Time over that of the dense FFN.\n\n" + table(head, rows)
+
+
+def moe_phases(report: dict) -> str:
+    phases = ("routing", "dispatch", "experts", "combine", "other")  # as phases.py has them
+    head = ["T", "experts", "dtype", "routing", "pass", "of", *phases, "memory, MiB"]
+    rows = []
+    for row in report["rows"]:
+        for name, found in row["times"].items() if row["part"] == "layer" else ():
+            times = found.get("phases_us", {})
+            whole = sum(times.values())
+            # Where the profiler sees no kernels of the GPU, all times are 0.
+            shares = [f"{100 * times[p] / whole:.0f} %" if whole else "" for p in phases]
+            rows.append([*_case(row), row["pass"], name, *shares, f"{found['peak_mib']:.1f}"])
+    return "Shares of the forward pass; the peak of memory.\n\n" + table(head, rows)
+
+
+def _case(row: dict) -> list[str]:
+    model = f"x{row['experts']}-Top{row['top_k']}"
+    return [str(row["tokens"]), model, row["dtype"], row["routing"]]
+
+
+def fps(report: dict) -> str:
+    names = list(dict.fromkeys(name for row in report["rows"] for name in row["results"]))
+    head = ["size", "batch", "precision", "mode", "text", *(f"{name}, FPS" for name in names)]
+    rows = []
+    for row in report["rows"]:
+        speeds = {name: result["fps"] for name, result in row["results"].items()}
+        ratios = {name: speed / speeds[names[0]] for name, speed in speeds.items()}
+        cells = [f"{speeds[n]:.3g} ({ratios[n]:.2f})" if n in speeds else "" for n in names]
+        size = f"{row['size'][0]} x {row['size'][1]}"
+        rows.append([size, str(row["batch"]), row["precision"], row["mode"], row["text"], *cells])
+    text = f"In brackets: over that of {names[0]}.\n\n" + table(head, rows)
+    if many := report.get("many_names"):
+        slow, fast = (many["results"][way]["fps"] for way in ("piece by piece", "in one call"))
+        text += (
+            f"\n{many['names']} names in {many['pieces']} pieces ({many['detector']}): in one call "
+            f"{fast:.3g} images per second, {fast / slow:.2f} times as many as piece by piece.\n"
+        )
+    return text
+
+
+def packing(report: dict) -> str:
+    text = f"Time over that of the first column; vectors: {report['vectors']}.\n"
+    for part in dict.fromkeys(row["part"] for row in report["rows"]):
+        of_part = [row for row in report["rows"] if row["part"] == part]
+        names = list(of_part[0]["results"])
+        rows = []
+        for row in of_part:
+            times = [row["results"][name]["median_us"] for name in names]
+            ratios = [f"{t / times[0]:.2f}" for t in times[1:]]
+            rows.append([row["case"], str(row["threads"]), f"{times[0] / 1e3:.3g}", *ratios])
+        text += "\n" + table([part, "threads", f"{names[0]}, ms", *names[1:]], rows)
+    return text
+
+
+def peers(report: dict) -> str:
+    rows = [
+        [
+            row["model"],
+            f"{row['parameters'] / 1e6:.0f}M",
+            row["text"],
+            f"{row['fps']:.3g}",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in report["rows"]
+    ]
+    height, width = report["settings"]["size"]
+    title = f"{height} x {width}, {report['settings']['dtype']}, ten names.\n\n"
+    return title + table(["model", "parameters", "text", "FPS", "time / edge-x16, encoded"], rows)
+
+
+def public_weights(report: dict) -> str:
+    asked = report["settings"]
+    shortest, longest = asked["size"]
+    text = (
+        f"{len(report['photos'])} photos, shortest edge {shortest}, longest at most {longest}, "
+        f"{asked['dtype']}, {asked['threads']} threads; images per second, and how many times as "
+        "many as transformers.\n\n"
+    )
+    rows = []
+    for name, model in report["models"].items():
+        same = model["comparison"]
+        twins = f"{100 * same['twins'] / same['detections']:.1f} % of {same['detections']}"
+        cells = {
+            (row["library"], row["part"], row["text"]): (row["fps"], row["speedup"])
+            for row in model["rows"]
+        }
+        for part in ("end to end", "forward"):
+            theirs = cells["transformers", part, "encoded"][0]
+            ours = [cells["ours", part, text] for text in ("encoded", "cached")]
+            ours = [f"{fps:.3g} ({speedup:.2f})" for fps, speedup in ours]
+            rows.append([name, part, f"{theirs:.3g}", *ours, twins])
+    head = ["weights", "part", "transformers", "ours", "ours, text cached", "same detections"]
+    return text + table(head, rows)
+
+
+def training_step(report: dict) -> str:
+    rows = [
+        [
+            row["contender"],
+            f"{row['trained'] / 1e6:.1f} of {row['parameters'] / 1e6:.1f}M",
+            f"{row['median_ms']:.0f}",
+            f"{row['speedup']:.2f}",
+        ]
+        for row in report["rows"]
+    ]
+    return table(["step", "trained", "ms", "speed-up"], rows)
+
+
+def profile_detector(report: dict) -> str:
+    stages, asked = report["stages_ms"], report["settings"]
+    height, width = asked["size"]
+    text = (
+        f"{height} x {width}, {asked['precision']}, {asked['backend']} back-end, text cached.\n\n"
+    )
+    rows = [
+        [stage.replace("  ", "… "), f"{ms:.2f}", f"{100 * ms / stages['all']:.1f} %"]
+        for stage, ms in stages.items()
+    ]
+    text += table(["stage, … of which", "ms", "share"], rows) + "\n"
+    rows = [
+        [f"`{name[:60]}`", f"{ms:.2f}", str(calls)]
+        for name, (ms, calls) in report["operators_ms"].items()
+    ]
+    return text + table(["operator or kernel, by itself", "ms", "calls"], rows)
+
+
+def flops(report: dict) -> str:
+    models = report["models"]
+
+    def row(title: str, unit: float, number: Callable[[dict], int]) -> list[str]:
+        return [title, *(f"{number(model) / unit:.3f}" for model in models.values())]
+
+    rows = []
+    for part in next(iter(models.values()))["flops"]["stages"]:
+        rows.append(row(part, 1e9, lambda m, part=part: m["flops"]["stages"][part]))
+    rows.append(row("whole model", 1e9, lambda m: m["flops"]["total"]))
+    for part in next(iter(models.values()))["flops"]["decoder"]:
+        title = f"decoder: {part}"
+        rows.append(row(title, 1e9, lambda m, part=part: m["flops"]["decoder"][part]))
+    for kind in ("total", "active", "trainable"):
+        title = f"parameters, {kind} (millions)"
+        rows.append(row(title, 1e6, lambda m, kind=kind: m["parameters"][kind]))
+    for title, key, unit in (
+        ("parameters (millions)", "parameters", 1e6),
+        ("decoder", "decoder", 1e9),
+        *((key, key, 1) for key in ("FPS, A100", "FPS, Orin NX")),
+    ):
+        values = [report["paper"].get(key, {}).get(name) for name in models]
+        cells = ["" if value is None else f"{value / unit:.6g}" for value in values]
+        if any(cells):
+            rows.append([f"the paper, Tables 8 and 12: {title}", *cells])
+    height, width = report["settings"]["size"]
+    title = f"GFLOPs at {height} x {width}, a multiply-add is one"
+    return table([title, *models], rows)
+
+
+def record_memory(report: dict) -> str:
+    rows = [
+        [
+            row["source"],
+            f"{row['records']:,}",
+            f"{row['boxes']:,}",
+            f"{row['names']:,}",
+            f"{row['file_bytes'] / 1e6:,.0f}",
+            str(row["bytes_per_record"]),
+            str(row["bytes_pickled"]),
+            str(row["bytes_as_dict"]),
+        ]
+        for row in report["sources"]
+    ]
+    head = ["source", "records", "boxes", "names", "file, MB"]
+    text = table([*head, "bytes a record", "if pickled", "if dicts"], rows)
+    rows = [
+        [
+            str(row["workers"]),
+            f"{row['main_rss_bytes'] / 1e6:,.0f}",
+            f"{row['all_pss_bytes'] / 1e6:,.0f}",
+            f"{max(row['worker_private_bytes'], default=0) / 1e6:.1f}",
+            f"{max(row['worker_growth_bytes'], default=0) / 1e6:.1f}",
+        ]
+        for row in report["workers"]
+    ]
+    text += (
+        f"\n{report['records']:,} records take {report['bytes'] / 1e6:,.0f} MB; reading them took "
+        f"{report['peak_rss_bytes'] / 1e6:,.0f} MB at most, all told. A worker's own memory, and "
+        f"how much it grew while {report['touched']:,} records were touched, in MB:\n\n"
+    )
+    head = ["workers", "main process", "all processes", "own", "growth"]
+    return text + table(head, rows)
+
+
+def expert_analysis(report: dict) -> str:
+    columns = ("load entropy", "router entropy", "siblings", "effective partners")
+    told = ("information of names", "with shuffled names")
+    rows = []
+    for dataset, found in report["datasets"].items():
+        for layer, numbers in found["layers"].items():
+            cells = [f"{numbers[c]:.2f}" for c in (*columns, *told)]
+            rows.append([dataset, layer, *cells])
+    text = table(["data set", "layer", *columns, *told], rows) + "\n"
+    rows = [
+        [row["layer"], f"{row['data set']}, {row['other']}", f"{row['correlation']:.3f}"]
+        for row in report["stability"]
+    ]
+    text += table(["layer", "data sets", "correlation of co-selection"], rows)
+    if drops := report.get("drop"):
+        rows = [
+            [d["layer"], d["dropped"], *(f"{d[k]:.1f}" for k in ("AP all", "change all"))]
+            for d in drops[:4]
+        ]
+        text += "\nThe experts without which most is lost:\n\n"
+        text += table(["layer", "without expert", "AP", "change"], rows)
+    return text
+
+
+# name: title, file in results/<machine>/, and what makes a table of it
+TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
+    "model_zoo": ("The shipped models, on Stamps", "model_zoo", model_zoo),
+    "nano_stamps": ("AP50 of nano on Stamps, percent", "nano_stamps", nano_stamps),
+    "finetune_public": (
+        "A nano-size MM-Grounding-DINO, tuned from a directory of transformers, percent",
+        "finetune_public",
+        finetune_public,
+    ),
+    "fps": ("Images per second of the whole model", "fps", fps),
+    "fps_tuned": ("The same, with tiles tuned on this GPU", "fps_tuned", fps),
+    "profile": ("Where one forward pass spends its time", "profile_detector", profile_detector),
+    "moe_layer": ("One FFN of the decoder", "moe_layer", moe_layer),
+    "moe_phases": ("Phases and memory of the same", "moe_layer", moe_phases),
+    "moe_scaling": ("The same over tokens and experts", "moe_scaling", moe_layer),
+    "packing": ("Weights packed for oneDNN, on a CPU", "packing", packing),
+    "training_step": ("A training step", "training_step", training_step),
+    "peers": ("Other libraries' detectors", "peers", peers),
+    "public_weights": (
+        "Grounding DINO against transformers, same weights and photos",
+        "public_weights",
+        public_weights,
+    ),
+    "flops": ("Operations and parameters", "flops", flops),
+    "expert_analysis": ("What the experts of nano x16 do", "expert_analysis", expert_analysis),
+    "record_memory": ("Memory of the training records", "record_memory", record_memory),
+}
+
+
+def page() -> str:
+    """RESULTS.md: all tables of all machines, each with where it comes from."""
+    text = (
+        "# Results\n\nGenerated by `python benchmarks/results.py` from the files in `results/`; "
+        "`make bench` measures\nyour machine. A CPU's absolute times mean little: look at ratios.\n"
+    )
+    for folder in sorted(p for p in RESULTS.iterdir() if p.is_dir()):
+        text += f"\n## {folder.name}\n"
+        for name, (title, file, render) in TABLES.items():
+            path = folder / f"{file}.json"
+            if not path.exists():
+                continue
+            report = json.loads(path.read_text())
+            versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+            text += f"\n### {title}\n{render(report)}\n"
+            text += f"[`{path.name}`](results/{folder.name}/{path.name}): {report['machine']}; "
+            text += f"{versions}; commit `{report['commit'][:12]}`"
+            text += f"; `{report['command']}`\n" if "command" in report else "\n"
+            picture = path.with_suffix(".png")
+            if name == file and picture.exists():
+                text += f"\n![{title}](results/{folder.name}/{picture.name})\n"
+    return text
+
+
+def with_tables(document: str) -> str:
+    """A document, its marked parts as the files have them (of the CPU, where all are measured)."""
+
+    def render(match: re.Match) -> str:
+        _, file, table_of = TABLES[match[2]]
+        report = json.loads((RESULTS / "cpu" / f"{file}.json").read_text())
+        return f"{match[1]}{table_of(report)}{match[3]}"
+
+    return MARKED.sub(render, document)
+
+
+def update(check: bool = False) -> int:
+    """Writes RESULTS.md and the marked tables; with `check` only says what disagrees, which makes
+    the returned exit status 1."""
+    wanted = {PAGE: page()} | {p: with_tables(p.read_text()) for p in (README, CARDS)}
+    status = 0
+    for path, text in wanted.items():
+        if path.exists() and path.read_text() == text:
+            continue
+        if check:
+            print(f"{path.name} disagrees with benchmarks/results/: run benchmarks/results.py")
+            status = 1
+        else:
+            path.write_text(text)
+            print(path)
+    return status

@@ -1,0 +1,100 @@
+"""Checkpoints: load one completely or not at all, write small ones to ship, import public ones.
+
+A frozen tower whose weights come from an installed package is not stored in shipped files. An MoE
+model that loads a dense checkpoint is converted on the way (see ``dynamic_dino.moe.layer``). What
+public weights are, and how they become ours, see ``dynamic_dino.checkpoint.public``.
+
+    python -m dynamic_dino.checkpoint export --config-file CONFIG model_final.pth OUT.safetensors
+    python -m dynamic_dino.checkpoint export --config-file CONFIG model_final.pth DIRECTORY
+    python -m dynamic_dino.checkpoint import hf:IDEA-Research/grounding-dino-tiny OUT.safetensors
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import nn
+
+from ..sources import is_hub_spec, resolve
+from .files import read_state_dict
+from .public import import_public
+
+logger = logging.getLogger(__name__)
+
+FROZEN_TOWERS = ("backbone.", "text_encoder.body.")
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()) -> None:
+    """Loads .safetensors, or .pth of this project's trainer, into a model.
+
+    A path "package:MODULE/FILE" names a file inside an installed package, such as the shipped
+    "package:dynamic_dino/weights/nano_dense.safetensors"; "hf:OWNER/NAME" or "hf:DIRECTORY" public
+    weights of Grounding DINO. What matches a pattern of `skip` (fnmatch) stays as it is.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is corrupt, or doesn't match the model key by key and shape by shape;
+            a pattern matches nothing.
+    """
+    if is_hub_spec(path):
+        state = import_public(path).state
+    else:
+        path = resolve(path, "checkpoint")
+        state = read_state_dict(path)
+        theirs = ("transformer.", "module.transformer.", "bbox_head.")
+        if any(name.startswith(theirs) for name in state):
+            raise ValueError(
+                f"{path} has the names of IDEA's code or of mmdetection: make a checkpoint of it "
+                f"with `python -m dynamic_dino.checkpoint import {path} OUT.safetensors`"
+            )
+    model_state = model.state_dict()
+    skipped: set[str] = set()
+    for pattern in skip:
+        matching = fnmatch.filter(model_state, pattern)
+        if not matching:
+            raise ValueError(f"nothing of the model matches {pattern!r}, which should be skipped")
+        skipped.update(matching)
+        state = {k: v for k, v in state.items() if not fnmatch.fnmatchcase(k, pattern)}
+    kept = [k for k in model_state if k.startswith(FROZEN_TOWERS) and k not in state]
+    if kept and not _towers_are_frozen(model):
+        raise ValueError(
+            f"{path} has no weights for {kept[0]} and {len(kept) - 1} more keys of a tower that "
+            "is not frozen, or has no others: is it a shipped checkpoint of another configuration?"
+        )
+    try:
+        result = model.load_state_dict(state, strict=False)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is of another architecture than this config: {error}") from error
+    missing = [k for k in result.missing_keys if k not in kept and k not in skipped]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"{path} is of another architecture than this config: "
+            f"{_some('missing', missing)}; {_some('unexpected', result.unexpected_keys)}"
+        )
+    logger.info("Loaded %d tensors from %s, kept %d of frozen towers", len(state), path, len(kept))
+
+
+def export_weights(model: nn.Module, path: str | Path) -> None:
+    """Writes the model without its frozen towers, in fp16, as safetensors."""
+    skip = FROZEN_TOWERS if _towers_are_frozen(model) else ()
+    state = {
+        k: (v.half() if v.is_floating_point() else v).contiguous()
+        for k, v in model.state_dict().items()
+        if not k.startswith(skip or ("\0",))
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path)
+
+
+def _towers_are_frozen(model: nn.Module) -> bool:
+    """And are what they are without a checkpoint."""
+    return all(t.frozen and t.pretrained for t in (model.backbone, model.text_encoder))
+
+
+def _some(what: str, keys: list[str], show: int = 4) -> str:
+    more = f" and {len(keys) - show} more" if len(keys) > show else ""
+    return f"{len(keys)} {what} keys" + (f" ({', '.join(keys[:show])}{more})" if keys else "")

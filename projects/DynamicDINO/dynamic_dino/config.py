@@ -1,0 +1,208 @@
+"""Config files: load, override, check. Every mistake is reported with the nearest right name.
+
+The recipe is a Detectron2 LazyConfig with the nodes ``model``, ``optimizer``, ``lr_multiplier``,
+``dataloader`` and ``train``. `TRAIN_DEFAULTS` lists every key of ``train`` that the engine reads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import LazyConfig
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, OmegaConf
+
+from . import renamed
+
+TRAIN_DEFAULTS: dict[str, Any] = {
+    "output_dir": "output",
+    "init_checkpoint": "",  # weights to start from; dense ones become experts in an MoE model
+    "init_except": (),  # fnmatch patterns on what stays as initialised, such as "decoder.*.ffn.*"
+    "seed": 0,
+    "device": "auto",  # "cuda", "cpu" or "auto"
+    "max_iter": 90000,
+    "num_threads": None,  # CPU threads of torch; None keeps torch's own choice
+    "amp": {"enabled": False, "dtype": "bfloat16"},  # or "float16" (CUDA only)
+    "clip_grad": {"enabled": True, "max_norm": 0.1, "norm_type": 2.0},
+    "ema": {"enabled": False, "decay": 0.9998},
+    "ddp": {"broadcast_buffers": False, "find_unused_parameters": False},
+    # DynMoE: experts come and go every `period` iterations, by the choices in the last `window`
+    "adaptive_experts": {"enabled": False, "period": 200, "window": 200},
+    "checkpointer": {"period": 5000, "max_to_keep": 3},
+    "eval_period": 0,  # 0: only after the last iteration
+    "eval_first": False,  # score the model that training starts from as well
+    "log_period": 20,
+    "best_metric": None,  # e.g. "val/AP"
+    "trainable": None,  # fnmatch patterns on parameter names; None: as the model was built
+}
+
+
+class ConfigError(ValueError):
+    """The recipe or its overrides are wrong; the message says where and what to write instead."""
+
+
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """What a recipe's values or files break while things are built is the user's to mend: it ends
+    the run with its message alone. What fails later keeps its traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), model: str | Path | None = None
+) -> DictConfig:
+    """Loads a LazyConfig file, fills in `TRAIN_DEFAULTS` and applies ``key=value`` overrides.
+
+    `model` is another recipe, whose detector, input size and last weights take the place of those
+    of the file, before the overrides are applied.
+
+    Raises `ConfigError` for a missing file, an unknown key, or a value of the wrong kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist{_near_files(path)}")
+    cfg = LazyConfig.load(str(path)) if path.suffix == ".py" else _load_yaml(path)
+    if missing := [node for node in ("model", "dataloader") if node not in cfg]:
+        raise ConfigError(
+            f"{path} has no `{missing[0]}`; a recipe defines model, optimizer, lr_multiplier, "
+            f"dataloader and train (this file defines: {', '.join(map(str, cfg)) or 'nothing'})"
+        )
+    _check_train_keys(cfg.get("train", {}), path)
+    cfg.train = OmegaConf.merge(TRAIN_DEFAULTS, cfg.get("train", {}))
+    if model is not None:
+        other = load_config(model)
+        cfg.model, cfg.inference = other.model, other.inference
+        cfg.train.init_checkpoint = f"{other.train.output_dir}/model_final.pth"
+    return apply_overrides(cfg, overrides)
+
+
+def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Applies ``key=value`` strings in place. A key must exist in the recipe, or name a parameter
+    of the callable whose node it is in (``optimizer.betas=[0.9,0.98]``)."""
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(
+                f"override {override!r} is not of the form key=value, e.g. train.max_iter=100 "
+                "(flags such as --resume stand before the overrides)"
+            )
+        _check_key(cfg, key)
+        before = OmegaConf.select(cfg, key, throw_on_missing=False)
+        try:
+            LazyConfig.apply_overrides(cfg, [override])
+        except Exception as error:  # hydra's grammar errors are of many types
+            raise ConfigError(f"override {override!r} can't be parsed: {error}") from error
+        _check_value(key, before, OmegaConf.select(cfg, key), value)
+    return cfg
+
+
+def _load_yaml(path: Path) -> DictConfig:
+    """As LazyConfig does, also where an older version of this package wrote the file."""
+    content = yaml.unsafe_load(renamed.current(path.read_text()))
+    return OmegaConf.create(content, flags={"allow_objects": True})
+
+
+def require(cfg: DictConfig, *keys: str) -> None:
+    """Raises `ConfigError` unless every dotted key is in the recipe."""
+    for key in keys:
+        if OmegaConf.select(cfg, key) is None:
+            raise ConfigError(
+                f"the recipe has no `{key}`, which is needed here{suggestion(key, keys_of(cfg))}"
+            )
+
+
+def accepts(node: Mapping, name: str) -> bool:
+    """Whether the callable of a lazy node takes a parameter called `name`."""
+    target = node.get("_target_")
+    target = locate(target) if isinstance(target, str) else target
+    try:
+        return name in inspect.signature(target).parameters
+    except (TypeError, ValueError):  # not callable, or a builtin without a signature
+        return False
+
+
+def keys_of(cfg: Any, prefix: str = "") -> list[str]:
+    """All dotted keys of a config, sections included."""
+    if OmegaConf.is_config(cfg):
+        cfg = OmegaConf.to_container(cfg, resolve=False)
+    if not isinstance(cfg, Mapping):
+        return []
+    keys = []
+    for key, value in cfg.items():
+        if key != "_target_":
+            keys += [f"{prefix}{key}", *keys_of(value, f"{prefix}{key}.")]
+    return keys
+
+
+def nearest(name: str, names: Iterable[str], count: int = 1) -> list[str]:
+    """The most similar names, best first; may be empty."""
+    return difflib.get_close_matches(name, list(names), n=count, cutoff=0.6)
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """The end of an error message: "; did you mean ...?", or nothing where no name comes near."""
+    near = nearest(name, names)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _check_key(cfg: DictConfig, key: str) -> None:
+    absent = object()
+    if OmegaConf.select(cfg, key, default=absent, throw_on_missing=False) is not absent:
+        return
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    if isinstance(node, Mapping) and accepts(node, name):
+        return
+    known = keys_of(cfg)
+    # A right name in the wrong section ("max_iter") resembles no full key, but ends one.
+    same_name = [k for k in known if k.rpartition(".")[2] == name]
+    near = same_name[:3] or nearest(key, known)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; see config.yaml of a run"
+    raise ConfigError(f"unknown config key {key!r}{hint}")
+
+
+def _check_value(key: str, before: Any, after: Any, text: str) -> None:
+    if isinstance(before, DictConfig) and not isinstance(after, DictConfig | None):
+        names = ", ".join(f"{key}.{name}" for name in before)
+        raise ConfigError(f"{key} is a section, it can't be set to {text!r}; set one of {names}")
+    numbers = (int, float)
+    expected = bool if isinstance(before, bool) else numbers if isinstance(before, numbers) else ()
+    wrong = isinstance(after, str) or (isinstance(after, bool) and expected is numbers)
+    if expected and wrong:
+        kind = "true or false" if expected is bool else "a number"
+        raise ConfigError(f"{key} needs {kind} (as {before!r}), not {text!r}")
+
+
+def _check_train_keys(train: Mapping, path: Path) -> None:
+    """A misspelt key would silently have no effect; but recipes may add keys of their own."""
+    known = keys_of(TRAIN_DEFAULTS)
+    for key in keys_of(train):
+        if key not in known and (near := difflib.get_close_matches(key, known, 1, 0.8)):
+            raise ConfigError(
+                f"{path}: unknown config key 'train.{key}'; did you mean train.{near[0]}?"
+            )
+
+
+def _near_files(path: Path) -> str:
+    """Config files that may be meant: same depth below the nearest folder that exists."""
+    root = path.parent
+    while not root.is_dir():
+        root = root.parent
+    depth = len(path.parent.relative_to(root).parts)
+    found = {str(file): None for file in sorted(root.glob("*/" * depth + "*.py"))}
+    by_name = {Path(file).name: file for file in found}
+    near = [by_name[name] for name in nearest(path.name, by_name)]
+    if depth:  # a folder is wrong: the file's name alone says too little
+        near = nearest(str(path), found) or near
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; in {root} there are: {', '.join([*found][:8])}" if found else ""

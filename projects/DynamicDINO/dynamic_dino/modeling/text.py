@@ -1,0 +1,340 @@
+"""Text tower: phrases to token features, one phrase block at a time.
+
+Grounding DINO concatenates all phrases of a prompt, and masks the attention of its text encoder so
+that a phrase sees only itself (the sub-sentence text mask), with position ids that start anew in
+each phrase. That is the same as encoding every phrase by itself, which is what we do: nothing is
+computed for masked pairs, a phrase that occurs twice in a batch is encoded once, and the features
+of a frozen encoder can be cached per phrase. ``tests/modeling/test_text.py`` proves the equality.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from ..sources import resolve_model
+from .prompt import Prompt
+from .structures import TextFeatures
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a prompt that is encoded by itself: its text, and where it stands in the prompt."""
+
+    text: str
+    start: int
+
+
+class Cache(OrderedDict):
+    """Forgets the oldest entry when it is full, and all of them when the weights have changed."""
+
+    def __init__(self, size: int = 0) -> None:  # copies are made without arguments
+        super().__init__()
+        self.size = size
+        self._weights: list[tuple[int, int]] = []
+
+    def __setitem__(self, key: Hashable, value: object) -> None:
+        super().__setitem__(key, value)
+        while len(self) > self.size:
+            self.popitem(last=False)
+
+    def drop_if_changed(self, parameters: Iterable[Tensor]) -> None:
+        """A load, a move, or the step of an average of models changes the version that torch
+        counts, or the address, of some parameter."""
+        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+        if weights != self._weights:
+            self.clear()
+            self._weights = weights
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a prompt that is looked at in one go, and the index of its first phrase."""
+
+    prompt: Prompt
+    first: int
+
+
+class TextEncoder(nn.Module):
+    """A BERT-like encoder from transformers, and a projection to the detector's width.
+
+    Args:
+        model: hub id ("bert-base-uncased"), local directory, or "package:MODULE/DIRECTORY".
+        dim: width of the detector.
+        weights: load the encoder's pretrained weights; False builds it at random from its config.
+        frozen: no gradients; features of phrases are then computed once and cached.
+        pooled: one token per phrase, the mean over its word pieces (sentence encoders), instead of
+            one token per word piece (Grounding DINO).
+        norm: layer norm after the projection, for an enhancer without text layers, whose norms
+            otherwise give the class head vectors of a known length.
+        max_tokens: longest prompt, in tokens, that is looked at in one piece at test time, and
+            longest caption to train on.
+        cache_size: phrases whose features are kept; cached_prompts: batches of prompts whose
+            finished `TextFeatures` are kept in inference.
+        config: overrides of the encoder's configuration, e.g. ``{"num_hidden_layers": 2}``.
+
+    Attributes:
+        pretrained: whether it brings its weights, so that checkpoints needn't.
+        pad_to: in inference, batches are padded to a multiple of this many tokens and phrases, so
+            that what is captured for one prompt serves others (`optimize_for_inference`).
+
+    Raises:
+        FileNotFoundError: the model is not at hand and can't be fetched.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        dim: int = 256,
+        weights: bool = True,
+        frozen: bool = False,
+        pooled: bool = False,
+        max_tokens: int = 256,
+        norm: bool = False,
+        dropout: float = 0.0,
+        grad_checkpointing: bool = False,
+        cache_size: int = 100_000,
+        cached_prompts: int = 64,
+        tokenizer: str | None = None,
+        config: dict | None = None,
+    ) -> None:
+        super().__init__()
+        path = resolve_model(model)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(resolve_model(tokenizer or model))
+            if weights:
+                with quiet_transformers():
+                    self.body = AutoModel.from_pretrained(path, add_pooling_layer=False)
+            else:
+                body_config = AutoConfig.from_pretrained(path, **(config or {}))
+                self.body = AutoModel.from_config(body_config, add_pooling_layer=False)
+        except (OSError, HFValidationError) as error:
+            raise FileNotFoundError(
+                f"text encoder {model!r} is neither in the Hugging Face cache nor a local "
+                "directory, and the hub can't be reached; download it where there is internet and "
+                f"set model.text_encoder.model=/path/to/it ({error})"
+            ) from error
+        self.dim, self.frozen, self.pooled, self.max_tokens = dim, frozen, pooled, max_tokens
+        self.pretrained = weights
+        self.proj = nn.Linear(self.body.config.hidden_size, dim)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.reset_projection()
+        if grad_checkpointing:
+            self.body.gradient_checkpointing_enable()
+        if frozen:
+            self.body.requires_grad_(False)
+        self.pad_to = 1
+        self._pieces = Cache(cached_prompts)  # (prompt, max_phrases) -> its pieces
+        self._phrases = Cache(cache_size)  # text -> output of the body
+        self._prompts = Cache(cached_prompts)  # prompts -> TextFeatures
+
+    def reset_projection(self) -> None:
+        nn.init.xavier_uniform_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        super().train(mode)
+        if self.frozen:
+            self.body.eval()
+        if mode:  # the weights are about to change
+            self.forget(phrases=not self.frozen)
+        return self
+
+    def forget(self, phrases: bool = True) -> None:
+        """Empties the caches of features; without `phrases`, the body's outputs stay."""
+        self._prompts.clear()
+        if phrases:
+            self._phrases.clear()
+
+    # Prompts to blocks -------------------------------------------------------------------------
+    def blocks(self, prompt: Prompt) -> list[Block]:
+        """The sub-sentences of a prompt, each with its terminator ("." or "?")."""
+        if self.pooled:
+            return [Block(p, s[0][0]) for p, s in zip(prompt.phrases, prompt.spans, strict=True)]
+        pieces = re.finditer(r"[^.?]*[.?]|[^.?]+$", prompt.text)
+        return [
+            Block(text.strip(), m.start() + len(text) - len(text.lstrip()))
+            for m in pieces
+            if (text := m.group()).strip()
+        ]
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Length of the prompt in the text features, [CLS] and [SEP] included."""
+        if self.pooled:
+            return len(prompt.spans)
+        return 2 + sum(len(self._tokenize(b.text)["input_ids"]) for b in self.blocks(prompt))
+
+    def refuse_long_caption(self, caption: str, file_name: str) -> None:
+        """Raises ValueError for a caption that `max_tokens` doesn't hold: a piece of a sentence
+        means something else, so that it isn't cut."""
+        if len(caption) + 2 <= self.max_tokens:  # a token is at least a character
+            return
+        count = self.count_tokens(Prompt(caption, (((0, len(caption)),),)))
+        if count > self.max_tokens:
+            raise ValueError(
+                f"the caption of {file_name!r} has {count} tokens, but at most {self.max_tokens} "
+                f"fit: {caption[:80]!r} ...; shorten or split it or leave it out (`python -m "
+                "dynamic_dino.data check` lists all of a data set), or raise "
+                "model.text_encoder.max_tokens"
+            )
+
+    def split(self, prompt: Prompt, max_phrases: int | None = None) -> list[list[int]]:
+        """Splits the phrases of a prompt so that each part fits `max_tokens` and `max_phrases`.
+
+        Returns the phrase indices of each part. A prompt that fits stays in one piece.
+        """
+        max_phrases = max_phrases or len(prompt.spans)
+        if len(prompt.spans) <= max_phrases and self.count_tokens(prompt) <= self.max_tokens:
+            return [list(range(len(prompt.spans)))]
+        parts: list[list[int]] = [[]]
+        room = budget = self.max_tokens - (0 if self.pooled else 2)
+        for i, phrase in enumerate(prompt.phrases):
+            size = 1 if self.pooled else len(self._tokenize(phrase + ".")["input_ids"])
+            if size > budget:
+                raise ValueError(f"phrase {phrase!r} has {size} tokens, at most {budget} fit")
+            if parts[-1] and (size > room or len(parts[-1]) == max_phrases):
+                parts.append([])
+                room = budget
+            parts[-1].append(i)
+            room -= size
+        return parts
+
+    def pieces(self, prompt: Prompt, max_phrases: int | None = None) -> list[Piece]:
+        """The prompts that a long prompt is split into, a short one's is itself."""
+        key = (prompt, max_phrases)
+        if key not in self._pieces:
+            parts = self.split(prompt, max_phrases)
+            whole = len(parts) == 1
+            self._pieces[key] = [
+                Piece(prompt if whole else prompt.select(part), part[0]) for part in parts
+            ]
+        return self._pieces[key]
+
+    def _tokenize(self, text: str) -> dict:
+        return self.tokenizer(
+            text, add_special_tokens=self.pooled, return_offsets_mapping=True, verbose=False
+        )
+
+    # Encoding ----------------------------------------------------------------------------------
+    def forward(self, prompts: list[Prompt]) -> TextFeatures:
+        """Encodes a batch of prompts, padded to the longest: tokens [B, L, dim].
+
+        In inference, a batch of prompts that was seen before comes from the cache.
+        """
+        if self.training or torch.is_grad_enabled():
+            return self._features(prompts)
+        device = self.proj.weight.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (*prompts, autocast)
+        self._prompts.drop_if_changed(self.parameters())
+        if key not in self._prompts:
+            self._prompts[key] = self._features(prompts).padded(self.pad_to)
+        return self._prompts[key]
+
+    def _features(self, prompts: list[Prompt]) -> TextFeatures:
+        blocks = [self.blocks(p) for p in prompts]
+        specials = [] if self.pooled else [self.tokenizer.cls_token, self.tokenizer.sep_token]
+        features = self._encode([b.text for row in blocks for b in row] + specials)
+
+        rows, block_ids, phrase_maps = [], [], []
+        for prompt, row in zip(prompts, blocks, strict=True):
+            texts = [b.text for b in row]
+            if specials:
+                texts = [specials[0], *texts, specials[1]]
+            parts = [features[t] for t in texts]
+            rows.append(torch.cat(parts))
+            sizes = torch.tensor([len(p) for p in parts])
+            block_ids.append(torch.arange(len(parts)).repeat_interleave(sizes))
+            phrase_maps.append(self._phrase_map(prompt, row, len(rows[-1])))
+
+        tokens = self.norm(self.proj(self.dropout(pad_sequence(rows, batch_first=True))))
+        device, length = tokens.device, tokens.shape[1]
+        ids = pad_sequence(block_ids, batch_first=True, padding_value=-1)
+        phrase_map = torch.zeros(len(prompts), max(len(m) for m in phrase_maps), length)
+        for i, m in enumerate(phrase_maps):
+            phrase_map[i, : m.shape[0], : m.shape[1]] = m
+        ids = ids.to(device, non_blocking=True)
+        return TextFeatures(tokens, ids >= 0, ids, phrase_map.to(device, non_blocking=True))
+
+    def _phrase_map(self, prompt: Prompt, blocks: list[Block], length: int) -> Tensor:
+        """Row p averages the tokens whose characters overlap phrase p: [P, length]."""
+        if self.pooled:
+            return torch.eye(length)
+        offsets = [(-1, -1)]  # [CLS]
+        for block in blocks:
+            pairs = self._tokenize(block.text)["offset_mapping"]
+            offsets += [(block.start + s, block.start + e) for s, e in pairs]
+        result = torch.zeros(len(prompt.spans), length)
+        for p, spans in enumerate(prompt.spans):
+            for start, end in spans:
+                for t, (s, e) in enumerate(offsets):
+                    if s < end and e > start:
+                        result[p, t] = 1.0
+        return result / result.sum(-1, keepdim=True).clamp(min=1)
+
+    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
+        """Encodes unique texts, from the cache unless the encoder trains."""
+        unique = list(dict.fromkeys(texts))
+        if not self.frozen and (self.training or torch.is_grad_enabled()):
+            return self._run(unique)
+        self._phrases.drop_if_changed(self.body.parameters())
+        known = {t: self._phrases[t] for t in unique if t in self._phrases}
+        missing = [t for t in unique if t not in known]
+        if missing:
+            known.update(self._run_frozen(missing) if self.frozen else self._run(missing))
+        for text in missing:
+            self._phrases[text] = known[text].detach()
+        return known
+
+    def _run_frozen(self, texts: list[str]) -> dict[str, Tensor]:
+        """As `_run`, but a text's features depend on nothing else, be it autocast or, in the last
+        bit, its company in the batch: a resumed run, whose cache starts empty, gets the same."""
+        with torch.autocast(self.proj.weight.device.type, enabled=False):
+            if self.proj.weight.is_cuda:
+                return self._run(texts)
+            return {text: self._run([text])[text] for text in texts}
+
+    def _run(self, texts: list[str]) -> dict[str, Tensor]:
+        """Runs the encoder on texts, each a row: {text: [T, C]} (T = 1 when pooled)."""
+        batch = self.tokenizer.pad(
+            {"input_ids": [self._ids(t) for t in texts]}, return_tensors="pt"
+        ).to(self.proj.weight.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            hidden = self.body(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            ).last_hidden_state
+        lengths = batch["attention_mask"].sum(1).tolist()
+        rows = [h[:n] for h, n in zip(hidden, lengths, strict=True)]
+        if self.pooled:
+            rows = [row.mean(0, keepdim=True) for row in rows]
+        return dict(zip(texts, rows, strict=True))
+
+    def _ids(self, text: str) -> list[int]:
+        if text in (self.tokenizer.cls_token, self.tokenizer.sep_token):
+            return [self.tokenizer.convert_tokens_to_ids(text)]
+        return self._tokenize(text)["input_ids"]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hides the loader's progress bar and its report that BERT's unused pooler wasn't loaded."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,104 @@
+"""`ClassVocabulary`: what a closed-set detector has in the place of a text encoder."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from .prompt import Prompt
+from .structures import TextFeatures
+from .text import Piece
+
+
+class ClassVocabulary(nn.Module):
+    """The classes that a closed-set detector knows, asked for by their names.
+
+    Prompts are as for an open vocabulary, only that each phrase must be the name of a class. To the
+    rest of the detector each class is a token, and a phrase is one of them; the tokens have no
+    features, because `LinearHead` and `ClassDenoising` learn what there is to know of a class. A
+    class that the prompt doesn't name is masked: no query is selected for it, none is called it,
+    and it doesn't count in the loss.
+
+    Args:
+        names: of the classes, in the order of the class head. Recipes may name a data set instead,
+            see `dynamic_dino.data.class_names`.
+
+    Attributes:
+        names: the list of names.
+        frozen, pretrained: there are no weights that a checkpoint should hold.
+        pad_to: in inference, prompts are padded to a multiple of this many phrases, see
+            `TextEncoder`.
+
+    Raises:
+        ValueError: no names, or two that are the same as phrases.
+    """
+
+    frozen = pretrained = True
+    rows: Tensor
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = list(names)
+        if not self.names:
+            raise ValueError(
+                "a closed-set detector needs the names of its classes, but the list is empty"
+            )
+        self._ids: dict[str, int] = {}
+        for i, phrase in enumerate(Prompt.from_phrases(self.names).phrases):
+            if self._ids.setdefault(phrase.casefold(), i) != i:
+                raise ValueError(
+                    f"classes {self._ids[phrase.casefold()]} and {i} are both named {phrase!r}, so "
+                    "a prompt can't tell them apart: give each a name of its own"
+                )
+        self.pad_to = 1
+        one_hot = torch.eye(len(self.names) + 1, dtype=torch.bool)[:, :-1]  # the last row pads
+        self.register_buffer("rows", one_hot, persistent=False)
+
+    def forward(self, prompts: list[Prompt]) -> TextFeatures:
+        """tokens [B, C, 0] and phrase_map [B, P, C] of C classes; see `TextFeatures`."""
+        rows = [torch.tensor(self.ids(prompt)) for prompt in prompts]
+        ids = pad_sequence(rows, batch_first=True, padding_value=len(self.names))
+        if not self.training:
+            more = -ids.shape[1] % self.pad_to
+            ids = nn.functional.pad(ids, (0, more), value=len(self.names))
+        phrase_map = self.rows[ids.to(self.rows.device, non_blocking=True)]
+        mask = phrase_map.any(1)
+        blocks = torch.arange(len(self.names), device=mask.device).expand_as(mask)
+        tokens = mask.new_zeros(*mask.shape, 0, dtype=torch.float32)
+        return TextFeatures(tokens, mask, blocks, phrase_map.float())
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """The class of each phrase. Raises ValueError for a phrase that is no class."""
+        phrases = [phrase.casefold() for phrase in prompt.phrases]
+        for phrase in phrases:
+            if phrase not in self._ids:
+                near = difflib.get_close_matches(phrase, self._ids, n=1)
+                near = f"did you mean {near[0]!r}?" if near else f"such as {self.names[0]!r}"
+                raise ValueError(
+                    f"{phrase!r} is none of the {len(self.names)} classes of this closed-set "
+                    f"detector, {near}"
+                )
+        return [self._ids[phrase] for phrase in phrases]
+
+    def pieces(self, prompt: Prompt, max_phrases: int | None = None) -> list[Piece]:
+        """A prompt of more than `max_phrases` is split, see `TextEncoder.pieces`."""
+        count = len(prompt.spans)
+        step = max_phrases or count
+        if count <= step:
+            return [Piece(prompt, 0)]
+        parts = (range(first, min(first + step, count)) for first in range(0, count, step))
+        return [Piece(prompt.select(part), part[0]) for part in parts]
+
+    def forget(self, phrases: bool = True) -> None:
+        """Nothing is kept of a prompt."""
+
+    def refuse_long_caption(self, caption: str, file_name: str) -> None:
+        """Raises ValueError: captions name what they like."""
+        raise ValueError(
+            f"{file_name!r} has a caption, {caption[:80]!r}, but a closed-set detector knows only "
+            "the names of its classes: train it on a detection data set"
+        )

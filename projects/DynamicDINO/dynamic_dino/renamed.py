@@ -1,0 +1,35 @@
+"""Former names, so that the config.yaml of a run by an older version is read as it was meant.
+
+A config.yaml names classes and functions by their paths; `current` brings those up to date.
+"""
+
+from __future__ import annotations
+
+import re
+
+_MODELING = (
+    "attention backbone decoder deformable_enhancer detector enhancer feed_forward heads losses "
+    "neck postprocess prompt query_selection structures swin text vocabulary"
+)
+# Former path -> present path, each for itself and all below it; the longest match counts.
+PATHS = {
+    **{f"dynamic_dino.{name}": f"dynamic_dino.modeling.{name}" for name in _MODELING.split()},
+    "dynamic_dino.data.drawn": "dynamic_dino.data.synthetic.drawn",
+    "dynamic_dino.data.glyphs": "dynamic_dino.data.synthetic.glyphs",
+    "dynamic_dino.data.stamps": "dynamic_dino.data.synthetic.stamps",
+    "dynamic_dino.moe.proposals": "dynamic_dino.modeling.proposals",
+    "dynamic_dino.vocabulary.ClassVocabulary": "dynamic_dino.data.class_names.class_vocabulary",
+    "dynamic_dino.vocabulary.count_classes": "dynamic_dino.data.class_names.count_classes",
+}
+
+
+def current(text: str) -> str:
+    """The text of a config.yaml with the present paths of classes and functions."""
+    return re.sub(r"(?<![\w/.])dynamic_dino\.[\w.]*\w", lambda match: current_path(match[0]), text)
+
+
+def current_path(path: str) -> str:
+    """The present path of a class or function, such as "dynamic_dino.text.TextEncoder"."""
+    former = [old for old in PATHS if path == old or path.startswith(f"{old}.")]
+    longest = max(former, key=len, default="")
+    return PATHS[longest] + path.removeprefix(longest) if longest else path

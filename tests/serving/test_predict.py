@@ -1,0 +1,216 @@
+"""predict.py from its arguments to the files, with a detector that knows where to look."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from dynamic_dino.serving.inference import Detector
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[2] / "projects" / "DynamicDINO" / "predict.py"
+spec = importlib.util.spec_from_file_location("predict_script", SCRIPT)
+predict = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(predict)
+
+
+class RightHalf(torch.nn.Module):
+    """Finds every phrase in the right half of the image, the first with 0.8, the next 0.6, ..."""
+
+    def forward(self, batch):
+        outputs = []
+        for sample in batch:
+            h, w = sample["height"], sample["width"]
+            phrases = sample["prompt"].phrases
+            found = Instances((h, w))
+            found.pred_boxes = Boxes(torch.tensor([[w / 2, 0, w, h]] * len(phrases)))
+            found.scores = 0.8 - 0.2 * torch.arange(len(phrases))
+            found.pred_classes = torch.arange(len(phrases))
+            found.phrases = phrases
+            outputs.append({"instances": found})
+        return outputs
+
+
+@pytest.fixture(autouse=True)
+def detector(monkeypatch):
+    asked = []
+
+    def make(args):
+        asked.append(args)
+        return Detector(RightHalf(), 64, batch_size=2)
+
+    monkeypatch.setattr(predict, "make_detector", make)
+    return asked
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    rng = np.random.default_rng()
+    for i in range(3):
+        pixels = rng.integers(0, 256, (40, 60 + 20 * i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"photo{i}.jpg")
+    return tmp_path / "photos"
+
+
+def run(tmp_path, *args):
+    return predict.main([*map(str, args), "--output", str(tmp_path / "out")])
+
+
+def saved(tmp_path):
+    return json.loads((tmp_path / "out" / "predictions.json").read_text())
+
+
+def test_one_image(tmp_path, photos, capsys):
+    assert run(tmp_path, photos / "photo0.jpg", "--text", "red panda. windmill. mug. bell.") == 0
+    [result] = saved(tmp_path)
+    assert result["file"] == str(photos / "photo0.jpg")
+    assert (result["width"], result["height"]) == (60, 40)
+    assert result["prompt"] == ["red panda", "windmill", "mug", "bell"]
+    assert result["detections"] == [
+        {"phrase": "red panda", "score": 0.8, "box": [30, 0, 60, 40]},
+        {"phrase": "windmill", "score": 0.6, "box": [30, 0, 60, 40]},
+        {"phrase": "mug", "score": 0.4, "box": [30, 0, 60, 40]},
+    ]
+    picture = Image.open(tmp_path / "out" / "photo0.png")
+    assert picture.size == (640, 427)
+    printed = capsys.readouterr()
+    assert re.search(r"red panda +0.80 +30 +0 +60 +40\n", printed.out)
+    assert "photo0.png" in printed.out
+    assert str(tmp_path / "out") in printed.out
+    assert "error" not in printed.err
+
+
+def test_thresholds(tmp_path, photos, capsys):
+    photo = photos / "photo0.jpg"
+    assert run(tmp_path, photo, "--text", "a. b. c.", "--threshold", "0.5") == 0
+    assert [d["phrase"] for d in saved(tmp_path)[0]["detections"]] == ["a", "b"]
+    assert run(tmp_path, photo, "--text", "a. b. c.", "--max-detections", "1") == 0
+    assert [d["phrase"] for d in saved(tmp_path)[0]["detections"]] == ["a"]
+    assert run(tmp_path, photo, "--text", "a. b. c.", "--threshold", "0.95") == 0
+    assert saved(tmp_path)[0]["detections"] == []
+    assert "nothing with a score of 0.95 or more" in capsys.readouterr().out
+
+
+def test_a_folder_with_one_text_for_all(tmp_path, photos, capsys):
+    assert run(tmp_path, photos, "--text", "mug.") == 0
+    assert [r["width"] for r in saved(tmp_path)] == [60, 80, 100]
+    assert [r["prompt"] for r in saved(tmp_path)] == [["mug"]] * 3
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "photo0.png",
+        "photo1.png",
+        "photo2.png",
+        "predictions.json",
+    ]
+    printed = capsys.readouterr()
+    assert "3/3" in printed.err, "progress"
+    assert "3 of 3 images" in printed.out
+
+
+def test_each_image_with_its_own_text(tmp_path, photos):
+    files = [photos / f"photo{i}.jpg" for i in (2, 0, 1)]
+    assert run(tmp_path, *files, "--text", "a.", "--text", "b. c.", "--text", "d.") == 0
+    assert [r["prompt"] for r in saved(tmp_path)] == [["a"], ["b", "c"], ["d"]]
+    assert [r["width"] for r in saved(tmp_path)] == [100, 60, 80]
+
+
+def test_pictures_never_overwrite_each_other_or_an_input(tmp_path, photos):
+    (photos / "sub").mkdir()
+    original = Image.open(photos / "photo0.jpg")
+    original.save(photos / "sub" / "photo0.png")
+    original.save(photos / "photo0.png")
+    before = (photos / "photo0.png").read_bytes()
+    files = [photos / "photo0.jpg", photos / "sub" / "photo0.png", photos / "photo0.png"]
+    assert predict.main([*map(str, files), "--text", "mug.", "--output", str(photos)]) == 0
+    results = json.loads((photos / "predictions.json").read_text())
+    names = [r["picture"] for r in results]
+    assert names == ["photo0_2.png", "photo0_3.png", "photo0_4.png"]
+    assert (photos / "photo0.png").read_bytes() == before
+
+
+def test_a_damaged_image_costs_only_itself(tmp_path, photos, capsys):
+    (photos / "photo1.jpg").write_bytes((photos / "photo1.jpg").read_bytes()[:400])
+    assert run(tmp_path, photos, "--text", "a.", "--text", "b.", "--text", "c.") == 2
+    assert [r["prompt"] for r in saved(tmp_path)] == [["a"], ["c"]]
+    [line] = [s for s in capsys.readouterr().err.splitlines() if "error" in s]
+    assert line.startswith("error: image ") and "photo1.jpg can't be read" in line
+
+    assert run(tmp_path, photos / "photo1.jpg", "--text", "a.") == 2
+    assert saved(tmp_path) == []
+    [line] = capsys.readouterr().err.splitlines()
+    assert "photo1.jpg can't be read" in line
+
+
+@pytest.mark.parametrize("cause", [KeyboardInterrupt(), ValueError("a phrase is too long")])
+def test_an_early_end_keeps_what_is_done(tmp_path, photos, monkeypatch, capsys, cause):
+    original = RightHalf.forward
+
+    def interrupted(self, batch):
+        if batch[0]["width"] == 100:
+            raise cause
+        return original(self, batch)
+
+    monkeypatch.setattr(RightHalf, "forward", interrupted)
+    assert run(tmp_path, photos, "--text", "mug.") == 2
+    assert [r["width"] for r in saved(tmp_path)] == [60, 80]
+    printed = capsys.readouterr()
+    assert f"error: {cause or 'interrupted'}" in printed.err
+    assert "2 of 3 images" in printed.out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["{photos}/none.jpg", "--text", "mug."], "none.jpg does not exist"),
+        (["{photos}/*.gif", "--text", "mug."], "*.gif matches no image"),
+        (["{photos}", "--text", " "], "empty prompt"),
+        (["{photos}", "--text", "mug. !."], "phrase 1 of the prompt"),
+        (["{photos}", "--text", "a.", "--text", "b."], "--text was given 2 times for 3 images"),
+        (["{photos}", "--text", "a.", "--threshold", "30"], "--threshold 30 is not between"),
+        (["{photos}", "--text", "a.", "--max-detections", "0"], "--max-detections 0 is less"),
+    ],
+)
+def test_wrong_arguments_are_one_line(tmp_path, photos, capsys, detector, arguments, message):
+    assert run(tmp_path, *[a.format(photos=photos) for a in arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not detector, "the model was loaded before the arguments were checked"
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path, photos, capsys, detector):
+    (tmp_path / "out").write_text("a file, where the folder should be")
+    assert run(tmp_path, photos, "--text", "mug.") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: can't write to") and "--output" in line
+    assert not detector
+
+
+def test_model_errors_are_one_line(tmp_path, photos, capsys, monkeypatch):
+    monkeypatch.undo()  # the real make_detector
+    assert run(tmp_path, photos, "--text", "mug.", "--model", "nano-x61") == 2
+    assert run(tmp_path, photos, "--text", "mug.", "--config-file", "nowhere.py") == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "did you mean 'nano-x16'" in first
+    assert second.startswith("error: nowhere.py is a recipe without weights")
+    weights = ["--weights", str(tmp_path / "w.pth")]
+    assert run(tmp_path, photos, "--text", "mug.", "--config-file", "nowhere.py", *weights) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "w.pth" in line and "don't exist" in line
+
+
+def test_help_explains_itself_without_loading_torch():
+    code = (
+        "import runpy, sys; sys.argv = ['predict.py', '--help']\n"
+        "try: runpy.run_path(sys.path.pop(), run_name='__main__')\n"
+        "except SystemExit as e: assert e.code == 0 and 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", f"import sys; sys.path.append({str(SCRIPT)!r})\n" + code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert 'predict.py photo.jpg --text "red panda. windmill."' in result.stdout

@@ -1,0 +1,28 @@
+"""The shipped nano models load by name and detect in images of any size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from dynamic_dino import load_detector
+from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.serving.inference import PACKAGE, SHIPPED_MODELS
+
+
+@pytest.mark.parametrize("name", SHIPPED_MODELS)
+def test_a_shipped_model_loads_and_detects(name):
+    weights = PACKAGE / "weights" / SHIPPED_MODELS[name].weights
+    assert weights.stat().st_size <= 24 * 2**20
+    detector = load_detector(name, device="cpu")
+    layers = [m for m in detector.model.modules() if isinstance(m, MoEFeedForward)]
+    assert len(layers) == (3 if name == "nano-x16" else 0)
+
+    images = [np.random.randint(0, 256, size, np.uint8) for size in ((90, 160, 3), (50, 40, 3))]
+    prompts = [["red apple", "horse"], ["hammer", "sheep", "cow"]]
+    found = detector(images, prompts, threshold=0.0)
+    for instances, image, phrases in zip(found, images, prompts, strict=True):
+        assert 0 < len(instances) <= 100 and set(instances.phrases) <= set(phrases)
+        boxes = instances.pred_boxes.tensor
+        assert torch.isfinite(boxes).all() and (boxes >= 0).all()
+        assert (boxes[:, 2] <= image.shape[1]).all() and (boxes[:, 3] <= image.shape[0]).all()
