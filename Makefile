@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench gpu gpu-site lint
+.PHONY: help setup demo test bench gpu gpu-site lint own
 
 # The active environment if there is one, else .venv, which `make setup` creates.
 VENV := $(or $(VIRTUAL_ENV),.venv)
@@ -39,16 +39,30 @@ gpu:  ## measure a GPU in ten minutes, into gpu_results/<gpu>: make gpu GPU="--s
 gpu-site: $(READY)  ## make .site, which `make gpu` needs where nothing can be installed
 	@$(PY) benchmarks/gpu_site.py
 
-lint: $(READY)  ## check the style of the code
-	@$(PY) -m ruff check
-	@$(PY) -m ruff format --check
+# Needs ruff alone, at the version of constraints.txt: the environment's, that of the PATH, or else
+# one in an environment of its own.
+RUFF_VERSION := $(shell sed -n 's/^ruff==//p' constraints.txt)
+LINT_RUFF := .venv-lint/bin/ruff
+RUFF = $(shell for ruff in $(VENV)/bin/ruff ruff; do \
+    [ "$$($$ruff --version 2>/dev/null)" = "ruff $(RUFF_VERSION)" ] && echo $$ruff && exit; done; \
+    echo $(LINT_RUFF))
+
+lint:  ## check the style of the code (seconds, needs no set-up)
+	@ruff=$(RUFF); [ $$ruff != $(LINT_RUFF) ] || $(MAKE) -s --no-print-directory $$ruff || exit 1; \
+	    $$ruff check && $$ruff format --check
+
+$(LINT_RUFF): constraints.txt
+	@echo "Installing ruff $(RUFF_VERSION) into .venv-lint"
+	@$(or $(PYTHON),python3) -m venv .venv-lint
+	@.venv-lint/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt ruff
+	@touch $@
 
 # Of what pip says, print what tells a waiting person how far it is: the larger files.
 PROGRESS := { grep --line-buffered -oE -e '^ *(Downloading|Using cached) .* [MG]B\)$$' \
 	-e '^Installing collected packages' || true; }
 
 # Runs again whenever what it installs has changed.
-$(READY): setup.py constraints.txt projects/DynamicDINO/install_detectron2.py | $(PY)
+$(READY): setup.py constraints.txt projects/DynamicDINO/install_detectron2.py | $(PY) own
 	@echo "[1/3] Installing Dynamic-DINO and what it needs into $(VENV)"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip  # environments of uv lack pip
 	@set -o pipefail; $(PY) -m pip --disable-pip-version-check install --progress-bar off \
@@ -59,6 +73,17 @@ $(READY): setup.py constraints.txt projects/DynamicDINO/install_detectron2.py | 
 	@# without what it asks for: its second OpenCV takes the place of the one we have
 	@$(PY) -m pip --disable-pip-version-check install -q -c constraints.txt --no-deps lvis
 	@touch $@
+
+# An active environment may be that of another checkout: installing this one there would change
+# what the other runs, and without installing it the other's code would run here.
+own: | $(PY)
+	@found=$$($(PY) -c 'import importlib.util as u; s = u.find_spec("dynamic_dino"); \
+	    print(s.origin if s else "")'); \
+	case "$$found" in "" | "$(CURDIR)"/* | "$(realpath $(VENV))"/*) exit;; esac; \
+	echo "error: $(VENV) runs another checkout's Dynamic-DINO: $$found" >&2; \
+	echo "Run \`deactivate\`, and this checkout gets an environment of its own, .venv;" \
+	    "or move that one here: $(PY) -m pip install --no-deps -e ." >&2; \
+	exit 1
 
 # The first Python that is neither too old nor too new.
 $(PY):

@@ -29,7 +29,7 @@ def checkout(tmp_path_factory):
     package = copy / "projects/DynamicDINO/dynamic_dino"
     (package / "weights").mkdir(exist_ok=True)
     (package / "weights/drawn.safetensors").write_bytes(b"drawn")
-    (package / "data/stamps/drawn.json").write_text("{}")
+    (package / "data/synthetic/stamps/drawn.json").write_text("{}")
     (copy / "configs/drawn/recipe.py").parent.mkdir()
     (copy / "configs/drawn/recipe.py").write_text("x = 1\n")
     return copy
