@@ -1,11 +1,14 @@
 import itertools
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from dynamic_dino.config import ConfigError, load_config
 from dynamic_dino.data import (
     TestMapper,
     TrainMapper,
@@ -21,9 +24,13 @@ from dynamic_dino.data.feature_cache import (
     module_fingerprint,
 )
 from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
+from dynamic_dino.engine.evaluate import do_test
+from dynamic_dino.engine.train import do_train
+from omegaconf import OmegaConf
 from torch import nn
 
 CANVAS = 96
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 class Tower(nn.Module):
@@ -191,11 +198,11 @@ def test_weights_of_the_backbone(records, tmp_path):
         canvas=CANVAS,
         backbone=module_fingerprint(tower.backbone),
     )
-    cache.check_backbone(tower.backbone)
+    cache.check_backbone(module_fingerprint(tower.backbone))
     with torch.no_grad():
         tower.backbone["p5"].bias[0] += 1e-6
     with pytest.raises(ValueError, match="a backbone with other weights"):
-        cache.check_backbone(tower.backbone)
+        cache.check_backbone(module_fingerprint(tower.backbone))
 
 
 def test_features_beyond_float16(records, tmp_path):
@@ -223,16 +230,13 @@ def test_the_cache_that_a_config_asks_for(records, tmp_path):
     features = str(tmp_path / "c")
     mapper = L(TrainMapper)(dataset="test_cache", size=CANVAS, features=features)
     test = L(TestMapper)(dataset="test_cache", size=CANVAS, features=features)
-    from detectron2.config import instantiate
-    from omegaconf import OmegaConf
-
     cfg = OmegaConf.create({"dataloader": {"train": {}, "test": {"val": {}}}})
     cfg.dataloader.train = L(build_train_loader)(dataset=dataset, mapper=mapper, total_batch_size=2)
     cfg.dataloader.test.val = L(build_train_loader)(dataset=dataset, mapper=test)
     tower = Tower()
     (cache,) = cache_features(cfg, tower, batch_size=4)
     assert len(cache) == 7
-    cache.check_backbone(tower.backbone)
+    cache.check_backbone(module_fingerprint(tower.backbone))
     assert "features" in next(iter(instantiate(cfg.dataloader.train)))[0]
     tower.canvas = 64
     with pytest.raises(ValueError, match="model.canvas is 64"):
@@ -241,3 +245,36 @@ def test_the_cache_that_a_config_asks_for(records, tmp_path):
     cfg.dataloader.test.val.mapper.features = None
     with pytest.raises(ValueError, match="no mapper of this config has features"):
         cache_features(cfg, tower)
+
+
+def test_a_run_with_another_backbone_is_refused(records, tmp_path):
+    """In training and in evaluation, before the first batch, with the cache's name."""
+    cache = str(tmp_path / "features of this backbone")
+    cfg = load_config(
+        CONFIGS / "pretrain/nano_drawn.py",
+        [
+            f"train.output_dir={tmp_path / 'run'}",
+            "train.device=cpu",
+            "train.max_iter=1",
+            "model.backbone.weights=null",
+            f"model.canvas={CANVAS}",
+        ],
+    )
+    dataset = L(load_datasets)(names="test_cache")
+    train, test = cfg.dataloader.train, cfg.dataloader.test.val
+    train.num_workers, train.total_batch_size = 0, 2
+    for loader in (train, test):
+        loader.dataset = dataset
+        loader.mapper.update(dataset="test_cache", size=CANVAS, features=cache)
+    cfg.dataloader.evaluator.val.dataset_name = "test_cache"
+    model = instantiate(cfg.model)
+    cache_features(cfg, model)
+    with torch.no_grad():  # an unrelated change is none of the cache's business
+        next(model.enhancer.parameters()).add_(1)
+    assert "val/AP" in do_test(cfg, model)
+    other = instantiate(cfg.model)  # drawn at random, as there are no weights
+    refusal = "features of this backbone.*other weights than this model's.*cache the features again"
+    with pytest.raises(ConfigError, match=refusal):
+        do_test(cfg, other)
+    with pytest.raises(ConfigError, match=refusal):
+        do_train(cfg)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +14,9 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from ..modeling.prompt import Prompt
 from .datasets import get_metadata
+from .feature_cache import FeatureCache
 from .images import Size, read_image, resize_transform, to_tensor
 from .prompts import PromptSampler, caption_phrases, evaluation_prompt
-
-if TYPE_CHECKING:
-    from .feature_cache import FeatureCache
 
 Record = dict[str, Any]
 Names = str | Sequence["Names"]
@@ -348,8 +346,6 @@ def _mentions_sides(record: Record) -> bool:
 
 
 def _open_features(features: FeatureCache | str | None, size: Size) -> FeatureCache | None:
-    from .feature_cache import FeatureCache  # it is also a command, which must be imported last
-
     if features is None:
         return None
     if isinstance(features, str):

@@ -18,10 +18,13 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
+from ..checkpoint.weights import load_checkpoint
 from ..config import ConfigError, accepts, input_errors, nearest
+from ..data.feature_cache import check_feature_caches
 from ..data.loader import as_sources
 from ..data.records import Mixture
 from ..evaluation import DetectionEvaluator, PredictionLog, inference_on_dataset
+from .checkpointing import last_checkpoint
 from .fingerprint import annotation_file, fingerprint
 from .trainer import amp_dtype, autocast
 
@@ -53,6 +56,8 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
     if cfg.dataloader.get("skip_missing"):
         names = [name for name in names if annotation_file(evaluators[name].dataset_name).is_file()]
         _report_missing(cfg, [name for name in loaders if name not in names])
+    with input_errors():
+        check_feature_caches([loaders[name] for name in names], model)
     device = next(model.parameters()).device.type
     # On CPU bf16 costs precision and, on most machines, wins no time.
     dtype = amp_dtype(cfg.train.amp, device) if device != "cpu" else None
@@ -175,9 +180,6 @@ def results_table(scores: dict[str, float]) -> str:
 
 def load_for_evaluation(cfg: DictConfig, resume: bool) -> nn.Module:
     """The recipe's model with the run's last weights (`resume`) or ``train.init_checkpoint``."""
-    from ..checkpoint.weights import load_checkpoint
-    from .checkpointing import last_checkpoint
-
     path = last_checkpoint(cfg.train.output_dir) if resume else cfg.train.init_checkpoint
     if not path:
         raise ConfigError(

@@ -13,7 +13,9 @@ from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig
 from torch import nn
 
+from ..checkpoint.weights import load_checkpoint
 from ..config import ConfigError, accepts, input_errors, require
+from ..data.feature_cache import check_feature_caches
 from .adaptive_experts import AdaptiveExpertsHook
 from .checkpointing import (
     BestCheckpointer,
@@ -89,8 +91,6 @@ def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
     with input_errors():
         model = instantiate(cfg.model).to(train.device)
         if train.init_checkpoint and not resumable:
-            from ..checkpoint.weights import load_checkpoint
-
             load_checkpoint(model, train.init_checkpoint, train.init_except)
         set_trainable(model, train.trainable)
         optimizer = build_optimizer(cfg.optimizer, model)
@@ -115,6 +115,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
         logger.info("This run is complete; evaluate it again with --eval-only --resume")
         return model
     with input_errors():
+        check_feature_caches([cfg.dataloader.train], model)
         trainer.data_loader = _train_loader(cfg, start_iter)
         trainer.register_hooks(_hooks(cfg, trainer, checkpointer, start_iter))
     trainer.train(start_iter, train.max_iter)
