@@ -5,7 +5,7 @@
 
 Each argument is a name and the folder of a finished run of train_net.py. Writes
 ``benchmarks/results/cpu/nano_stamps.json`` with machine, versions, commit and commands, and prints
-the README's table. Runs that the file has and that aren't named stay in it.
+the table of docs/accuracy.md. Runs that the file has and that aren't named stay in it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What stands in benchmarks/results/ as tables: RESULTS.md, and marked parts of documents.
 
-In README and the model cards, a table stands between the lines <!-- results: NAME --> and
-<!-- end of results -->, where NAME is one of `TABLES`.
+In README, the model cards and the pages about accuracy and speed, a table stands between the lines
+<!-- results: NAME --> and <!-- end of results -->, where NAME is one of `TABLES`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 RESULTS = BENCHMARKS / "results"
-README = BENCHMARKS.parent / "README.md"
-CARDS = BENCHMARKS.parent / "projects/DynamicDINO/dynamic_dino/weights/README.md"
+PROJECT = BENCHMARKS.parent / "projects/DynamicDINO"
+CARDS = PROJECT / "dynamic_dino/weights/README.md"
+DOCUMENTS = [
+    BENCHMARKS.parent / "README.md",
+    CARDS,
+    PROJECT / "docs/accuracy.md",
+    PROJECT / "docs/speed.md",
+]
 PAGE = BENCHMARKS / "RESULTS.md"
 MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.S)
 
@@ -372,7 +378,7 @@ def with_tables(document: str) -> str:
 def update(check: bool = False) -> int:
     """Writes RESULTS.md and the marked tables; with `check` only says what disagrees, which makes
     the returned exit status 1."""
-    wanted = {PAGE: page()} | {p: with_tables(p.read_text()) for p in (README, CARDS)}
+    wanted = {PAGE: page()} | {p: with_tables(p.read_text()) for p in DOCUMENTS}
     status = 0
     for path, text in wanted.items():
         if path.exists() and path.read_text() == text:

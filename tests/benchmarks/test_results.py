@@ -1,4 +1,4 @@
-"""What README and RESULTS.md say is what the committed files say."""
+"""What README, the pages and RESULTS.md say is what the committed files say."""
 
 import json
 import re
@@ -12,10 +12,12 @@ from lib import tables
 def copies(tmp_path, monkeypatch):
     shutil.copytree(tables.RESULTS, tmp_path / "results")
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
-    for name in ("README", "PAGE"):
-        original = getattr(tables, name)
-        shutil.copy(original, tmp_path / original.name)
-        monkeypatch.setattr(tables, name, tmp_path / original.name)
+    shutil.copy(tables.PAGE, tmp_path)
+    monkeypatch.setattr(tables, "PAGE", tmp_path / tables.PAGE.name)
+    documents = [tmp_path / f"{number}.md" for number in range(len(tables.DOCUMENTS))]
+    for original, copy in zip(tables.DOCUMENTS, documents, strict=True):
+        shutil.copy(original, copy)
+    monkeypatch.setattr(tables, "DOCUMENTS", documents)
     return tmp_path
 
 
@@ -23,7 +25,7 @@ def test_committed_pages_agree_with_the_files(capsys):
     assert tables.update(check=True) == 0, capsys.readouterr().out
 
 
-def test_every_table_of_readme_and_of_the_results_is_there():
+def test_every_table_of_the_documents_and_of_the_results_is_there():
     page, files = tables.page(), {file for _, file, _ in tables.TABLES.values()}
     for path in tables.RESULTS.glob("*/*.json"):
         if path.stem in files:
@@ -31,7 +33,9 @@ def test_every_table_of_readme_and_of_the_results_is_there():
             report = json.loads(path.read_text())
             assert report["machine"] in page and report["commit"][:12] in page
             assert not report["commit"].endswith("-dirty")
-    assert {m[2] for m in tables.MARKED.finditer(tables.README.read_text())} <= {*tables.TABLES}
+    for document in tables.DOCUMENTS:
+        marked = {match[2] for match in tables.MARKED.finditer(document.read_text())}
+        assert marked and marked <= {*tables.TABLES}, document
 
 
 def test_a_number_that_was_changed_by_hand_is_found_and_restored(copies, capsys):
@@ -44,12 +48,12 @@ def test_a_number_that_was_changed_by_hand_is_found_and_restored(copies, capsys)
     assert tables.update() == 0 and page.read_text() == before
 
 
-def test_a_new_measurement_changes_both_pages(copies):
+def test_a_new_measurement_changes_every_page_that_shows_it(copies):
     path = copies / "results/cpu/nano_stamps.json"
     report = json.loads(path.read_text())
     report["runs"]["dense"]["scores"]["val/AP50"] = 12.34
     path.write_text(json.dumps(report))
     assert tables.update(check=True) == 1
     assert tables.update() == 0
-    for page in ("README.md", "RESULTS.md"):
-        assert "| dense | 8750 | 12.3 |" in (copies / page).read_text()
+    shown = [p for p in copies.glob("*.md") if "| dense | 8750 | 12.3 |" in p.read_text()]
+    assert len(shown) == 2  # RESULTS.md and the page about accuracy
