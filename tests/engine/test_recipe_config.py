@@ -59,6 +59,23 @@ def test_wrong_override(write, override, message):
         load_config(write(), [override])
 
 
+def test_overrides_that_nothing_reads_are_refused(write):
+    """LazyConfig exports helpers too; a node that others interpolate is none."""
+    helpers = """
+balance = dict(weight=0.1)
+model = dict(hidden=3, losses=[balance], files="${data.files}")
+data = dict(files="${paths.here}/x.json", seed=3)
+paths = dict(here="here")
+"""
+    path = write(GOOD + helpers)
+    cfg = load_config(path, ["data.seed=4", "model.losses.0.weight=0.2"])
+    assert set(cfg) == {"optimizer", "model", "dataloader", "train", "data", "paths"}
+    assert (cfg.model.files, cfg.data.seed) == ("here/x.json", 4)
+    assert cfg.model.losses == [{"weight": 0.2}]
+    with pytest.raises(ConfigError, match=r"'balance.weight'; did you mean model.losses.0.weight"):
+        load_config(path, ["balance.weight=0.2"])
+
+
 def test_misspelt_key_in_the_file(write):
     path = write(GOOD.replace("max_iter", "max_itre"))
     with pytest.raises(ConfigError, match=r"good.py: unknown.*'train.max_itre'.*train.max_iter\?"):

@@ -118,6 +118,7 @@ train = dict(
     eval_period=5,
     best_metric="val/AP",
     device="cpu",
+    amp=dict(enabled=False),
     clip_grad=dict(enabled=True, max_norm=1.0, norm_type=2.0),
     ema=dict(enabled=True, decay=0.9),
     checkpointer=dict(period=4, max_to_keep=2),

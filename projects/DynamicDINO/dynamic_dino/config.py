@@ -1,13 +1,15 @@
 """Config files: load, override, check. Every mistake is reported with the nearest right name.
 
-The recipe is a Detectron2 LazyConfig with the nodes ``model``, ``optimizer``, ``lr_multiplier``,
-``dataloader`` and ``train``. `TRAIN_DEFAULTS` lists every key of ``train`` that the engine reads.
+The recipe is a Detectron2 LazyConfig with the nodes of `NODES`, and nodes that these interpolate,
+such as ``data`` for ``${data.train_json}``. What else a file defines is no part of the config, so
+that no override of it is accepted and does nothing.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from . import renamed
 
+NODES = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "inference")
+INTERPOLATION = re.compile(r"\$\{(\w+)[.}\[]")  # ${data.train_json} -> data
+
+# Every key of `train` that the engine reads; configs/common/train.py takes its values from here.
 TRAIN_DEFAULTS: dict[str, Any] = {
     "output_dir": "output",
     "init_checkpoint": "",  # weights to start from; dense ones become experts in an MoE model
@@ -28,14 +34,14 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "device": "auto",  # "cuda", "cpu" or "auto"
     "max_iter": 90000,
     "num_threads": None,  # CPU threads of torch; None keeps torch's own choice
-    "amp": {"enabled": False, "dtype": "bfloat16"},  # or "float16" (CUDA only)
+    "amp": {"enabled": True, "dtype": "bfloat16"},  # or "float16" (CUDA only)
     "clip_grad": {"enabled": True, "max_norm": 0.1, "norm_type": 2.0},
     "ema": {"enabled": False, "decay": 0.9998},
     "ddp": {"broadcast_buffers": False, "find_unused_parameters": False},
     # DynMoE: experts come and go every `period` iterations, by the choices in the last `window`
     "adaptive_experts": {"enabled": False, "period": 200, "window": 200},
     "checkpointer": {"period": 5000, "max_to_keep": 3},
-    "eval_period": 0,  # 0: only after the last iteration
+    "eval_period": 5000,  # 0: only after the last iteration
     "eval_first": False,  # score the model that training starts from as well
     "log_period": 20,
     "best_metric": None,  # e.g. "val/AP"
@@ -76,6 +82,7 @@ def load_config(
             f"{path} has no `{missing[0]}`; a recipe defines model, optimizer, lr_multiplier, "
             f"dataloader and train (this file defines: {', '.join(map(str, cfg)) or 'nothing'})"
         )
+    cfg = _without_helpers(cfg)
     _check_train_keys(cfg.get("train", {}), path)
     cfg.train = OmegaConf.merge(TRAIN_DEFAULTS, cfg.get("train", {}))
     if model is not None:
@@ -131,9 +138,11 @@ def accepts(node: Mapping, name: str) -> bool:
 
 
 def keys_of(cfg: Any, prefix: str = "") -> list[str]:
-    """All dotted keys of a config, sections included."""
+    """All dotted keys of a config, sections and the sections in lists included."""
     if OmegaConf.is_config(cfg):
         cfg = OmegaConf.to_container(cfg, resolve=False)
+    if isinstance(cfg, list):
+        cfg = {i: value for i, value in enumerate(cfg) if isinstance(value, Mapping)}
     if not isinstance(cfg, Mapping):
         return []
     keys = []
@@ -154,6 +163,18 @@ def suggestion(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def _without_helpers(cfg: DictConfig) -> DictConfig:
+    """Leaves out the nodes that nothing reads, such as those that a recipe imports to build others
+    of: LazyConfig exports every dict of a file."""
+    content = OmegaConf.to_container(cfg, resolve=False)
+    read, waiting = set(), set(NODES)
+    while waiting:
+        name = waiting.pop()
+        read.add(name)
+        waiting |= set(INTERPOLATION.findall(str(content.get(name)))) - read
+    return OmegaConf.masked_copy(cfg, [name for name in cfg if name in read])
+
+
 def _check_key(cfg: DictConfig, key: str) -> None:
     absent = object()
     if OmegaConf.select(cfg, key, default=absent, throw_on_missing=False) is not absent:
@@ -165,7 +186,7 @@ def _check_key(cfg: DictConfig, key: str) -> None:
     known = keys_of(cfg)
     # A right name in the wrong section ("max_iter") resembles no full key, but ends one.
     same_name = [k for k in known if k.rpartition(".")[2] == name]
-    near = same_name[:3] or nearest(key, known)
+    near = nearest(key, same_name, 3) or same_name[:3] or nearest(key, known)
     hint = f"; did you mean {' or '.join(near)}?" if near else "; see config.yaml of a run"
     raise ConfigError(f"unknown config key {key!r}{hint}")
 
