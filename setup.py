@@ -19,8 +19,8 @@ PROJECT = "projects/DynamicDINO"
 
 
 def read_version() -> str:
-    """The version from the source text: importing the package would need torch at build time."""
-    init = ROOT / PROJECT / "dynamic_dino" / "__init__.py"
+    """Of both packages, from the source text: importing one would need torch at build time."""
+    init = ROOT / "kernels/dynamic_dino_kernels/__init__.py"
     match = re.search(r'^__version__ = "(.+)"', init.read_text(), re.MULTILINE)
     if match is None:
         raise RuntimeError(f'{init}: found no line `__version__ = "..."`')
@@ -47,6 +47,12 @@ setup(
         "dynamic_dino": ["weights/*", "**/*.json", "**/*.txt"],
         "dynamic_dino.configs": ["**/*.py", "**/*.md"],
         "dynamic_dino_kernels": ["moe/tuned.json"],
+    },
+    entry_points={
+        "console_scripts": [
+            "dynamic-dino-train = dynamic_dino.engine.cli:main",
+            "dynamic-dino-predict = dynamic_dino.serving.predict:main",
+        ],
     },
     # Lower bounds only, for a user's own environment; constraints.txt pins what is tested.
     install_requires=[

@@ -10,7 +10,7 @@ from .backend import BACKENDS, resolve_backend
 from .deform_attn import ms_deform_attn
 from .moe import expert_ffn, moe_block, route, route_any, warmup
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # of dynamic_dino too; setup.py reads it here
 __all__ = [
     "BACKENDS",
     "expert_ffn",

@@ -1,6 +1,5 @@
 """A closed-set detector in use: asked for everything, for something, and for what it can't know."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from dynamic_dino import load_detector
 from dynamic_dino.checkpoint.weights import export_weights
 from dynamic_dino.config import load_config
 from dynamic_dino.data.synthetic.drawn import NAMES
+from dynamic_dino.serving import predict
 from dynamic_dino.serving.inference import Detector
 from PIL import Image
 
@@ -64,10 +64,6 @@ def test_an_open_vocabulary_must_be_asked():
 
 
 def test_predict(weights, tmp_path, capsys):
-    script = ROOT / "projects/DynamicDINO/predict.py"
-    spec = importlib.util.spec_from_file_location("predict_script", script)
-    predict = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(predict)
     Image.fromarray(image()).save(tmp_path / "a.png")
     to = ["--output", str(tmp_path / "out")]
     model = ["--config-file", str(RECIPE), "--weights", str(weights), "--threshold", "0"]

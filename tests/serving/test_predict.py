@@ -1,6 +1,5 @@
 """predict.py from its arguments to the files, with a detector that knows where to look."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -11,13 +10,11 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
+from dynamic_dino.serving import predict
 from dynamic_dino.serving.inference import Detector
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[2] / "projects" / "DynamicDINO" / "predict.py"
-spec = importlib.util.spec_from_file_location("predict_script", SCRIPT)
-predict = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(predict)
 
 
 class RightHalf(torch.nn.Module):

@@ -1,9 +1,7 @@
 """load_detector("hf:...") and predict.py with a small model of transformers' making."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ import torch
 import transformers
 from dynamic_dino.data.images import resize_transform, to_tensor
 from dynamic_dino.serving.inference import load_detector
+from dynamic_dino.serving.predict import main
 from dynamic_dino.sources import resolve_model
 from PIL import Image
 from transformers import AutoTokenizer
@@ -24,7 +23,6 @@ except ImportError:  # transformers 4 resizes with Pillow by default
 
 SMALL = (160, 266)  # in place of 800 and 1333, which take longer and show the same
 NAMES = ["red panda", "windmill", "an old bicycle"]
-PREDICT = Path(__file__).parents[2] / "projects/DynamicDINO/predict.py"
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -165,10 +163,7 @@ def test_weights_alone_name_the_model(folder, detector):
 
 
 def predict(*arguments) -> int:
-    spec = importlib.util.spec_from_file_location("predict_public", PREDICT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([str(a) for a in arguments])
+    return main([str(a) for a in arguments])
 
 
 def test_predict(folder, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """What `pip install .` installs: every source file, recipe and data file, and nothing else."""
 
+import configparser
+import importlib
 import shutil
 import subprocess
 import sys
@@ -35,12 +37,18 @@ def checkout(tmp_path_factory):
     return copy
 
 
-def test_wheel_holds_every_source_and_data_file_and_no_stray_package(checkout, tmp_path):
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, f"--wheel-dir={tmp_path}", str(checkout)], check=True)
-    (wheel,) = tmp_path.glob("dynamic_dino-*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    subprocess.run([*build, f"--wheel-dir={folder}", str(checkout)], check=True)
+    (path,) = folder.glob("dynamic_dino-*.whl")
+    with zipfile.ZipFile(path) as file:
+        yield file
 
+
+def test_wheel_holds_every_source_and_data_file_and_no_stray_package(checkout, wheel):
+    names = set(wheel.namelist())
     expected = {
         f"{target}/{file.relative_to(checkout / source).as_posix()}"
         for source, target in SOURCES.items()
@@ -52,9 +60,22 @@ def test_wheel_holds_every_source_and_data_file_and_no_stray_package(checkout, t
     assert {name.split("/")[0] for name in packaged} == {"dynamic_dino", "dynamic_dino_kernels"}
 
 
-def test_version_is_the_packages_own(checkout):
+def test_both_packages_and_the_distribution_have_one_version(checkout):
     import dynamic_dino
+    import dynamic_dino_kernels
 
     command = [sys.executable, "setup.py", "--version"]
     output = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
     assert output.stdout.split()[-1] == dynamic_dino.__version__
+    assert dynamic_dino.__version__ == dynamic_dino_kernels.__version__
+
+
+def test_console_scripts_exist(wheel):
+    (entry_points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
+    config = configparser.ConfigParser()
+    config.read_string(wheel.read(entry_points).decode())
+    scripts = dict(config["console_scripts"])
+    assert set(scripts) == {"dynamic-dino-train", "dynamic-dino-predict"}
+    for target in scripts.values():
+        module, function = target.split(":")
+        assert callable(getattr(importlib.import_module(module), function))

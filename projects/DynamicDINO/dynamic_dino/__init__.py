@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__version__ = "0.1.0"
 __all__ = ["load_detector"]
 
 
@@ -14,4 +13,8 @@ def __getattr__(name: str) -> Any:
         from .serving.inference import load_detector
 
         return load_detector
+    if name == "__version__":  # one for both packages; the kernels stand below this one
+        from dynamic_dino_kernels import __version__
+
+        return __version__
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

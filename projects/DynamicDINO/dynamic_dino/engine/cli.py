@@ -1,0 +1,44 @@
+"""The command `train_net.py`, or `dynamic-dino-train`: trains or evaluates by a recipe."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ..config import ConfigError, load_config
+from ..files import configs_folder
+from .evaluate import do_test, load_for_evaluation
+from .launch import argument_parser, launch
+from .setup import setup
+from .train import do_train
+from .trainer import NonFiniteLossError
+
+DEFAULT_RECIPE = "moe_tuning/dynamic_dino_x16_top2.py"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exits with status 2 and one line for a mistake in the recipe, 1 for a loss that diverged."""
+    parser = argument_parser(configs_folder() / DEFAULT_RECIPE)
+    args = parser.parse_args(argv)
+    if args.model and not args.eval_only:
+        parser.error(
+            "--model goes with --eval-only; to train a model on other data, write a recipe"
+        )
+    try:
+        # Loaded here as well, so that a mistake is reported once, not by every process.
+        load_config(args.config_file, args.opts, args.model)
+        launch(run, args)
+    except ConfigError as error:
+        parser.error(str(error))
+    except NonFiniteLossError as error:
+        raise SystemExit(f"{parser.prog}: error: {error}") from None
+
+
+def run(args: argparse.Namespace) -> None:
+    """What each process does."""
+    cfg = load_config(args.config_file, args.opts, args.model)
+    setup(cfg)
+    if args.eval_only:
+        do_test(cfg, load_for_evaluation(cfg, args.resume))
+    else:
+        do_train(cfg, args.resume)

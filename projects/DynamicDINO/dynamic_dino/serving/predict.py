@@ -1,0 +1,221 @@
+"""The command `predict.py`, or `dynamic-dino-predict`: detects what a text names in images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+DESCRIPTION = "Detects what a text names in images; writes annotated pictures, predictions.json."
+EXAMPLES = """\
+examples:
+  %(prog)s photo.jpg --text "red panda. windmill."
+  %(prog)s zoo/ 'trip/**/*.jpg' --text "red panda. zebra. signpost." --threshold 0.4
+  %(prog)s a.jpg b.jpg --text "red panda. bamboo." --text "windmill."     one text per image
+  %(prog)s photo.jpg --text "raccoon." --config-file output/raccoon/config.yaml \\
+      --weights output/raccoon/model_final.pth
+  %(prog)s photo.jpg --text "red panda." --weights hf:IDEA-Research/grounding-dino-tiny
+
+Phrases of a text are separated by full stops. Exit status: 0, or 2 if something was wrong.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns")
+    p.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        help="what to look for; once for all images, or once for each of them, in their order "
+        "(default: all classes, of a closed-set detector)",
+    )
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--model", default="nano-x16", help="a shipped model (default: nano-x16)")
+    which.add_argument("--config-file", metavar="FILE", help="the recipe of a model of your own")
+    p.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="checkpoint, or hf:OWNER/NAME or hf:DIRECTORY, public weights of Grounding DINO "
+        "(default: the shipped model's)",
+    )
+    p.add_argument(
+        "--threshold", type=float, default=0.2, help="lowest score that is shown (default: 0.2)"
+    )
+    p.add_argument(
+        "--max-detections", type=int, default=100, metavar="N", help="per image (default: 100)"
+    )
+    p.add_argument(
+        "--output", default="output/predict", metavar="FOLDER", help="default: output/predict"
+    )
+    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    p.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the weights (default: float32); float16 is the fastest on a GPU",
+    )
+    p.add_argument(
+        "--accelerate",
+        default="eager",
+        choices=("eager", "graph", "compile"),
+        help="CUDA graphs, or torch.compile, for many images of one size (default: eager)",
+    )
+    p.add_argument(
+        "--pack",
+        default="auto",
+        choices=("auto", "always", "never"),
+        help="weights packed for oneDNN, on a CPU (default: where that is measured to be faster)",
+    )
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 if something was wrong."""
+    args = parser().parse_args(argv)
+    # Imported late, so that --help and wrong arguments answer at once.
+    from PIL import Image
+    from tqdm import tqdm
+
+    from ..data.visualization import draw_detections
+    from ..files import writable_folder, write_text
+    from .inference import as_array, as_prompt, detection_records, find_images
+
+    try:
+        check_numbers(args)
+        prompts = [as_prompt(text) for text in args.text]
+        files = find_images(args.images)
+        if prompts and len(prompts) not in (1, len(files)):
+            raise ValueError(
+                f"--text was given {len(prompts)} times for {len(files)} images: give one for all "
+                "or one for each"
+            )
+        folder = writable_folder(args.output, "choose another folder with --output")
+        start = time.perf_counter()
+        detector = make_detector(args)
+        prompts = prompts or [detector.all_classes()]
+    except (ValueError, OSError) as error:
+        return fail(error)
+    print(f"{named(args)} on {detector.device}, ready in {time.perf_counter() - start:.1f} s")
+
+    prompts = prompts if len(prompts) > 1 else prompts * len(files)
+    pictures = picture_paths(files, folder)
+    results, failed = [], 0
+    progress = tqdm(total=len(files), unit="image", disable=len(files) < 2, file=sys.stderr)
+    try:
+        for step in range(0, len(files), detector.batch_size):
+            loaded = []
+            for i in range(step, min(step + detector.batch_size, len(files))):
+                try:
+                    loaded.append((i, as_array(files[i])))
+                except (ValueError, OSError) as error:
+                    with tqdm.external_write_mode(sys.stderr):
+                        fail(error)
+                    failed += 1
+                    progress.update()
+            if not loaded:
+                continue
+            found = detector(
+                [image for _, image in loaded],
+                [prompts[i] for i, _ in loaded],
+                args.threshold,
+                args.max_detections,
+            )
+            for (i, image), detections in zip(loaded, found, strict=True):
+                height, width = image.shape[:2]
+                records = detection_records(detections)
+                Image.fromarray(draw_detections(image, detections)).save(pictures[i])
+                results.append(
+                    {
+                        "file": str(files[i]),
+                        "width": width,
+                        "height": height,
+                        "prompt": prompts[i].phrases,
+                        "picture": pictures[i].name,
+                        "detections": records,
+                    }
+                )
+                with tqdm.external_write_mode(sys.stdout):
+                    print("\n" + detection_table(results[-1], args.threshold))
+                progress.update()
+    except KeyboardInterrupt:
+        failed = fail("interrupted")
+    except ValueError as error:  # the model refuses the input, e.g. a phrase of 300 words
+        failed = fail(error)
+    except OSError as error:  # the disk is full, the folder is gone
+        return fail(f"can't write to {folder}: {error}")
+    finally:
+        progress.close()
+    write_text(folder / "predictions.json", json.dumps(results, indent=1) + "\n")
+    print(f"\n{len(results)} of {len(files)} images. Pictures and predictions.json: {folder}/")
+    return 2 if failed else 0
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    if not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold {args.threshold:g} is not between 0 and 1")
+    if args.max_detections < 1:
+        raise ValueError(f"--max-detections {args.max_detections} is less than 1")
+
+
+def named(args: argparse.Namespace) -> str:
+    """What runs, in words: public weights without a recipe are a model of their own."""
+    public = args.weights if (args.weights or "").startswith("hf:") else None
+    return args.config_file or public or args.model
+
+
+def make_detector(args: argparse.Namespace):
+    from ..engine.allocator import keep_freed_memory
+    from .inference import load_detector
+
+    keep_freed_memory()
+    return load_detector(
+        args.config_file or args.model,
+        args.weights,
+        args.device,
+        args.threshold,
+        args.dtype,
+        args.accelerate,
+        args.pack,
+    )
+
+
+def picture_paths(files: Sequence[Path], folder: Path) -> list[Path]:
+    """`folder`/<stem>.png, numbered where stems repeat; never one of the images themselves."""
+    taken = {file.resolve() for file in files}
+    paths = []
+    for file in files:
+        path, number = folder / f"{file.stem}.png", 2
+        while path.resolve() in taken:
+            path, number = folder / f"{file.stem}_{number}.png", number + 1
+        taken.add(path.resolve())
+        paths.append(path)
+    return paths
+
+
+def detection_table(result: dict, threshold: float) -> str:
+    from tabulate import tabulate
+
+    head = f"{result['file']} ({result['width']} x {result['height']}) -> {result['picture']}"
+    if not result["detections"]:
+        return f"{head}\n  nothing with a score of {threshold:g} or more"
+    rows = [
+        [d["phrase"], f"{d['score']:.2f}", *(f"{v:.0f}" for v in d["box"])]
+        for d in result["detections"]
+    ]
+    headers = ["phrase", "score", "left", "top", "right", "bottom"]
+    table = tabulate(rows, headers, disable_numparse=True, colalign=["left"] + ["right"] * 5)
+    return head + "\n" + "\n".join("  " + line for line in table.splitlines())
+
+
+def fail(message: object) -> int:
+    """One line on stderr, and the exit status that goes with it."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
