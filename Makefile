@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench gpu gpu-site lint own
+.PHONY: help setup demo test fuzz bench gpu gpu-site lint own
 
 # The active environment if there is one, else .venv, which `make setup` creates.
 VENV := $(or $(VIRTUAL_ENV),.venv)
@@ -21,8 +21,13 @@ demo: $(READY)  ## from a dense detector to Dynamic-DINO: tune, evaluate, detect
 	@$(PY) -m dynamic_dino.demo
 
 test: $(READY)  ## run the tests, or some of them: make test TESTS="tests/moe -k router"
-	@$(PY) tests/analysis/browser.py
+	@$(if $(BROWSER),$(PY) tests/helpers/browser.py)
 	@$(PY) -m pytest -q -n auto $(TESTS)
+
+fuzz: SEED := $(or $(SEED),$(shell od -An -N3 -tu4 /dev/urandom | tr -d ' '))
+fuzz: $(READY)  ## run the tests on other random numbers: make fuzz SEED=123 TESTS=tests/moe
+	@echo "Seed: $(SEED)"
+	@DYNAMIC_DINO_TEST_SEED=$(SEED) $(PY) -m pytest -q -n auto --hypothesis-seed=$(SEED) $(TESTS)
 
 bench: $(READY)  ## measure this machine, into benchmarks/results/<machine> (minutes)
 	@for script in flops fps profile_detector moe_layer training_step peers \

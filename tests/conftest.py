@@ -4,11 +4,13 @@ They are environment variables where they can be, so that processes which tests 
 """
 
 import os
+import random
 import tempfile
 
 # What a developer switched on, or the batch job they sit in, must not decide what is tested.
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-for name in list(os.environ):
+SEED = "DYNAMIC_DINO_TEST_SEED"
+for name in set(os.environ) - {SEED}:
     if name in LAUNCHER or name.startswith(("DYNAMIC_DINO", "SLURM_")):
         del os.environ[name]
 os.environ["OMP_NUM_THREADS"] = "1"  # small tensors: more threads only get into each other's way
@@ -18,8 +20,46 @@ os.environ["MPLBACKEND"] = "agg"
 _datasets = tempfile.TemporaryDirectory(prefix="dynamic-dino-tests-")
 os.environ["DETECTRON2_DATASETS"] = _datasets.name
 
+import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
+from helpers.seeds import fresh_rng, seed_everything  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is defined
 torch.set_num_threads(1)
+
+# `make fuzz` sets a seed; the gate draws the same numbers every time.
+hypothesis.settings.register_profile("gate", derandomize=True)
+if SEED not in os.environ:
+    hypothesis.settings.load_profile("gate")
+
+
+@pytest.fixture(autouse=True)
+def seed(request) -> int:
+    """The test's own seed, which its name decides; a failing test shows how to repeat it."""
+    if SEED in os.environ:
+        print(f"To repeat it: make fuzz SEED={os.environ[SEED]} TESTS='{request.node.nodeid}'")
+    return seed_everything(request.node.nodeid)
+
+
+@pytest.fixture
+def rng(seed) -> np.random.Generator:
+    return fresh_rng()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    """What tests share is seeded by its own name: the order of tests doesn't change it."""
+    if fixturedef.scope == "function":
+        return (yield)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    parameter = getattr(request, "param_index", 0)
+    seed_everything(f"{fixturedef.baseid}::{fixturedef.argname}[{parameter}]")
+    try:
+        return (yield)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

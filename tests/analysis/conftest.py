@@ -13,14 +13,6 @@ from dynamic_dino.evaluation.predictions import Predictions
 from dynamic_dino.files import configs_folder
 
 
-@pytest.fixture
-def rng():
-    """Other numbers in every run; a failing test shows the seed that repeats it."""
-    seed = int(np.random.SeedSequence().entropy % 2**32)
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory):
     """drawn_val: 10 pictures of 64 pixels."""

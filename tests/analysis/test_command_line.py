@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,7 @@ import torch
 from detectron2.config import LazyConfig
 from dynamic_dino.analysis.cli import main
 from dynamic_dino.analysis.exhibit import slug
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_report import check_in_browser, check_page  # noqa: E402
+from helpers.pages import check_in_browser, check_page
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import ablations
 import numpy as np
 import pytest
 from dynamic_dino.config import load_config
+from helpers.seeds import fresh_rng
 from lib import ablations_page
 from lib import provenance as report
 from lib.sweep_times import step_times
@@ -237,7 +238,7 @@ def paper(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations_page, "SWEEPS", {"toys": sweep})
     folder = tmp_path / "results/cpu/ablations/toy"
     folder.mkdir(parents=True)
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     scores = {row: rng.uniform(20, 60, 3).tolist() for row in ("control", "other")}
     for row, values in scores.items():
         for seed, value in enumerate(values):
@@ -296,7 +297,7 @@ def test_rows_and_sweeps_without_results_are_named(paper, monkeypatch):
 
 
 def test_tables_of_name_memory_compare_with_the_base_and_the_control(paper):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     numbers = rng.uniform(10, 90, (2, 3))
     tables = {"width": ("32 units", "64 units"), "tuning": ("dense", "x4")}
 

@@ -3,8 +3,8 @@
 import json
 
 import finetune_public
-import numpy as np
 import pytest
+from helpers.seeds import fresh_rng
 from lib import tables as results
 
 
@@ -26,7 +26,7 @@ def write_run(folder, first: dict, after: dict) -> None:
 
 
 def test_read_run(tmp_path):
-    before, after = np.random.default_rng().uniform(0, 100, 2).round(4).tolist()
+    before, after = fresh_rng().uniform(0, 100, 2).round(4).tolist()
     write_run(tmp_path / "a", {"val/AP": before, "val/AP50": 1.0}, {"val/AP": after})
     run = finetune_public.read_run(tmp_path / "a")
     assert run["commands"][0].split()[1] == f"train.output_dir={tmp_path / 'a'}"

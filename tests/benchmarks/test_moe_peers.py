@@ -11,13 +11,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-@pytest.fixture(autouse=True)
-def fresh_seed():
-    seed = torch.seed() % 2**31
-    torch.manual_seed(seed)
-    print(f"torch.manual_seed({seed})")
-
-
 def draw(tokens, slots, experts, dim=6, hidden=9):
     shapes = [(tokens, dim), (experts, hidden, dim), (experts, hidden), (experts, dim, hidden)]
     tensors = [torch.randn(shape, dtype=torch.float64) for shape in (*shapes, (experts, dim))]

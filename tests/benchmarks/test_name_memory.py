@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from dynamic_dino.moe.layer import MoEFeedForward
+from helpers.seeds import fresh_rng
 from name_memory import BASE, Glyphs, Memory, dense, score, train, tuned, tuning_rows
 
 CHANNELS, NAMES = 20, 30
@@ -15,13 +16,13 @@ UNLIKE = ("untied", "without_init")  # don't start as the dense model
 
 @pytest.fixture(scope="module")
 def base():
-    torch.manual_seed(int(np.random.default_rng().integers(10**6)))
+    torch.manual_seed(int(fresh_rng().integers(10**6)))
     return Memory(CHANNELS, torch.randn(NAMES, 24), dense(BASE))
 
 
 @pytest.fixture
 def data():
-    generator = torch.Generator().manual_seed(int(np.random.default_rng().integers(10**6)))
+    generator = torch.Generator().manual_seed(int(fresh_rng().integers(10**6)))
     y = torch.arange(300) % NAMES
     centers = 3 * torch.randn(NAMES, CHANNELS, generator=generator)
     return Glyphs(centers[y] + 0.1 * torch.randn(300, CHANNELS, generator=generator), y)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from helpers.seeds import fresh_rng
 from lib.paired import estimate, paired
 from scipy import stats
 
@@ -19,7 +20,7 @@ def test_interval_of_a_known_case():
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.99])
 def test_agrees_with_scipy(level):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     values = rng.normal(rng.normal(), 3, size=int(rng.integers(2, 12))).tolist()
     found = estimate(values, level)
     low, high = stats.ttest_1samp(values, 0).confidence_interval(level)
@@ -31,7 +32,7 @@ def test_agrees_with_scipy(level):
 
 
 def test_pairs_are_those_of_the_same_seed_as_in_scipys_paired_test():
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     control = {seed: float(rng.normal(50, 5)) for seed in range(6)}
     values = {seed: control[seed] + float(rng.normal(1, 0.3)) for seed in (5, 3, 1, 4)}
     found = paired(values | {9: 1e6}, control)

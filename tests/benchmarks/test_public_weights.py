@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers.seeds import fresh_rng
 from PIL import Image
 
 SWIN = dict(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 2], out_indices=[2, 3, 4])
@@ -32,7 +33,7 @@ def benchmark(monkeypatch, tmp_path):
         monkeypatch.setattr(public_weights.transformers, name, small)
     models = {"tiny": (False, SWIN), "mm-tiny": (True, SWIN)}
     monkeypatch.setattr(public_weights, "MODELS", models)
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     (tmp_path / "photos").mkdir()
     for i, size in enumerate([(60, 90), (80, 50)]):
         noise = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))

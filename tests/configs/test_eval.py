@@ -6,8 +6,6 @@ import logging
 import re
 from pathlib import Path
 
-import miniatures
-import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
@@ -16,6 +14,7 @@ from dynamic_dino.data import datasets
 from dynamic_dino.data.odinw import MINIVAL, ODINW13, PROMPTS, files_of
 from dynamic_dino.engine.evaluate import do_test, means
 from dynamic_dino.evaluation.cli import main as score
+from helpers import miniatures
 
 EVAL = Path(__file__).parents[2] / "configs/eval"
 NANO = EVAL.parent / "moe_tuning/nano_x16_drawn.py"
@@ -66,11 +65,6 @@ def evaluate(tmp_path):
         return do_test(load_config(EVAL / f"{name}.py", options), oracle), oracle
 
     return run
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
 
 
 def predictions(tmp_path, config, name):

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import miniatures
-import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -13,12 +11,14 @@ from dynamic_dino.data.builtin import BUILTIN
 from dynamic_dino.data.coco_json import clean_name
 from dynamic_dino.data.odinw import MINIVAL, PROMPTS
 from dynamic_dino.data.synthetic.drawn import NAMES
+from helpers import miniatures
+from helpers.seeds import fresh_rng
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     root = tmp_path_factory.mktemp("datasets")
-    miniatures.write_all(root, seed=int(np.random.default_rng().integers(1 << 30)))
+    miniatures.write_all(root, seed=int(fresh_rng().integers(1 << 30)))
     return root
 
 
@@ -104,7 +104,7 @@ def test_odinw_with_and_without_prompts(root):
 
 
 def test_odinw_is_found_without_the_folder_of_the_version(tmp_path):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     miniatures.write_odinw(tmp_path, rng, "odinw/Raccoon/valid", ("raccoon",))
     datasets.register_builtin(tmp_path)
     try:
@@ -134,7 +134,7 @@ def test_every_name_says_where_it_comes_from():
 
 @pytest.mark.parametrize("ending", [".jsonl", ".json"])
 def test_odvg_is_taken_where_there_is_no_mdetr_file(tmp_path, ending):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     miniatures.write_gqa(tmp_path, rng)
     datasets.register_builtin(tmp_path)
     try:

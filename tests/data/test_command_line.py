@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import miniatures
 import numpy as np
 import pytest
 from dynamic_dino.data import datasets
@@ -14,6 +13,7 @@ from dynamic_dino.data.check import check_dataset
 from dynamic_dino.data.convert import convert
 from dynamic_dino.data.show import phrases_of
 from dynamic_dino.data.synthetic.drawn import NAMES
+from helpers import miniatures
 from PIL import Image
 
 
@@ -21,11 +21,6 @@ from PIL import Image
 def root(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     return tmp_path
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
 
 
 def edit(path: Path, change) -> None:

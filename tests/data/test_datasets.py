@@ -5,12 +5,12 @@ import os
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from dynamic_dino.data import datasets
 from dynamic_dino.data.synthetic.drawn import NAMES, write_drawn_dataset
+from helpers.seeds import fresh_rng
 
 GOOD = {
     "images": [
@@ -322,7 +322,7 @@ def test_names_are_kept_once_and_not_in_records(tmp_path):
 
 
 def test_drawn_is_deterministic_and_its_boxes_fit(tmp_path):
-    seed = int(np.random.default_rng().integers(1000))
+    seed = int(fresh_rng().integers(1000))
     a = write_drawn_dataset(tmp_path / "a", 6, 96, seed)
     b = write_drawn_dataset(tmp_path / "b", 6, 96, seed)
     c = write_drawn_dataset(tmp_path / "c", 6, 96, seed + 1)

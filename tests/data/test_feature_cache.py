@@ -26,6 +26,7 @@ from dynamic_dino.data.feature_cache import (
 from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
 from dynamic_dino.engine.evaluate import do_test
 from dynamic_dino.engine.train import do_train
+from helpers.seeds import fresh_rng
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -63,7 +64,7 @@ class Mirrorable(Tower):
 
 @pytest.fixture
 def records(tmp_path):
-    file = write_drawn_dataset(tmp_path, 7, 128, seed=int(np.random.default_rng().integers(1000)))
+    file = write_drawn_dataset(tmp_path, 7, 128, seed=int(fresh_rng().integers(1000)))
     datasets.register_coco_json("test_cache", file, tmp_path / "drawn/train")
     found = load_datasets("test_cache")
     assert len(found) == 7

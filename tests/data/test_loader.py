@@ -1,7 +1,6 @@
 import itertools
 import json
 
-import miniatures
 import numpy as np
 import pytest
 import torch
@@ -18,12 +17,14 @@ from dynamic_dino.data import (
 )
 from dynamic_dino.data.loader import TrainBatches
 from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
+from helpers import miniatures
+from helpers.seeds import fresh_rng
 
 
 @pytest.fixture(scope="module")
 def name(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    file = write_drawn_dataset(root, 10, 64, seed=int(np.random.default_rng().integers(1000)))
+    file = write_drawn_dataset(root, 10, 64, seed=int(fresh_rng().integers(1000)))
     datasets.register_coco_json("test_loader", file, root / "drawn/train")
     return "test_loader"
 
@@ -181,7 +182,7 @@ def test_detection_and_grounding_mix(name, tmp_path):
 def mixture(tmp_path_factory):
     """Miniatures of the four sources of the paper, by their names."""
     root = tmp_path_factory.mktemp("mixture")
-    miniatures.write_all(root, seed=int(np.random.default_rng().integers(1 << 30)))
+    miniatures.write_all(root, seed=int(fresh_rng().integers(1 << 30)))
     datasets.register_builtin(root)
     yield ["objects365_v1_train", "v3det_train", "gqa_train", "flickr30k_train"]
     datasets.register_builtin()

@@ -13,6 +13,7 @@ from dynamic_dino.data import (
     load_datasets,
     load_odvg_jsonl,
 )
+from helpers.seeds import fresh_rng
 from PIL import Image
 
 NAMES = ["red panda", "windmill", "tombstone", "gravestone", "harp", "kite"]
@@ -21,7 +22,7 @@ NAMES = ["red panda", "windmill", "tombstone", "gravestone", "harp", "kite"]
 @pytest.fixture
 def data(tmp_path):
     """A 60 x 40 image with two boxes and a crowd; the JSON's path is the name of the data set."""
-    pixels = np.random.default_rng().integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    pixels = fresh_rng().integers(0, 255, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     categories = [{"id": i, "name": name} for i, name in enumerate(NAMES)]
     categories[2]["near_synonyms"] = ["gravestone"]
@@ -52,7 +53,7 @@ def boxes_by_phrase(sample):
 
 def test_resized_and_flipped_boxes(data):
     name, record, pixels = data
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     plain = TrainMapper(name, 120, max_phrases=4, flip=0.0)(record, rng)
     assert plain["image_size"] == (80, 120)
     assert plain["image"].shape == (3, 80, 120) and plain["image"].dtype == torch.uint8
@@ -73,7 +74,7 @@ def test_resized_and_flipped_boxes(data):
 
 def test_short_and_long_edge(data):
     name, record, _ = data
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     assert TrainMapper(name, (80, 1000))(record, rng)["image_size"] == (80, 120)
     assert TrainMapper(name, (80, 90))(record, rng)["image_size"] == (60, 90)
     assert TrainMapper(name, None)(record, rng)["image_size"] == (40, 60)
@@ -123,7 +124,7 @@ def test_a_closed_set_is_asked_for_all_its_classes(data):
         sample = mapper(record, np.random.default_rng(seed))
         assert sample["prompt"].phrases == NAMES
         assert sample["instances"].gt_classes.tolist() == [2, 0]
-    assert mapper(record, np.random.default_rng())["prompt"] is sample["prompt"]
+    assert mapper(record, fresh_rng())["prompt"] is sample["prompt"]
     with pytest.raises(ValueError, match="min_phrases 7, max_phrases 6"):
         TrainMapper(name, 60, min_phrases=7, max_phrases=None)
 
@@ -131,7 +132,7 @@ def test_a_closed_set_is_asked_for_all_its_classes(data):
 def test_without_any_object(data):
     name, record, _ = data
     empty = {**record, "annotations": []}
-    sample = TrainMapper(name, 60, max_phrases=3)(empty, np.random.default_rng())
+    sample = TrainMapper(name, 60, max_phrases=3)(empty, fresh_rng())
     assert len(sample["prompt"].phrases) == 3
     assert sample["instances"].gt_boxes.tensor.shape == (0, 4)
     assert sample["instances"].gt_classes.dtype == torch.int64
@@ -148,7 +149,7 @@ def test_augmentation_is_a_function_of_the_generator(data, recipe):
         "scale": (large_scale_jitter(60), None),
     }[recipe]
     mapper = TrainMapper(name, size, augmentations=[augmentation])
-    seed = int(np.random.default_rng().integers(1 << 30))
+    seed = int(fresh_rng().integers(1 << 30))
     np.random.seed(5)
     before = np.random.get_state()[1].copy()
     one = mapper(record, np.random.default_rng(seed))
@@ -180,7 +181,7 @@ def test_boxes_follow_the_pixels(tmp_path):
         TrainMapper(name, None, augmentations=[detr_augmentations((90, 100), 200)]),
         TrainMapper(name, None, augmentations=[large_scale_jitter(100, 0.5, 2.0)]),
     ]
-    rng, compared = np.random.default_rng(), 0
+    rng, compared = fresh_rng(), 0
     for mapper in mappers:
         for _ in range(8):
             sample = mapper(record, rng)
@@ -228,7 +229,7 @@ def test_grounding_spans_survive(tmp_path):
     name = str(tmp_path / "g.jsonl")
     (record,) = load_odvg_jsonl(name, tmp_path)
     for mapped in (
-        TrainMapper(name, 120, flip=1.0)(record, np.random.default_rng()),  # "left" isn't flipped
+        TrainMapper(name, 120, flip=1.0)(record, fresh_rng()),  # "left" isn't flipped
         TestMapper(name, 120)(record),
     ):
         assert mapped["prompt"].text == caption
@@ -238,7 +239,7 @@ def test_grounding_spans_survive(tmp_path):
             "red panda": [60, 20, 120, 80],
         }
     record["caption"] = caption.replace("left", "east")
-    mapped = TrainMapper(name, 120, flip=1.0)(record, np.random.default_rng())
+    mapped = TrainMapper(name, 120, flip=1.0)(record, fresh_rng())
     assert boxes_by_phrase(mapped)["windmill"] == [68, 8, 108, 28]
 
 
@@ -250,13 +251,13 @@ def test_records_choose_the_names_of_their_data_set(data, tmp_path):
     other.write_text(json.dumps(content))
     (second,) = load_datasets(str(other))
     mapper = TrainMapper([name, str(other)], 60)
-    assert set(boxes_by_phrase(mapper(record, np.random.default_rng()))) == {
+    assert set(boxes_by_phrase(mapper(record, fresh_rng()))) == {
         "tombstone",
         "red panda",
     }
-    assert set(boxes_by_phrase(mapper(second, np.random.default_rng()))) == {"other 2", "other 0"}
+    assert set(boxes_by_phrase(mapper(second, fresh_rng()))) == {"other 2", "other 0"}
     with pytest.raises(ValueError, match="comes from data set 'third'"):
-        mapper({**record, "dataset_name": "third"}, np.random.default_rng())
+        mapper({**record, "dataset_name": "third"}, fresh_rng())
 
 
 def test_exif_orientation(data, tmp_path):
@@ -284,7 +285,7 @@ def test_bad_images_are_named(data, tmp_path, damage, kind, words):
     damage(tmp_path / "a.png")
     for mapped in (
         lambda: TestMapper(name, 60)(record),
-        lambda: TrainMapper(name, 60)(record, np.random.default_rng()),
+        lambda: TrainMapper(name, 60)(record, fresh_rng()),
     ):
         with pytest.raises(kind) as error:
             mapped()

@@ -5,11 +5,6 @@ from dynamic_dino.data.prompts import PromptSampler, caption_phrases, evaluation
 NAMES = [f"thing {i}" for i in range(30)]
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 def test_prompt_is_the_positives_and_distinct_negatives(rng):
     sampler = PromptSampler(NAMES, 12)
     for _ in range(200):

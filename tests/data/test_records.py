@@ -7,6 +7,7 @@ from detectron2.structures import BoxMode
 from dynamic_dino.data.json_stream import stream_json, stream_json_list
 from dynamic_dino.data.records import Mixture, Records, Texts
 from dynamic_dino.files import written_whole
+from helpers.seeds import fresh_rng
 
 
 def random_records(rng, count, extra=False, ids=int):
@@ -54,7 +55,7 @@ def random_records(rng, count, extra=False, ids=int):
 @pytest.mark.parametrize("extra", [False, True])
 @pytest.mark.parametrize("ids", [int, str])
 def test_records_are_the_dicts(extra, ids):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     records, dicts = random_records(rng, 20, extra, ids)
     assert list(records) == dicts and len(records) == 20
     assert records[-1] == dicts[-1] and records[3:7] == dicts[3:7]
@@ -70,7 +71,7 @@ def test_records_are_the_dicts(extra, ids):
 
 
 def test_mixture_is_the_sources_one_after_the_other():
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     parts = [random_records(rng, n, extra) for n, extra in ((3, False), (0, False), (5, True))]
     plain = [{"annotations": [{}], "number": n} for n in range(4)]
     expected = [d for _, dicts in parts for d in dicts] + plain
@@ -86,7 +87,7 @@ def test_mixture_is_the_sources_one_after_the_other():
 
 
 def test_no_records_at_all():
-    records, _ = random_records(np.random.default_rng(), 0)
+    records, _ = random_records(fresh_rng(), 0)
     assert len(records) == 0 and list(records) == [] and records.with_objects().tolist() == []
 
 
@@ -110,7 +111,7 @@ def random_value(rng, depth=0):
 @pytest.mark.parametrize("chunk", [7, 64, 1 << 18])
 def test_streaming_equals_json(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr("dynamic_dino.data.json_stream.BUFFER", chunk)
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     for indent in (None, 2):
         content = {f"list{i}": [random_value(rng) for _ in range(6)] for i in range(3)}
         content |= {"empty": [], "other": random_value(rng), "number": 12345}

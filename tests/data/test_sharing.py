@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import miniatures
-import numpy as np
 from dynamic_dino.data import load_datasets
+from helpers import miniatures
+from helpers.seeds import fresh_rng
 
 
 def test_processes_of_a_machine_share_the_records(tmp_path):
-    file = miniatures.write_flickr30k(tmp_path, np.random.default_rng())
+    file = miniatures.write_flickr30k(tmp_path, fresh_rng())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run(
         [*torchrun, Path(__file__).with_name("two_readers.py"), file, tmp_path],

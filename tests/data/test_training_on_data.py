@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import miniatures
 import numpy as np
 import pytest
 from detectron2.config import LazyConfig
@@ -12,6 +11,8 @@ from dynamic_dino.data import datasets
 from dynamic_dino.data.convert import convert
 from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
+from helpers import miniatures
+from helpers.seeds import fresh_rng
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -19,7 +20,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("datasets")
-    miniatures.write_all(root, seed=int(np.random.default_rng().integers(1 << 30)))
+    miniatures.write_all(root, seed=int(fresh_rng().integers(1 << 30)))
     datasets.register_builtin(root)
     yield root
     datasets.register_builtin()

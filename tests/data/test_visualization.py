@@ -7,6 +7,7 @@ from detectron2.structures import Boxes, Instances
 from dynamic_dino.data import visualization
 from dynamic_dino.data.visualization import PALETTE, contact_sheet, draw_detections, phrase_colors
 from dynamic_dino.serving.inference import Phrases
+from helpers.seeds import fresh_rng
 
 
 def detections(size, boxes, phrases, scores=None):
@@ -67,7 +68,7 @@ def test_threshold():
 
 def test_labels_stay_inside_and_do_not_overlap(tags):
     """A dozen objects at the borders and across each other, with room for all labels."""
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     boxes = []
     for _ in range(12):
         x, y = rng.uniform(-20, 1100), rng.uniform(-20, 800)
@@ -106,7 +107,7 @@ def test_odd_sizes_and_boxes(size):
 
 
 def test_colours_are_stable_and_distinct():
-    names = [f"object {i}" for i in np.random.default_rng().integers(0, 10**6, len(PALETTE))]
+    names = [f"object {i}" for i in fresh_rng().integers(0, 10**6, len(PALETTE))]
     colors = phrase_colors(names)
     assert len(set(colors.values())) == len(set(names))
     assert colors == phrase_colors(list(reversed(names)))
@@ -116,7 +117,7 @@ def test_colours_are_stable_and_distinct():
 
 
 def test_contact_sheet():
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     images = [
         np.broadcast_to(np.uint8([40 * i + 20, 0, 90]), (*rng.integers(50, 900, 2), 3))
         for i in range(5)
@@ -142,7 +143,7 @@ def test_contact_sheet_refuses_nonsense():
 
 
 def test_boxes_of_any_size_and_place_can_be_drawn():
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     image = np.zeros((90, 120, 3), dtype=np.uint8)
     for width in [0.2, *rng.uniform(0, 30, 60)]:
         for height in (0.3, float(rng.uniform(0, 30)), 80.0):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from dynamic_dino.config import load_config
 
-RECIPE = Path(__file__).with_name("tiny_recipe.py")
+RECIPE = Path(__file__).parents[1] / "helpers/tiny_recipe.py"
 
 
 @pytest.fixture

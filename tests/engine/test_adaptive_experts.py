@@ -7,7 +7,7 @@ import torch
 from dynamic_dino.config import ConfigError, load_config
 from dynamic_dino.engine.train import do_train
 
-RECIPE = Path(__file__).with_name("adaptive_recipe.py")
+RECIPE = Path(__file__).parents[1] / "helpers/adaptive_recipe.py"
 
 
 @pytest.fixture

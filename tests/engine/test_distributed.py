@@ -107,7 +107,7 @@ def test_two_ranks_choose_the_same_experts(metrics, two_ranks):
     first, second = (torch.load(two_ranks / f"adaptive{rank}.pth") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     cfg = [f"train.output_dir={two_ranks / 'adaptive_single'}", "model.dropout=0", "model.noise=0"]
-    do_train(load_config(HERE / "adaptive_recipe.py", cfg))
+    do_train(load_config(HERE.parent / "helpers/adaptive_recipe.py", cfg))
     single, double = metrics("adaptive_single"), metrics("adaptive")
     keys = {"moe/layer0/removed", "moe/layer0/added", "moe/experts"}
     changes = [{k: row[k] for k in keys & row.keys()} for row in single.values()]

@@ -15,7 +15,7 @@ from dynamic_dino.engine.checkpointing import last_checkpoint
 from dynamic_dino.engine.train import do_train
 
 TRAIN_NET = Path(__file__).parents[2] / "projects/DynamicDINO/train_net.py"
-RECIPE = Path(__file__).with_name("tiny_recipe.py")
+RECIPE = Path(__file__).parents[1] / "helpers/tiny_recipe.py"
 
 
 def same(a, b) -> bool:

@@ -12,8 +12,9 @@ from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
 from dynamic_dino.engine.trainer import NonFiniteLossError
 
-RECIPE = Path(__file__).with_name("tiny_recipe.py")
-ADAPTIVE = Path(__file__).with_name("adaptive_recipe.py")
+HELPERS = Path(__file__).parents[1] / "helpers"
+RECIPE = HELPERS / "tiny_recipe.py"
+ADAPTIVE = HELPERS / "adaptive_recipe.py"
 
 
 def main(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 from dynamic_dino.evaluation import class_groups, coco_ap
+from helpers.seeds import fresh_rng
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -93,7 +94,7 @@ def percent(value):
 
 @pytest.fixture(params=[False, True], ids=["sparse", "over 100 per image and class"])
 def scene(request):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = random_truth(rng, images=8 if request.param else 30)
     return truth, random_predictions(rng, truth, crowded=request.param)
 
@@ -124,7 +125,7 @@ def test_every_class_equals_pycocotools(scene):
 
 def test_groups_equal_pycocotools_on_the_same_classes(scene):
     truth, predictions = scene
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     for category in truth["categories"]:
         category["frequency"] = str(rng.choice(["r", "c", "f"]))
         category["novel"] = bool(rng.random() < 0.4)
@@ -176,7 +177,7 @@ def test_max_dets_is_per_image_and_class():
 
 def test_annotation_ids_and_defaults_do_not_matter():
     """Id 0 means "unmatched" to COCO matchers; a missing area is the box's."""
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = random_truth(rng)
     predictions = random_predictions(rng, truth)
     for a in truth["annotations"]:
@@ -191,7 +192,7 @@ def test_annotation_ids_and_defaults_do_not_matter():
 
 
 def test_files_and_their_content_are_the_same(tmp_path):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = random_truth(rng)
     predictions = random_predictions(rng, truth)
     (tmp_path / "truth.json").write_text(json.dumps(truth))
@@ -201,7 +202,7 @@ def test_files_and_their_content_are_the_same(tmp_path):
 
 
 def test_no_predictions_is_zero_and_no_ground_truth_is_minus_one():
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = random_truth(rng)
     assert coco_ap(truth, []).metrics["AP"] == 0
     empty = {**truth, "annotations": []}
@@ -229,7 +230,7 @@ def test_class_groups():
     ],
 )
 def test_bad_predictions_are_named(change, message):
-    truth = random_truth(np.random.default_rng())
+    truth = random_truth(fresh_rng())
     image, category = truth["images"][0]["id"], truth["categories"][0]["id"]
     good = {"image_id": image, "category_id": category, "bbox": [1, 2, 3, 4], "score": 0.5}
     with pytest.raises(ValueError, match=message):
@@ -237,7 +238,7 @@ def test_bad_predictions_are_named(change, message):
 
 
 def test_bad_files_are_named(tmp_path):
-    truth = random_truth(np.random.default_rng())
+    truth = random_truth(fresh_rng())
     with pytest.raises(FileNotFoundError, match="nowhere.json"):
         coco_ap(tmp_path / "nowhere.json", [])
     (tmp_path / "cut.json").write_text(json.dumps(truth)[:500])

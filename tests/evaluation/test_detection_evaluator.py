@@ -12,6 +12,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from dynamic_dino.evaluation import DetectionEvaluator, coco_ap, inference_on_dataset, lvis_ap
 from dynamic_dino.moe.routing import Routing
+from helpers.seeds import fresh_rng
 
 CATEGORY_IDS = [11, 4, 30, 7]  # contiguous class -> id of the JSON file
 NAMES = ["red panda", "windmill", "mug", "acorn"]
@@ -97,7 +98,7 @@ def log(caplog):
 
 
 def test_phrases_are_mapped_to_categories_and_everything_is_written(tmp_path, log):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = scene(rng)
     batches = detect(rng, truth)
     name = register(truth, tmp_path, frequency=list("rcff"), novel=[True, False, False, False])
@@ -129,7 +130,7 @@ def test_phrases_are_mapped_to_categories_and_everything_is_written(tmp_path, lo
 
 
 def test_reset_forgets(tmp_path):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = scene(rng)
     batches = detect(rng, truth)
     evaluator = DetectionEvaluator(register(truth, tmp_path))
@@ -143,7 +144,7 @@ def test_reset_forgets(tmp_path):
 
 
 def test_unasked_objects_count_as_missed_with_a_warning(tmp_path, log):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = scene(rng)
     truth["annotations"][0]["category_id"] = CATEGORY_IDS[2]
     batches = detect(rng, truth)
@@ -167,7 +168,7 @@ def test_unasked_objects_count_as_missed_with_a_warning(tmp_path, log):
 
 
 def test_unprocessed_images_are_left_out_with_a_warning(tmp_path, log):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = scene(rng)
     batches = detect(rng, truth)[:5]
     evaluator = DetectionEvaluator(register(truth, tmp_path))
@@ -197,7 +198,7 @@ class Replay(torch.nn.Module):
 
 
 def test_inference_loop(tmp_path, log):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = scene(rng)
     batches = detect(rng, truth)
     loader = [batches[i][0] + batches[i + 1][0] for i in range(0, len(batches), 2)]
@@ -220,7 +221,7 @@ def routing(ids, experts=4):
 
 
 def test_routing_is_reported_for_each_layer(tmp_path, log):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = scene(rng)
     batches = detect(rng, truth)
     # Expert e is part e % 2 of copy e // 2: the first layer keeps siblings, the second never does.
@@ -261,7 +262,7 @@ def run_rank(rank, world, folder, name, batches):
 
 
 def test_two_processes_give_the_same_numbers(tmp_path):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = scene(rng)
     batches = detect(rng, truth)
     name = register(truth, tmp_path)
@@ -278,7 +279,7 @@ def test_two_processes_give_the_same_numbers(tmp_path):
 
 def test_fixed_ap_keeps_no_more_than_can_count(tmp_path, monkeypatch):
     """In any order of the images, and with ties, the same detections are kept."""
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = scene(rng, images=30)
     for category, letter in zip(truth["categories"], "rcff", strict=True):
         category["frequency"] = letter
@@ -311,7 +312,7 @@ def test_an_unknown_protocol_is_named():
 
 
 def test_bad_input_is_named(tmp_path):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = scene(rng)
     (inputs, outputs), *_ = detect(rng, truth)
     evaluator = DetectionEvaluator(register(truth, tmp_path))

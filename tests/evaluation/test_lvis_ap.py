@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 from dynamic_dino.evaluation import lvis_ap
+from helpers.seeds import fresh_rng
 
 pytestmark = pytest.mark.filterwarnings("ignore:The 'warn' method:DeprecationWarning")  # lvis's
 
@@ -121,7 +122,7 @@ def same(ours, value, name):
 @pytest.mark.parametrize("max_dets", [300, 20])
 @pytest.mark.parametrize("attempt", range(3))
 def test_every_number_equals_the_lvis_package(max_dets, attempt):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = random_truth(rng)
     predictions = random_predictions(rng, truth)
     before = copy.deepcopy((truth, predictions))
@@ -214,7 +215,7 @@ def slow_fixed_ap(truth, predictions, most):
 
 @pytest.mark.parametrize("most", [10_000, 40])
 def test_fixed_ap_equals_its_definition(most):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = random_truth(rng, images=10, classes=6)
     predictions = random_predictions(rng, truth, clutter=60)
     ours = lvis_ap(truth, predictions, fixed=True, max_dets=most).metrics
@@ -241,7 +242,7 @@ def test_fixed_ap_equals_its_definition(most):
 
 
 def test_fixed_ap_without_a_cap_equals_the_lvis_package_without_one():
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = random_truth(rng)
     predictions = random_predictions(rng, truth, clutter=400, least=0)  # 300 count
     ours = lvis_ap(truth, predictions, fixed=True).metrics
@@ -278,7 +279,7 @@ def test_what_each_cap_keeps():
 
 
 def test_a_cap_per_image_is_noticed_where_fixed_ap_forbids_it(caplog):
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = random_truth(rng)
     image = truth["images"][0]["id"]
     found = [p | {"image_id": image} for p in random_predictions(rng, truth, clutter=40)][:301]
@@ -290,7 +291,7 @@ def test_a_cap_per_image_is_noticed_where_fixed_ap_forbids_it(caplog):
 
 
 def test_a_subset_of_the_images_is_the_data_set_without_the_others():
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = random_truth(rng)
     predictions = random_predictions(rng, truth)
     ids = {image["id"] for image in truth["images"][::2]}
@@ -304,7 +305,7 @@ def test_a_subset_of_the_images_is_the_data_set_without_the_others():
 
 
 def test_no_predictions_and_bad_input():
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = random_truth(rng)
     for fixed in (False, True):
         assert lvis_ap(truth, [], fixed=fixed).metrics["AP"] == 0

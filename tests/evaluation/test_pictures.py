@@ -5,6 +5,7 @@ from dynamic_dino.evaluation import pictures
 from dynamic_dino.evaluation.coco import read_ground_truth
 from dynamic_dino.evaluation.pictures import results_sheet
 from dynamic_dino.evaluation.predictions import Predictions
+from helpers.seeds import fresh_rng
 from PIL import Image
 
 NAMES = {3: "red panda", 7: "mug"}
@@ -30,7 +31,7 @@ def scene(folder, rng, images=20):
 
 
 def test_the_best_detections_as_many_as_objects(tmp_path, monkeypatch):
-    truth, found, files = scene(tmp_path, np.random.default_rng())
+    truth, found, files = scene(tmp_path, fresh_rng())
     drawn, draw = [], pictures.draw_boxes
     monkeypatch.setattr(pictures, "draw_boxes", lambda *a: drawn.append(a) or draw(*a))
     sheet = results_sheet(truth, found, files, NAMES, count=5)
@@ -51,7 +52,7 @@ def test_the_best_detections_as_many_as_objects(tmp_path, monkeypatch):
 
 
 def test_images_that_are_not_there_are_left_out(tmp_path):
-    truth, found, files = scene(tmp_path, np.random.default_rng(), images=4)
+    truth, found, files = scene(tmp_path, fresh_rng(), images=4)
     assert results_sheet(truth, found, {}, NAMES) is None
     missing = dict.fromkeys(files, str(tmp_path / "none.png"))
     assert results_sheet(truth, found, missing, NAMES) is None

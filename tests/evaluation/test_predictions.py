@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from dynamic_dino.evaluation.predictions import Predictions
+from helpers.seeds import fresh_rng
 
 
 def random_rows(rng, count=500):
@@ -34,7 +35,7 @@ def rows_of(predictions):
 
 
 def test_written_and_read_again(tmp_path):
-    rows = random_rows(np.random.default_rng())
+    rows = random_rows(fresh_rng())
     found = Predictions.read(rows)
     assert rows_of(found) == rows
     # as the evaluator has them: every float32 comes back
@@ -62,7 +63,7 @@ def test_written_and_read_again(tmp_path):
 
 @pytest.mark.parametrize("cut", [3, 50, -1, -20])
 def test_a_truncated_file_is_named(tmp_path, cut):
-    text = json.dumps(random_rows(np.random.default_rng(), 20))
+    text = json.dumps(random_rows(fresh_rng(), 20))
     (tmp_path / "cut.json").write_text(text[:cut])
     with pytest.raises(ValueError, match="cut.json is not valid JSON .* truncated"):
         Predictions.read(tmp_path / "cut.json")
@@ -74,7 +75,7 @@ def test_a_truncated_file_is_named(tmp_path, cut):
 
 
 def test_best_of_each_group_against_a_loop():
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     rows = random_rows(rng, 600)
     for row in rows:
         row["score"] = round(row["score"], 1)  # ties

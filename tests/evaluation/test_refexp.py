@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from dynamic_dino.evaluation import refexp_precision
+from helpers.seeds import fresh_rng
 
 TARGET = [100.0, 100.0, 40.0, 20.0]
 
@@ -39,7 +40,7 @@ def test_by_hand():
         *found(7, [100.0, 100.0, 40.0, 9.9]),  # a little less isn't
         # nothing for the eighth
     ]
-    np.random.default_rng().shuffle(predictions)
+    fresh_rng().shuffle(predictions)
     result = refexp_precision(expressions(8), predictions)
     assert result.metrics == {"P@1": 100 * 2 / 8, "P@5": 100 * 4 / 8, "P@10": 100 * 5 / 8}
     assert result.per_class == []
@@ -59,7 +60,7 @@ def test_of_equal_scores_the_first_counts():
 
 
 def test_random_boxes_against_a_loop():
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     truth = expressions(60)
     predictions = []
     for a in truth["annotations"]:

@@ -17,6 +17,7 @@ from dynamic_dino.data.mapper import TestMapper
 from dynamic_dino.engine.evaluate import do_test
 from dynamic_dino.evaluation import DetectionEvaluator
 from dynamic_dino.moe.routing import Routing
+from helpers.seeds import fresh_rng
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -59,7 +60,7 @@ class Noise(torch.nn.Module):
 @pytest.fixture
 def recipe(tmp_path):
     """recipe("output folder") evaluates a data set of noisy images with random boxes."""
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     content = {"images": [], "annotations": [], "categories": []}
     content["categories"] = [{"id": i, "name": name} for i, name in ((3, "mug"), (8, "acorn"))]
     for i in rng.permutation(IMAGES).tolist():

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dynamic_dino_kernels import expert_ffn, resolve_backend, route, warmup
-from ffn_arguments import random_arguments
+from helpers.ffn_arguments import random_arguments
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BACKENDS = ("sequential", "grouped", "triton")

@@ -7,7 +7,7 @@ import torch
 from dynamic_dino_kernels import expert_ffn, warmup
 from dynamic_dino_kernels.moe import ACTIVATIONS
 from dynamic_dino_kernels.moe.grouped import grouped_backward_op, grouped_op
-from ffn_arguments import random_arguments
+from helpers.ffn_arguments import random_arguments
 from torch import nn
 
 BACKENDS = ("sequential", "grouped", "triton")

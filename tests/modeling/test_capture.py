@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from capture_scan import CUDA, fake_gpu, faked, patched, scan
 from detectron2.config import instantiate
 from dynamic_dino.config import load_config
 from dynamic_dino.modeling.deformable_enhancer import DeformableEnhancer
@@ -23,6 +22,7 @@ from dynamic_dino.moe.routers import SoftmaxRouter
 from dynamic_dino.moe.statistics import training_metrics
 from dynamic_dino.moe.top_any import TopAnyRouter
 from dynamic_dino.serving.deploy import optimize_for_inference
+from helpers.capture_scan import CUDA, fake_gpu, faked, patched, scan
 from omegaconf import OmegaConf
 from torch import nn
 

@@ -26,7 +26,6 @@ def prompt(*phrases: str) -> Prompt:
 
 @pytest.fixture(scope="module")
 def _dino():
-    torch.manual_seed(torch.seed() % 2**31)
     model = instantiate(load_config(CONFIGS / "pretrain/dino_nano_drawn.py").model).eval()
     with torch.no_grad():
         for parameter in model.parameters():

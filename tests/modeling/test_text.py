@@ -34,11 +34,6 @@ def random_phrases(count: int) -> list[str]:
     return sorted(phrases, key=lambda _: random.random())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def seed():
-    random.seed()
-
-
 @pytest.fixture(scope="module")
 def tokens():
     return small_encoder()

@@ -16,14 +16,6 @@ from torch import nn
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-@pytest.fixture(autouse=True)
-def fresh_seed():
-    """Other numbers in every run; a failing test shows the seed that repeats it."""
-    seed = torch.seed() % 2**31
-    torch.manual_seed(seed)
-    print(f"torch.manual_seed({seed})")
-
-
 def small_edge():
     """Edge's parts, all of them, at a size for tests."""
     model = LazyConfig.load(str(CONFIGS / "common/models/edge_random.py")).model
@@ -46,7 +38,6 @@ class Dense:
     """A dense detector, its config, and the input of everything behind its towers."""
 
     def __init__(self, config) -> None:
-        torch.manual_seed(torch.seed() % 2**31)
         self.config, self.model = config, instantiate(config).eval()
         with torch.no_grad():
             for parameter in self.model.parameters():

@@ -90,7 +90,7 @@ def test_training_metrics_say_the_same():
 
 
 def test_state_gives_the_statistics_back():
-    rng = torch.Generator().manual_seed(torch.seed() % 2**31)
+    rng = torch.Generator().manual_seed(torch.initial_seed())
     ids = torch.randint(-1, 6, (2, 50, 3), generator=rng, dtype=torch.int32)
     layers = [Routing(i, torch.ones(i.shape), torch.ones(50, 6) / 6) for i in ids]
     layers[1].active, layers[1].parts = torch.tensor([True] * 5 + [False]), 1

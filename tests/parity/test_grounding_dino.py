@@ -9,8 +9,8 @@ from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
 from dynamic_dino.checkpoint.public import import_public
 from dynamic_dino.moe.layer import MoEFeedForward
+from helpers.twins import as_transformers, clear_samples, random_samples, their_inputs, their_layers
 from timm.layers import DropPath
-from twins import as_transformers, clear_samples, random_samples, their_inputs, their_layers
 
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 SIZES = (90, 101), (77, 120), (80, 88)

@@ -21,13 +21,13 @@ import torch
 from dynamic_dino.checkpoint.public import Account, convert
 from dynamic_dino.checkpoint.weight_names import UNUSED, canonical_name
 from dynamic_dino.modeling.structures import Target
+from helpers.twins import as_transformers, clear_samples, their_inputs
 from scipy.optimize import linear_sum_assignment
 from transformers.loss.loss_grounding_dino import (
     GroundingDinoHungarianMatcher,
     GroundingDinoImageLoss,
 )
 from transformers.models.grounding_dino.modeling_grounding_dino import build_label_maps
-from twins import as_transformers, clear_samples, their_inputs
 
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 SIZES = (90, 101), (77, 120), (80, 88)

@@ -8,7 +8,7 @@ from dynamic_dino.checkpoint.public import Account, convert
 from dynamic_dino.checkpoint.transformers_config import detector_config
 from dynamic_dino.checkpoint.weight_names import UNUSED, canonical_name
 from dynamic_dino.files import configs_folder
-from twins import FAMILIES, SEPARATE
+from helpers.twins import FAMILIES, SEPARATE
 
 SWIN = {
     "tiny": {},

@@ -12,12 +12,13 @@ from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
 from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
 from dynamic_dino.files import configs_folder
+from helpers.seeds import fresh_rng
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    return write_drawn_dataset(root, 4, 64, seed=int(np.random.default_rng().integers(1 << 30)))
+    return write_drawn_dataset(root, 4, 64, seed=int(fresh_rng().integers(1 << 30)))
 
 
 def load(recipe: str, folder, drawn, output, *options: str):

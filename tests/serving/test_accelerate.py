@@ -13,7 +13,7 @@ import torch
 from dynamic_dino.serving.accelerate import CudaGraphs, WithFallback, accelerate, way_of
 from dynamic_dino_kernels.capture import waiting_forbidden
 from dynamic_dino_kernels.timing import captured
-from fake_cuda import FakeCuda
+from helpers.fake_cuda import FakeCuda
 
 
 @pytest.fixture

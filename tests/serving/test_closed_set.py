@@ -13,6 +13,7 @@ from dynamic_dino.config import load_config
 from dynamic_dino.data.synthetic.drawn import NAMES
 from dynamic_dino.serving import predict
 from dynamic_dino.serving.inference import Detector
+from helpers.seeds import fresh_rng
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,6 @@ RECIPE = ROOT / "configs/himoe/dino_nano_drawn.py"
 
 @pytest.fixture(scope="module")
 def trained():
-    torch.manual_seed(torch.seed() % 2**31)
     model = instantiate(load_config(RECIPE).model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -38,7 +38,7 @@ def weights(trained, tmp_path_factory):
 
 
 def image() -> np.ndarray:
-    return np.random.default_rng().integers(0, 256, (100, 128, 3), dtype=np.uint8)
+    return fresh_rng().integers(0, 256, (100, 128, 3), dtype=np.uint8)
 
 
 def test_all_classes_or_some(trained, weights):

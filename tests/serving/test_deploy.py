@@ -27,7 +27,7 @@ from dynamic_dino.serving.deploy import (
     optimize_for_inference,
 )
 from dynamic_dino.serving.inference import load_detector
-from samples import batch
+from helpers.samples import batch
 from timm import create_model
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten

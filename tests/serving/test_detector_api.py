@@ -10,6 +10,7 @@ from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.serving import inference
 from dynamic_dino.serving.inference import Detector, Phrases, find_images, load_detector
+from helpers.seeds import fresh_rng
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -44,7 +45,7 @@ def detector():
 
 
 def noise(h=48, w=64):
-    return np.random.default_rng().integers(0, 256, (h, w, 3), dtype=np.uint8)
+    return fresh_rng().integers(0, 256, (h, w, 3), dtype=np.uint8)
 
 
 def test_one_image(detector):
@@ -57,7 +58,7 @@ def test_one_image(detector):
 
 def test_the_sample_is_the_test_mappers(tmp_path):
     """Evaluation and users must look at the same pixels, whatever the shape of the image."""
-    seed = int(np.random.default_rng().integers(10**6))
+    seed = int(fresh_rng().integers(10**6))
     json_file = write_drawn_dataset(tmp_path, 6, size=90, seed=seed)
     register_coco_json("detector_api_drawn", json_file, json_file.parents[1] / "train")
     for size in (64, (48, 80), 200):

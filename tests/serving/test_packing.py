@@ -24,7 +24,7 @@ from dynamic_dino.serving.packing import (
     packed_modules,
 )
 from dynamic_dino_kernels.packing import obstacle
-from samples import batch
+from helpers.samples import batch
 from torch import nn
 
 pytestmark = pytest.mark.skipif(obstacle() != "", reason=obstacle() or "packs")

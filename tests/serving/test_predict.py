@@ -12,6 +12,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from dynamic_dino.serving import predict
 from dynamic_dino.serving.inference import Detector
+from helpers.seeds import fresh_rng
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[2] / "projects" / "DynamicDINO" / "predict.py"
@@ -49,7 +50,7 @@ def detector(monkeypatch):
 @pytest.fixture
 def photos(tmp_path):
     (tmp_path / "photos").mkdir()
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     for i in range(3):
         pixels = rng.integers(0, 256, (40, 60 + 20 * i, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photos" / f"photo{i}.jpg")

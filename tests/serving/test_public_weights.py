@@ -11,6 +11,7 @@ from dynamic_dino.data.images import resize_transform, to_tensor
 from dynamic_dino.serving.inference import load_detector
 from dynamic_dino.serving.predict import main
 from dynamic_dino.sources import resolve_model
+from helpers.seeds import fresh_rng
 from PIL import Image
 from transformers import AutoTokenizer
 from transformers.image_transforms import get_size_with_aspect_ratio
@@ -27,7 +28,7 @@ NAMES = ["red panda", "windmill", "an old bicycle"]
 
 def picture(height: int, width: int) -> np.ndarray:
     """Smooth, as photos are, with noise on it."""
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     y, x = np.mgrid[:height, :width] / 40
     waves = [np.sin(x * a + y * b) for a, b in rng.uniform(-1, 1, (3, 2))]
     image = 128 + 90 * np.stack(waves, -1) + rng.normal(0, 5, (height, width, 3))
@@ -37,7 +38,6 @@ def picture(height: int, width: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """As it would be downloaded."""
-    torch.manual_seed(torch.seed() % 2**31)
     folder = tmp_path_factory.mktemp("hub")
     swin = transformers.SwinConfig(
         embed_dim=16,
@@ -82,7 +82,7 @@ def detector(folder):
 
 
 def test_sizes_are_those_of_the_processor():
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     for _ in range(3000):
         height, width = rng.integers(1, 3000, 2).tolist()
         for h, w in ((height, width), (height, height), (800, width), (height, 800)):

@@ -15,6 +15,7 @@ from dynamic_dino.data.synthetic.glyphs import (
     vocabulary,
     write_glyphs,
 )
+from helpers.seeds import fresh_rng
 from PIL import Image
 
 
@@ -45,7 +46,7 @@ def test_frequencies_have_a_long_tail_and_three_tiers():
 
 
 def test_objects_lie_in_the_picture_and_apart_and_are_where_their_boxes_say():
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     picture, objects = draw_image(rng, 128, GLYPHS)
     pixels = np.asarray(picture)
     assert picture.size == (128, 128) and objects
@@ -63,7 +64,7 @@ def test_objects_lie_in_the_picture_and_apart_and_are_where_their_boxes_say():
 
 
 def test_a_split_is_read_as_a_data_set_and_made_again_alike(tmp_path):
-    seed = int(np.random.default_rng().integers(1000))
+    seed = int(fresh_rng().integers(1000))
     first = write_glyphs(tmp_path / "a", 40, 4, 96, "train", seed)
     again = write_glyphs(tmp_path / "b", 40, 4, 96, "train", seed)
     assert first.read_text() == again.read_text()

@@ -1,9 +1,11 @@
 """Shrunk models of transformers with random weights, ours made from their files, and inputs."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from detectron2.config import instantiate
@@ -134,3 +136,20 @@ def their_layers(twins: Twins, output) -> list[tuple[torch.Tensor, torch.Tensor]
         layers.append((logits, (delta + torch.special.logit(reference, eps=1e-5)).sigmoid()))
         reference = output.intermediate_reference_points[:, i]
     return layers
+
+
+@pytest.fixture(scope="session")
+def _twins(tmp_path_factory):
+    return {family: make_twins(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+@pytest.fixture(params=list(FAMILIES))
+def twins(request, _twins):
+    both = _twins[request.param]
+    return Twins(copy.deepcopy(both.theirs), copy.deepcopy(both.ours), both.folder)
+
+
+@pytest.fixture
+def gdino(_twins):
+    both = _twins["gdino"]
+    return Twins(both.theirs, copy.deepcopy(both.ours), both.folder)

@@ -18,6 +18,7 @@ from dynamic_dino.data.synthetic.stamps import cli, compose, sources
 from dynamic_dino.data.synthetic.stamps.build import Settings, build, is_complete
 from dynamic_dino.data.synthetic.stamps.library import Cutout, Library, prepare_cutout
 from dynamic_dino.data.synthetic.stamps.vocabulary import load_vocabulary, make_vocabulary
+from helpers.seeds import fresh_rng
 
 SEEN = ["disc", "red disc", "square", "cross", "ring", "bar"]
 NOVEL = ["diamond", "star"]
@@ -55,7 +56,7 @@ def vocabulary():
 @pytest.fixture(scope="module")
 def library(vocabulary):
     """Green shapes of random size; train photos are reddish, held-out photos bluish."""
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     cutouts = {}
     for name in vocabulary.cutouts:
         picture = draw(name, int(rng.integers(60, 200)), GREEN)
@@ -76,7 +77,7 @@ def no_backdrops(monkeypatch):
 
 
 def composites(library, vocabulary, split, count, seed=None):
-    seed = int(np.random.default_rng().integers(1 << 30)) if seed is None else seed
+    seed = int(fresh_rng().integers(1 << 30)) if seed is None else seed
     recipe = compose.split_recipes(vocabulary, seed)[split]
     return [compose.compose(library, vocabulary, recipe, seed, index) for index in range(count)]
 
@@ -179,7 +180,7 @@ def patch_of(size):
 
 
 def test_pasting_refuses_to_hide_or_cut_off_too_much():
-    rng = np.random.default_rng()
+    rng = fresh_rng()
     canvas = np.zeros((100, 100, 3), np.float32)
     placed = []
     assert compose._paste(canvas, patch_of(40), (10, 10), "first", placed, rng)
@@ -384,7 +385,7 @@ def test_reading_a_deb(tmp_path):
         path = tmp_path / f"{compression}.deb"
         path.write_bytes(make_deb(files, compression))
         assert dict(sources.read_deb(path)) == files
-    noise = np.random.default_rng().bytes(20000)  # doesn't compress
+    noise = fresh_rng().bytes(20000)  # doesn't compress
     whole = make_deb({"usr/noise": noise})
     path = tmp_path / "truncated.deb"
     path.write_bytes(whole[: len(whole) // 2])
@@ -418,7 +419,7 @@ def make_rcc(files: dict[str, tuple[bytes, bool]], version: int) -> bytes:
 
 @pytest.mark.parametrize("version", [1, 2, 3])
 def test_reading_a_qt_resource(version):
-    noise = np.random.default_rng().bytes(300)
+    noise = fresh_rng().bytes(300)
     files = {"größe.webp": (noise, False), "b.png": (b"x" * 500, True), "c": (b"", False)}
     found = dict(sources.read_rcc(make_rcc(files, version)))
     assert found == {f"/folder/{name}": content for name, (content, _) in files.items()}

@@ -22,6 +22,7 @@ from dynamic_dino.checkpoint.weight_names import UNUSED, canonical_name
 from dynamic_dino.checkpoint.weights import load_checkpoint
 from dynamic_dino.config import load_config
 from dynamic_dino.files import configs_folder
+from helpers.twins import random_samples, random_transformers_model, their_inputs
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from timm.models.swin_transformer import PatchMerging
@@ -31,7 +32,6 @@ from transformers import (
     BertConfig,
     MMGroundingDinoConfig,
 )
-from twins import random_samples, random_transformers_model, their_inputs
 
 # From transformers' names to those of IDEA's code, as its modules are called.
 IDEA = [

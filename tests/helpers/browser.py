@@ -1,7 +1,7 @@
 """A headless browser that shows a page and says what it saw.
 
-It is this machine's Chromium or Chrome. `make test` runs this file, which brings one into the
-environment where there is none, without root: npm's package @sparticuz/chromium.
+It is this machine's Chromium or Chrome. `BROWSER=1 make test` runs this file, which brings one into
+the environment where there is none, without root: npm's package @sparticuz/chromium.
 """
 
 import os
