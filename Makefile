@@ -33,7 +33,7 @@ bench: $(READY)  ## measure this machine, into benchmarks/results/<machine> (min
 	@for script in flops fps profile_detector moe_layer training_step peers \
 	    public_weights; do \
 	    $(PY) benchmarks/$$script.py --save || exit 1; done
-	@$(PY) benchmarks/moe_layer.py --save moe_scaling --parts layer \
+	@$(PY) benchmarks/moe_layer.py --save --name moe_scaling --measure layer \
 	    --tokens 100 300 900 2700 --experts 4 16
 	@$(PY) benchmarks/results.py
 

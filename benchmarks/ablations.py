@@ -40,10 +40,10 @@ import numpy as np
 import torch
 from dynamic_dino.config import ConfigError, load_config
 from dynamic_dino.engine.setup import resolve_device
-from flops import measure
 from lib import ablations_page
 from lib.detectors import ROOT
 from lib.finished_run import read_folder
+from lib.flop_count import measure
 from lib.provenance import provenance, results_folder, write_json
 from lib.sweep_times import step_times
 from lib.sweeps import SETTINGS, SWEEPS, Setting

@@ -44,7 +44,8 @@ from lib.detectors import (
     use_loop,
 )
 from lib.interleaved import quartiles, take_turns, timed
-from lib.provenance import machine_name, provenance, results_folder, write_json
+from lib.options import add_machine, add_output, image_size, new_parser, place_output, use_threads
+from lib.provenance import machine_name, provenance, write_json
 
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
 
@@ -258,13 +259,10 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    gpu = torch.cuda.is_available()
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--config-file", default=RECIPE, help="recipe with experts (default: %(default)s)")
-    add("--device", default="cuda" if gpu else "cpu", choices=("cpu", "cuda"))
+    add_machine(parser)
     add("--sizes", nargs="+", type=image_size, help="HxW; default: 640x640, on CUDA 800x1333 too")
     add("--batch", nargs="+", type=int, default=[1], help="images at once (default: 1)")
     add("--precisions", "--dtypes", nargs="+", choices=PRECISIONS, help="default: all on CUDA")
@@ -278,11 +276,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--only", nargs="+", help="contenders, e.g. dense 'experts, grouped' (default: all)")
     add("--repeats", type=int, help="default: 50 on CUDA, 7 on a CPU")
-    add("--threads", type=int, default=0, help="of a CPU")
     add("--pack", default="auto", choices=PACK, help="weights for oneDNN (default: if faster)")
-    add("--save", action="store_true", help="--json and --plot in benchmarks/results/<machine>/")
-    add("--json", type=Path, help="write the results there")
-    add("--plot", type=Path, help="draw them there")
+    add_output(parser, plot=True)
     add("overrides", nargs="*", metavar="key=value", help="of the recipe: model.decoder...=...")
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"
@@ -293,23 +288,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.many_names is None:
         options.many_names = 1203 if cuda else 130
     options.repeats = options.repeats or (50 if cuda else 7)
-    if options.save:
-        options.json = options.json or results_folder(options.device) / "fps.json"
-        options.plot = options.plot or results_folder(options.device) / "fps.png"
+    place_output(options, "fps")
     return options
-
-
-def image_size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    if not (height.isdigit() and width.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 640x640")
-    return int(height), int(width)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(options)
     models = detectors(options)
     print(f"{machine_name(options.device)}, {options.config_file}")
     if options.device == "cpu":

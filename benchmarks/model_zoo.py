@@ -12,10 +12,8 @@ on one image, served as `load_detector` does, text cached.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import tempfile
-from pathlib import Path
 
 import torch
 from detectron2.config import instantiate
@@ -29,7 +27,8 @@ from dynamic_dino.serving.inference import SHIPPED_MODELS
 from lib import tables as results
 from lib.detectors import samples
 from lib.interleaved import quartiles, take_turns, timed
-from lib.provenance import provenance, results_folder, write_json
+from lib.options import add_machine, add_output, new_parser, place_output, use_threads
+from lib.provenance import provenance, write_json
 
 WEIGHTS = PACKAGE / "weights"
 PACKAGES = ("torch", "triton", "timm", "transformers", "numpy", "faster-coco-eval")
@@ -47,15 +46,14 @@ def scores(name: str, overrides: list[str], device: str) -> tuple[dict, dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = new_parser(__doc__)
+    add_machine(parser)
     parser.add_argument("--repeats", type=int, default=30, help="rounds of the timing")
-    parser.add_argument("--save", action="store_true", help="keep it in benchmarks/results/")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    add_output(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the recipes")
     options = parser.parse_args()
+    place_output(options, "model_zoo")
+    use_threads(options)
     rows = {}
     for name, shipped in SHIPPED_MODELS.items():
         found, parameters = scores(name, options.overrides, options.device)
@@ -83,8 +81,6 @@ def main() -> None:
     for name, seconds in times.items():
         rows[name]["times"] = quartiles(seconds)
     report = provenance(PACKAGES, options.device) | {"models": rows}
-    if options.save:
-        options.json = results_folder(options.device) / "model_zoo.json"
     if options.json:
         write_json(options.json, report)
     print(results.model_zoo(report))

@@ -4,7 +4,7 @@
     python benchmarks/moe_layer.py                       # this machine's defaults
     python benchmarks/moe_layer.py --save                # ... kept in benchmarks/results/<machine>/
     python benchmarks/moe_layer.py --tokens 900 3600 --dtypes bfloat16 --device cuda
-    python benchmarks/moe_layer.py --experts 4 8 16 --top-k 1 2 --save moe_experts
+    python benchmarks/moe_layer.py --experts 4 8 16 --top-k 1 2 --save --name moe_experts
 
 Every contender computes the same: k experts of hidden / k units, the arithmetic of the dense FFN.
 Measured are the FFN alone, given the routing ("ffn"), and the end of a decoder layer: router, FFN,
@@ -39,8 +39,9 @@ from dynamic_dino_kernels import route
 from dynamic_dino_kernels.timing import captured, seconds
 from lib.interleaved import quartiles, take_turns, timed
 from lib.moe_peers import Dense, Experts, Grouped, contenders
+from lib.options import add_machine, add_output, new_parser, place_output, use_threads
 from lib.phases import ROUTING, peak_bytes, time_by_phase
-from lib.provenance import machine_name, provenance, results_folder, settings, write_json
+from lib.provenance import machine_name, provenance, settings, write_json
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -293,12 +294,9 @@ def _setting(row: dict) -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    gpu = torch.cuda.is_available()
+    parser = new_parser(__doc__)
     both = ["uniform", "zipf"]
-    parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=("cpu", "cuda"))
+    add_machine(parser)
     parser.add_argument(
         "--dtypes",
         nargs="+",
@@ -311,33 +309,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--routing", nargs="+", choices=both, help="default: both on CUDA, uniform on a CPU"
     )
-    parser.add_argument("--parts", nargs="+", default=["ffn", "layer"], choices=("ffn", "layer"))
+    parser.add_argument("--measure", nargs="+", default=["ffn", "layer"], choices=("ffn", "layer"))
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=2048, help="of the dense FFN")
     parser.add_argument("--experts", type=int, nargs="+", default=[16], help="(default: 16)")
     parser.add_argument("--top-k", type=int, nargs="+", default=[2], help="(default: 2)")
     parser.add_argument("--layers", type=int, default=6, help="sets of weights that take turns")
     parser.add_argument("--repeats", type=int, help="default: 50 on CUDA, 21 on a CPU")
-    parser.add_argument("--threads", type=int, default=0, help="of a CPU")
-    parser.add_argument(
-        "--save",
-        nargs="?",
-        const="moe_layer",
-        metavar="NAME",
-        help="--json and --plot as NAME in benchmarks/results/<machine>/ (default: moe_layer)",
-    )
-    parser.add_argument("--json", type=Path, help="write the results there")
-    parser.add_argument("--plot", type=Path, help="draw ratio over tokens there")
+    add_output(parser, plot=True)
+    parser.add_argument("--name", default="moe_layer", help="of the files of --save")
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"
     options.dtypes = options.dtypes or (["float16", "bfloat16"] if cuda else ["float32"])
     options.tokens = options.tokens or ([900, 1800, 3600, 7200, 14400] if cuda else [900])
     options.routing = options.routing or (both if cuda else ["uniform"])
     options.repeats = options.repeats or (50 if cuda else 21)
-    if options.save:
-        folder = results_folder(options.device)
-        options.json = options.json or folder / f"{options.save}.json"
-        options.plot = options.plot or folder / f"{options.save}.png"
+    place_output(options, options.name)
     for top_k in options.top_k:
         if options.hidden % top_k or top_k > min(options.experts):
             parser.error(
@@ -348,7 +335,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     for dtype in options.dtypes:
-        settings = (options.tokens, options.experts, options.top_k, options.routing, options.parts)
+        settings = (
+            options.tokens,
+            options.experts,
+            options.top_k,
+            options.routing,
+            options.measure,
+        )
         for tokens, experts, top_k, routing, part in product(*settings):
             for train in (False, True):
                 kind = getattr(torch, dtype)
@@ -357,8 +350,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(options)
     torch.manual_seed(0)
     machine = machine_name(options.device)
     print(f"{machine}, D={options.dim}, hidden={options.hidden}")

@@ -3,7 +3,7 @@
 
     python benchmarks/packing.py                         # linear layers, the FFN, whole detectors
     python benchmarks/packing.py --save                  # ... kept in benchmarks/results/cpu/
-    python benchmarks/packing.py --parts layer --threads 1 --repeats 100
+    python benchmarks/packing.py --measure layer --threads 1 --repeats 100
 
 - "linear": one layer, by itself and with ReLU, packed for the rows that it gets and for others.
 - "layer": the end of a layer of the Edge model's decoder, FFN, residual and norm, dense and as
@@ -28,7 +28,6 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +38,8 @@ from dynamic_dino_kernels.moe.packed import pack_experts
 from dynamic_dino_kernels.packing import PackedWeight, packed_linear
 from lib.detectors import NAMES, RECIPE, build, dense_of, load_model_config, samples
 from lib.interleaved import quartiles, take_turns
-from lib.provenance import provenance, results_folder, settings, write_json
+from lib.options import add_output, new_parser, place_output
+from lib.provenance import provenance, settings, write_json
 from torch import Tensor
 
 NANO = "configs/moe_tuning/nano_x16_drawn.py"
@@ -225,16 +225,16 @@ def detector(o: argparse.Namespace, config: str, size: int) -> Contenders:
 
 
 def cases(o: argparse.Namespace) -> Iterator[tuple[str, str, Contenders, dict[str, float], int]]:
-    if "linear" in o.parts:
+    if "linear" in o.measure:
         for shape in LINEAR:
             name = "{} x {} -> {}".format(*shape)
             yield "linear", name, linear(*shape), {}, o.repeats * (10 if shape[0] < 900 else 2)
-    if "layer" in o.parts:
+    if "layer" in o.measure:
         name = f"T={o.tokens}, x{o.experts}-Top{o.top_k}, {o.dim} -> {o.hidden}"
         yield "layer", name, *layer(o, bits=False), o.repeats
-    if "bits" in o.parts:
+    if "bits" in o.measure:
         yield "bits", f"T={o.tokens}", *layer(o, bits=True), 3
-    if "detector" in o.parts:
+    if "detector" in o.measure:
         yield "detector", "nano, 320 x 320", detector(o, NANO, 320), {}, o.repeats
         yield "detector", "Edge, 640 x 640", detector(o, RECIPE, 640), {}, max(3, o.repeats // 4)
 
@@ -260,11 +260,9 @@ def print_row(row: dict) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parts, add = ("linear", "layer", "bits", "detector"), parser.add_argument
-    add("--parts", nargs="+", default=list(parts), choices=parts)
+    parser = new_parser(__doc__)
+    measured, add = ("linear", "layer", "bits", "detector"), parser.add_argument
+    add("--measure", nargs="+", default=list(measured), choices=measured)
     add("--threads", nargs="+", type=int, default=[1, 2])
     add("--tokens", type=int, default=900)
     add("--dim", type=int, default=256)
@@ -273,11 +271,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--top-k", type=int, default=2)
     add("--layers", type=int, default=6, help="sets of weights that take turns")
     add("--repeats", type=int, default=21)
-    add("--save", action="store_true", help="--json in benchmarks/results/cpu/packing.json")
-    add("--json", type=Path, help="write the results there")
+    add_output(parser)
     options = parser.parse_args(arguments)
-    if options.save:
-        options.json = options.json or results_folder() / "packing.json"
+    place_output(options, "packing")
     return options
 
 

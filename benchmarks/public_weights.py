@@ -42,8 +42,9 @@ from dynamic_dino.serving.inference import DTYPES, Detector, as_array, find_imag
 from dynamic_dino.sources import HUB, model_directory, resolve_model
 from lib.detectors import NAMES
 from lib.interleaved import quartiles, take_turns, timed
-from lib.provenance import machine_name, provenance, results_folder, settings, write_json
-from peers import SWIN_BASE, SWIN_TINY, TOKENIZER
+from lib.options import add_machine, add_output, new_parser, place_output, use_threads
+from lib.peer_models import SWIN_BASE, SWIN_TINY, TOKENIZER
+from lib.provenance import machine_name, provenance, settings, write_json
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -289,11 +290,8 @@ def photos_of(paths: list[str] | None, count: int) -> tuple[list[Image.Image], s
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    gpu = torch.cuda.is_available()
     add("--models", nargs="+", default=["tiny"], choices=list(MODELS), help="with random weights")
     add("--weights", help="instead: hf:OWNER/NAME or hf:DIRECTORY")
     add(
@@ -306,21 +304,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--names", default=NAMES, help="what is looked for (default: ten names)")
     add("--threshold", type=float, help="of detections (default: 0.25, random weights: 0.95)")
     add("--size", type=int, nargs=2, default=[800, 1333], help="shortest edge, longest at most")
-    add("--device", default="cuda" if gpu else "cpu", choices=("cpu", "cuda"))
+    add_machine(parser)
     add("--dtype", default="float32", choices=DTYPES, help="of both models' weights")
     add("--accelerate", default="eager", choices=WAYS, help="ours, see load_detector")
     add("--repeats", type=int, help="photos for each (default: 50 on CUDA, 4 on a CPU)")
-    add("--threads", type=int, default=0, help="of a CPU")
-    add("--save", action="store_true", help="--json in benchmarks/results/<machine>/")
-    add("--json", type=Path, help="write the results there")
+    add_output(parser)
     options = parser.parse_args(arguments)
     options.repeats = options.repeats or (50 if options.device == "cuda" else 4)
     if options.threshold is None:  # random weights score anything between 0 and 1
         options.threshold = 0.25 if options.weights else 0.95
     if options.repeats < 2:
         parser.error("--repeats: quartiles need two at least")
-    if options.save:
-        options.json = options.json or results_folder(options.device) / "public_weights.json"
+    place_output(options, "public_weights")
     return options
 
 
@@ -341,8 +336,7 @@ def run(folder: Path, photos: list[Image.Image], options: argparse.Namespace) ->
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(options)
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

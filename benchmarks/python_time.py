@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from dynamic_dino.modeling.feed_forward import FeedForward
@@ -27,8 +26,9 @@ from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino_kernels import ms_deform_attn
 from dynamic_dino_kernels.replay import Replayed
 from lib.interleaved import quartiles, take_turns
+from lib.options import add_output, new_parser, place_output
 from lib.pretended_gpu import Launches, pretend
-from lib.provenance import machine_name, provenance, results_folder, settings, write_json
+from lib.provenance import machine_name, provenance, settings, write_json
 from torch import Tensor, nn
 
 DIM, HIDDEN = 256, 2048
@@ -135,20 +135,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--tokens", type=int, default=900)
     add("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
     add("--target", default="sm_90", help="architecture of the pretended GPU (default: sm_90)")
     add("--repeats", type=int, default=51, help="rounds in which all take turns")
     add("--inner", type=int, default=20, help="calls in a turn")
-    add("--save", action="store_true", help="--json in benchmarks/results/cpu/python_time.json")
-    add("--json", type=Path, help="write the results there")
+    add_output(parser)
     options = parser.parse_args(arguments)
-    if options.save:
-        options.json = options.json or results_folder() / "python_time.json"
+    place_output(options, "python_time")
     return options
 
 

@@ -26,12 +26,9 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from detectron2.config import instantiate
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from dynamic_dino.config import ConfigError, load_config
 from dynamic_dino.engine.allocator import keep_freed_memory
@@ -39,35 +36,27 @@ from dynamic_dino.engine.optim import build_optimizer
 from dynamic_dino.engine.trainable import set_trainable
 from dynamic_dino.engine.trainer import Trainer
 from dynamic_dino.moe.layer import MoEFeedForward
-from lib.detectors import RECIPE, ROOT, dense_of, load_model_config, samples, use_backend
+from lib.detectors import (
+    COCO_NAMES,
+    RECIPE,
+    ROOT,
+    dense_of,
+    load_model_config,
+    training_batch,
+    use_backend,
+)
 from lib.interleaved import quartiles, take_turns, timed
-from lib.provenance import machine_name, provenance, results_folder, settings, write_json
+from lib.options import add_machine, add_output, new_parser, place_output, use_threads
+from lib.provenance import machine_name, provenance, settings, write_json
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 PRE_TRAINING, DENSE_CONTROL = "pre-training", "dense control"
-COCO_NAMES = [category["name"] for category in COCO_CATEGORIES if category["isthing"]]
 # What a CPU or a GPU is given unless the command line says otherwise.
 DEFAULTS = {
     "cpu": {"size": 320, "batch": 1, "names": 10, "dtype": "float32", "repeats": 3},
     "cuda": {"size": 640, "batch": 8, "names": 80, "dtype": "bfloat16", "repeats": 30},
 }
-
-
-def training_batch(options: argparse.Namespace) -> list[dict]:
-    """Images of noise with random boxes and labels, as `TrainMapper` gives them."""
-    names = ". ".join(COCO_NAMES[: options.names])
-    batch = samples((options.size, options.size), options.batch, names)
-    generator = torch.Generator().manual_seed(0)
-    for sample in batch:
-        corner, extent = torch.rand(2, options.boxes, 2, generator=generator)
-        corner = 0.7 * corner
-        boxes = torch.cat([corner, corner + 0.05 + 0.25 * extent], 1) * options.size
-        instances = Instances(sample["image_size"])
-        instances.gt_boxes = Boxes(boxes)
-        instances.gt_classes = torch.randint(options.names, (options.boxes,), generator=generator)
-        sample["instances"] = instances
-    return batch
 
 
 def dense_patterns(moe: nn.Module) -> list[str]:
@@ -91,7 +80,7 @@ class Contenders:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.cfg = load_config(ROOT / options.config_file, options.overrides)
-        self.batch = training_batch(options)
+        self.batch = training_batch(options.size, options.batch, options.names, options.boxes)
         self.steps: dict[str, Callable[[], None]] = {}
         self.parameters: dict[str, dict[str, int]] = {}
         self.peaks: dict[str, int] = {}
@@ -198,17 +187,14 @@ def scale(options: argparse.Namespace) -> dict[str, str]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    gpu = torch.cuda.is_available()
+    parser = new_parser(__doc__)
     cpu_, cuda_ = DEFAULTS["cpu"], DEFAULTS["cuda"]
 
     def default(key: str) -> str:
         return f"default: {cuda_[key]} on CUDA, {cpu_[key]} on a CPU"
 
     parser.add_argument("--config-file", default=RECIPE, help=f"of a MoE-Tuning; default: {RECIPE}")
-    parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=("cpu", "cuda"))
+    add_machine(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
@@ -220,9 +206,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--boxes", type=int, default=8, help="in an image")
     parser.add_argument("--backends", nargs="+", choices=("sequential", "grouped", "triton"))
     parser.add_argument("--repeats", type=int, help=default("repeats"))
-    parser.add_argument("--threads", type=int, default=0, help="of a CPU")
-    parser.add_argument("--save", action="store_true", help="--json there")
-    parser.add_argument("--json", type=Path, help="write the results there")
+    add_output(parser)
     parser.add_argument("overrides", nargs="*", help="key=value, for the recipe")
     options = parser.parse_intermixed_args(arguments)
     for key, value in DEFAULTS[options.device].items():
@@ -234,15 +218,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--names: 1 to {len(COCO_NAMES)}")
     triton = ["triton"] if options.device == "cuda" else []
     options.backends = options.backends or ["sequential", "grouped", *triton]
-    if options.save:
-        options.json = options.json or results_folder(options.device) / "training_step.json"
+    place_output(options, "training_step")
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(options)
     if options.device == "cpu":
         keep_freed_memory()  # as training does
     torch.manual_seed(0)

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.structures import Boxes, Instances
 from dynamic_dino.config import load_config
 from dynamic_dino.modeling.feed_forward import FeedForward
 from dynamic_dino.modeling.prompt import Prompt
@@ -29,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "configs/moe_tuning/dynamic_dino_x16_top2.py"  # Edge with 16 experts, the paper's model
 # Ten of COCO's names; the cost of a prompt depends on its length, not on its words.
 NAMES = "person. bicycle. car. traffic light. dog. backpack. umbrella. sports ball. cup. chair."
+
+COCO_NAMES = [category["name"] for category in COCO_CATEGORIES if category["isthing"]]
 
 
 def load_model_config(path: str = RECIPE, overrides: Sequence[str] = ()) -> DictConfig:
@@ -149,3 +153,21 @@ def samples(
         }
         for _ in range(batch)
     ]
+
+
+def training_batch(size: int, batch: int, names: int, boxes: int) -> list[dict]:
+    """Square images of noise with random boxes and labels, as `TrainMapper` gives them.
+
+    Args:
+        names: how many of COCO's names are in the prompt; boxes: how many are in an image.
+    """
+    found = samples((size, size), batch, ". ".join(COCO_NAMES[:names]))
+    generator = torch.Generator().manual_seed(0)
+    for sample in found:
+        corner, extent = torch.rand(2, boxes, 2, generator=generator)
+        corner = 0.7 * corner
+        instances = Instances(sample["image_size"])
+        instances.gt_boxes = Boxes(torch.cat([corner, corner + 0.05 + 0.25 * extent], 1) * size)
+        instances.gt_classes = torch.randint(names, (boxes,), generator=generator)
+        sample["instances"] = instances
+    return found

@@ -6,7 +6,6 @@ are computed beforehand, as caches are.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable, Mapping
 
@@ -18,8 +17,8 @@ from dynamic_dino.engine.optim import build_optimizer
 from dynamic_dino.engine.trainable import set_trainable
 from dynamic_dino.engine.trainer import Trainer
 from omegaconf import DictConfig
-from training_step import training_batch
 
+from lib.detectors import training_batch
 from lib.interleaved import quartiles, take_turns, timed
 
 
@@ -42,13 +41,8 @@ def training(cfg: DictConfig, device: str) -> Callable[[], None]:
     model = instantiate(cfg.model).to(device)
     set_trainable(model, cfg.train.trainable)
     loader = cfg.dataloader.train
-    asked = argparse.Namespace(
-        size=cfg.model.canvas,
-        batch=loader.total_batch_size,
-        names=min(loader.mapper.max_phrases, 80),
-        boxes=4,
-    )
-    batch = training_batch(asked)
+    names = min(loader.mapper.max_phrases, 80)
+    batch = training_batch(cfg.model.canvas, loader.total_batch_size, names, boxes=4)
     with torch.no_grad():
         features = model.eval().extract_features([sample.pop("image") for sample in batch])
     for i, sample in enumerate(batch):

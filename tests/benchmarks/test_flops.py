@@ -18,6 +18,7 @@ from torch import nn
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 import flops  # noqa: E402
+from lib import flop_count  # noqa: E402
 
 no_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for CUDA")
 both_backends = pytest.mark.parametrize(
@@ -37,7 +38,7 @@ class Call(nn.Module):
 
 
 def total(module, *inputs):
-    return flops.count(module, *inputs).total()
+    return flop_count.count(module, *inputs).total()
 
 
 def test_convolution():
@@ -62,7 +63,7 @@ def test_experts_cost_a_dense_ffn_the_router_and_the_gated_sum(monkeypatch, back
     ffn = MoEFeedForward(16, 32, num_experts=8, top_k=2)
     layer = nn.ModuleDict({"ffn": ffn, "norm": nn.LayerNorm(16)})
     call = Call(layer, lambda m, x: m["ffn"](x, None, m["norm"])[0])
-    counted = flops.count(call, torch.rand(2, 7, 16))
+    counted = flop_count.count(call, torch.rand(2, 7, 16))
     assert counted.total("module.ffn.router") == 14 * 8 * 16
     experts = counted.by_operator("module.ffn.experts")
     assert experts["gated_sum"] == 14 * 2 * 16
@@ -96,8 +97,8 @@ def test_empty_slots_cost_nothing():
     [routing] = model.detector([{"image": x}])[0]["routings"]
     filled = int((routing.expert_ids >= 0).sum())
     assert 60 <= filled < 6 * 60
-    analysis = flops.count(model, x)
-    own = flops.own_counts(analysis, flops.empty_slots(model.detector, {"image": x}))
+    analysis = flop_count.count(model, x)
+    own = flop_count.own_counts(analysis, flop_count.empty_slots(model.detector, {"image": x}))
     experts = own["detector.ffn.experts"]
     assert experts["expert_ffn"] == filled * 2 * 16 * 32 and experts["gated_sum"] == filled * 16
     assert sum(c.total() for c in own.values()) == analysis.total() - (360 - filled) * (1024 + 16)
@@ -146,13 +147,13 @@ def test_what_no_output_needs_counts_as_well():
 def test_an_unknown_operator_is_named():
     call = Call(nn.Identity(), lambda _, x: torch.cdist(x, x))
     with pytest.raises(RuntimeError, match="aten::cdist"):
-        flops.count(call, torch.rand(3, 4))
+        flop_count.count(call, torch.rand(3, 4))
 
 
 def test_a_module_that_was_passed_by_is_named():
     call = Call(nn.Linear(4, 4), lambda m, x: F.linear(x, m.weight))
     with pytest.raises(RuntimeError, match="never called: module"):
-        flops.count(call, torch.rand(3, 4))
+        flop_count.count(call, torch.rand(3, 4))
 
 
 # ---- the script, on nano ------------------------------------------------------------------------

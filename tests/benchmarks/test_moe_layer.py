@@ -99,5 +99,5 @@ def test_draws_the_ratios(result):
 
 
 def test_wrong_arguments_are_explained():
-    done = run("--parts", "router")
+    done = run("--measure", "router")
     assert done.returncode == 2 and "choose from" in done.stderr

@@ -13,7 +13,7 @@ SMALL = "--tokens 30 --dim 16 --hidden 32 --experts 4 --layers 2 --repeats 2 --t
 
 def test_all_contenders_compute_the_same(tmp_path, capsys):
     path = tmp_path / "new" / "packing.json"
-    packing.main(["--parts", "layer", "bits", *SMALL, "--json", str(path)])
+    packing.main(["--measure", "layer", "bits", *SMALL, "--json", str(path)])
     report = json.loads(path.read_text())
     layer, bits = report["rows"]
     assert layer["part"] == "layer" and bits["part"] == "bits" and layer["threads"] == 1
