@@ -82,7 +82,7 @@ def load_config(
             f"{path} has no `{missing[0]}`; a recipe defines model, optimizer, lr_multiplier, "
             f"dataloader and train (this file defines: {', '.join(map(str, cfg)) or 'nothing'})"
         )
-    cfg = _without_helpers(cfg)
+    _drop_helpers(cfg)
     _check_train_keys(cfg.get("train", {}), path)
     cfg.train = OmegaConf.merge(TRAIN_DEFAULTS, cfg.get("train", {}))
     if model is not None:
@@ -163,8 +163,8 @@ def suggestion(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _without_helpers(cfg: DictConfig) -> DictConfig:
-    """Leaves out the nodes that nothing reads, such as those that a recipe imports to build others
+def _drop_helpers(cfg: DictConfig) -> None:
+    """Takes out the nodes that nothing reads, such as those that a recipe imports to build others
     of: LazyConfig exports every dict of a file."""
     content = OmegaConf.to_container(cfg, resolve=False)
     read, waiting = set(), set(NODES)
@@ -172,7 +172,8 @@ def _without_helpers(cfg: DictConfig) -> DictConfig:
         name = waiting.pop()
         read.add(name)
         waiting |= set(INTERPOLATION.findall(str(content.get(name)))) - read
-    return OmegaConf.masked_copy(cfg, [name for name in cfg if name in read])
+    for name in [name for name in cfg if name not in read]:
+        del cfg[name]
 
 
 def _check_key(cfg: DictConfig, key: str) -> None:
