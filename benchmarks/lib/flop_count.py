@@ -21,7 +21,7 @@ from dynamic_dino.config import input_errors
 from dynamic_dino.engine.trainable import set_trainable
 from dynamic_dino.modeling.attention import BiAttention
 from dynamic_dino.moe.layer import MoEFeedForward
-from dynamic_dino.moe.tuning import count_parameters
+from dynamic_dino.moe.parameters import count_parameters
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 from omegaconf import DictConfig

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from dynamic_dino.config import load_config
-from dynamic_dino.moe.tuning import count_parameters
+from dynamic_dino.moe.parameters import count_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = {

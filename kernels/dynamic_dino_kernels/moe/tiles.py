@@ -20,10 +20,9 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from ..launch import GPU, gpu_of
-from .tuned import table
+from .tuned import Tiles, table
 
 SMALLEST = 16  # rows, columns and depth that the matrix units take at least
-FORMS = ("fused", "two_gemms")
 SPLITS = (1, 2, 3, 4, 6)
 REGISTERS = 65536  # of a multiprocessor; a thread has 255 at most
 SYSTEM_SHARED = 1024  # bytes of shared memory that every program has besides its own
@@ -39,39 +38,6 @@ def block_size(size: int, least: int = SMALLEST) -> int:
 def block_side(dtype: torch.dtype) -> int:
     """Of a block of a weight: 128 bytes, so that what is summed stays in registers."""
     return max(SMALLEST, 128 // dtype.itemsize)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """One way to run the expert FFN.
-
-    form    "fused" (one launch, the hidden layer stays on the chip) or "two_gemms"
-    rows    of a tile, slots of one expert
-    hidden  hidden units at a time (fused, and backward)
-    splits  programs that share the hidden units of a tile (fused, and backward)
-    warps   per program
-    stages  of the software pipeline
-
-    Raises:
-        ValueError: a value that no kernel takes.
-    """
-
-    form: str = "fused"
-    rows: int = 32
-    hidden: int = 32
-    splits: int = 1
-    warps: int = 4
-    stages: int = 2
-
-    def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(f"form is {self.form!r}: choose one of {', '.join(FORMS)}")
-        for name in ("rows", "hidden", "splits", "warps", "stages"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}: give a positive integer")
-            if name in ("rows", "hidden", "warps") and value & (value - 1):
-                raise ValueError(f"{name} is {value}: give a power of two")
 
 
 @dataclass(frozen=True)

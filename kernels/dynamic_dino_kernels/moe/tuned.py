@@ -1,4 +1,4 @@
-"""The tables of measured tiles: one that is shipped, and one that a user's `tune` has written.
+"""Tiles, and the tables of measured ones: one is shipped, one is written by a user's `tune`.
 
 A table is a JSON object, `Problem.key` -> fields of `Tiles`. The user's file is
 ``~/.cache/dynamic_dino_kernels/tuned.json``, or what DYNAMIC_DINO_KERNELS_TUNED names.
@@ -9,17 +9,48 @@ from __future__ import annotations
 import json
 import logging
 import os
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .tiles import Tiles
 
 logger = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).with_name("tuned.json")
 ENVIRONMENT_VARIABLE = "DYNAMIC_DINO_KERNELS_TUNED"
+FORMS = ("fused", "two_gemms")
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One way to run the expert FFN.
+
+    form    "fused" (one launch, the hidden layer stays on the chip) or "two_gemms"
+    rows    of a tile, slots of one expert
+    hidden  hidden units at a time (fused, and backward)
+    splits  programs that share the hidden units of a tile (fused, and backward)
+    warps   per program
+    stages  of the software pipeline
+
+    Raises:
+        ValueError: a value that no kernel takes.
+    """
+
+    form: str = "fused"
+    rows: int = 32
+    hidden: int = 32
+    splits: int = 1
+    warps: int = 4
+    stages: int = 2
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"form is {self.form!r}: choose one of {', '.join(FORMS)}")
+        for name in ("rows", "hidden", "splits", "warps", "stages"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}: give a positive integer")
+            if name in ("rows", "hidden", "warps") and value & (value - 1):
+                raise ValueError(f"{name} is {value}: give a power of two")
 
 
 def user_file() -> Path:
@@ -53,8 +84,6 @@ def read(path: Path) -> dict[str, Tiles]:
         OSError: the file can't be read.
         ValueError: it holds something else than a table.
     """
-    from .tiles import Tiles
-
     if not path.exists():
         return {}
     entries = json.loads(path.read_text())

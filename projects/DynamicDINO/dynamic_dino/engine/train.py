@@ -124,7 +124,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters in total, trainable, frozen, and active (k of E experts count)."""
-    from ..moe.tuning import count_parameters
+    from ..moe.parameters import count_parameters
 
     counts = dict(count_parameters(model))
     counts.setdefault("frozen", counts["total"] - counts["trainable"])
