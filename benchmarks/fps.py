@@ -9,7 +9,7 @@
 The detectors are built from a recipe with random weights, the experts converted from the dense
 model, as MoE-Tuning starts: all must find the same, else the run stops. Each goes through the path
 of `load_detector`: batch norms folded, weights cast once, from uint8 pixels on the device to
-`Instances`. Contenders take turns; given are medians, quartiles, and FPS over that of dense.
+`Instances`. Timing is interleaved; given are medians, quartiles, and FPS over that of dense.
 "experts, loop" is the paper's way to run them, at its fastest (`looped_ffn` in moe_peers.py).
 
 "text cached" looks for the same names again, as a camera does; "text encoded" pays for the text
@@ -43,7 +43,7 @@ from lib.detectors import (
     use_backend,
     use_loop,
 )
-from lib.interleaved import quartiles, take_turns, timed
+from lib.interleaved import interleave, quartiles, timed
 from lib.options import add_machine, add_output, image_size, new_parser, place_output, use_threads
 from lib.provenance import machine_name, provenance, write_json
 
@@ -52,7 +52,7 @@ PRECISIONS = ("float32", "tf32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Case:
-    """One setting in which all contenders are compared. size: height and width in pixels."""
+    """One setting in which all candidates are compared. size: height and width in pixels."""
 
     size: tuple[int, int]
     batch: int
@@ -109,7 +109,7 @@ def set_tf32(on: bool) -> None:
 
 
 def measure(case: Case, models: dict, options: argparse.Namespace) -> dict:
-    """One row of the report: FPS, quartiles and memory of every contender."""
+    """One row of the report: FPS, quartiles and memory of every candidate."""
     batch = samples(case.size, case.batch, options.names, options.device)
     steps, memory, scores, ran = {}, {}, {}, {}
     for name, model in models.items():
@@ -131,7 +131,7 @@ def measure(case: Case, models: dict, options: argparse.Namespace) -> dict:
             memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
         steps[name] = lambda found=found: timed(found, options.device)
     check_equal(scores, case)
-    times = take_turns(steps, options.repeats)
+    times = interleave(steps, options.repeats)
     results = summarise(times, case.batch, memory)
     for name, way in ran.items():
         results[name]["ran"] = way
@@ -157,7 +157,7 @@ def make_room(model: OpenVocabularyDetector, case: Case, batch: list[dict]) -> N
 
 
 def check_equal(scores: dict[str, torch.Tensor], case: Case) -> None:
-    """All contenders hold the same function. Raises SystemExit where their scores differ."""
+    """All candidates hold the same function. Raises SystemExit where their scores differ."""
     tolerance = 1e-3 if case.precision == "float32" else 0.05
     first, *others = scores
     for name in others:
@@ -203,7 +203,7 @@ def measure_many_names(models: dict, options: argparse.Namespace) -> dict:
         "size": size,
         "precision": precision,
         "detector": name,
-        "results": summarise(take_turns(steps, repeats), 1, {}),
+        "results": summarise(interleave(steps, repeats), 1, {}),
     }
 
 
@@ -219,7 +219,7 @@ def print_table(title: str, results: dict) -> None:
 
 
 def plot(rows: list[dict], path: Path, title: str) -> None:
-    """FPS over that of the first contender, a group of bars for each case."""
+    """FPS over that of the first candidate, a group of bars for each case."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -274,7 +274,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         help="of a long vocabulary; 0: none; default: 1203, CPU 130",
     )
-    add("--only", nargs="+", help="contenders, e.g. dense 'experts, grouped' (default: all)")
+    add("--only", nargs="+", help="candidates, e.g. dense 'experts, grouped' (default: all)")
     add("--repeats", type=int, help="default: 50 on CUDA, 7 on a CPU")
     add("--pack", default="auto", choices=PACK, help="weights for oneDNN (default: if faster)")
     add_output(parser, plot=True)

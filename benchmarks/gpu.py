@@ -428,7 +428,7 @@ def of_layer(report: dict) -> list[str]:
 
 def of_training(report: dict) -> list[str]:
     return [
-        f"{row['contender']}: {row['median_ms']:.0f} ms, speed-up {row['speedup']:.2f}"
+        f"{row['candidate']}: {row['median_ms']:.0f} ms, speed-up {row['speedup']:.2f}"
         for row in report["rows"]
     ]
 

@@ -26,7 +26,7 @@ from dynamic_dino.moe.parameters import count_parameters
 from dynamic_dino.serving.inference import SHIPPED_MODELS
 from lib import tables as results
 from lib.detectors import samples
-from lib.interleaved import quartiles, take_turns, timed
+from lib.interleaved import interleave, quartiles, timed
 from lib.options import add_machine, add_output, new_parser, place_output, use_threads
 from lib.provenance import provenance, write_json
 
@@ -77,7 +77,7 @@ def main() -> None:
 
         step()
         steps[name] = step
-    times = take_turns(steps, options.repeats)
+    times = interleave(steps, options.repeats)
     for name, seconds in times.items():
         rows[name]["times"] = quartiles(seconds)
     report = provenance(PACKAGES, options.device) | {"models": rows}

@@ -6,16 +6,16 @@
     python benchmarks/moe_layer.py --tokens 900 3600 --dtypes bfloat16 --device cuda
     python benchmarks/moe_layer.py --experts 4 8 16 --top-k 1 2 --save --name moe_experts
 
-Every contender computes the same: k experts of hidden / k units, the arithmetic of the dense FFN.
+Every candidate computes the same: k experts of hidden / k units, the arithmetic of the dense FFN.
 Measured are the FFN alone, given the routing ("ffn"), and the end of a decoder layer: router, FFN,
 residual, layer norm, where the dense one has no router ("layer"); forward, and forward with
 backward ("train"). First each FFN is compared with float64: "error" is the distance of its result,
 relative to the norm; ours must stay within 30 roundings. "loop" is the paper's way, at its fastest
 (`looped_ffn` in moe_peers.py).
 
-Contenders take turns, so that a slow moment of the machine hits them all; given are medians, their
+Timing is interleaved, so that a slow moment of the machine hits them all; given are medians, their
 quartiles, and ratios to dense. Several layers' weights take turns as well, as in a decoder: those
-of one layer alone would stay in the cache. On CUDA each contender is captured in a graph, unless it
+of one layer alone would stay in the cache. On CUDA each candidate is captured in a graph, unless it
 synchronises (each line ends with which it was, "graph" or "eager"), and "roofline" is the share
 that it reaches of what the GPU's arithmetic and memory allow. The time of a CPU says nothing by
 itself, look at the ratios.
@@ -37,8 +37,8 @@ from pathlib import Path
 import torch
 from dynamic_dino_kernels import route
 from dynamic_dino_kernels.timing import captured, seconds
-from lib.interleaved import quartiles, take_turns, timed
-from lib.moe_peers import Dense, Experts, Grouped, contenders
+from lib.interleaved import interleave, quartiles, timed
+from lib.moe_peers import Dense, Experts, Grouped, candidates
 from lib.options import add_machine, add_output, new_parser, place_output, use_threads
 from lib.phases import ROUTING, peak_bytes, time_by_phase
 from lib.provenance import machine_name, provenance, settings, write_json
@@ -97,7 +97,7 @@ class Layer(nn.Module):
 
 
 class Benchmark:
-    """All contenders on the same tokens, with the same routing."""
+    """All candidates on the same tokens, with the same routing."""
 
     def __init__(self, case: Case, options: argparse.Namespace) -> None:
         self.case, self.options = case, options
@@ -170,10 +170,10 @@ class Benchmark:
 
 
 def measure(case: Case, options: argparse.Namespace) -> dict:
-    """One row of the report: the errors and times of all contenders."""
+    """One row of the report: the errors and times of all candidates."""
     bench = Benchmark(case, options)
     errors, steps, profiles, failed = {}, {}, {}, {}
-    for name, kind in contenders(options.device, case.dtype, case.tokens).items():
+    for name, kind in candidates(options.device, case.dtype, case.tokens).items():
         try:
             if case.part == "ffn" and not case.train:
                 errors[name] = bench.error(kind)
@@ -188,7 +188,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict:
         raise SystemExit(f"{case}: {wrong} differ from float64 by {errors}, more than {limit}")
     bound = roofline(case, options)
     results = {}
-    for name, values in take_turns(steps, options.repeats).items():
+    for name, values in interleave(steps, options.repeats).items():
         results[name] = quartiles(values, "us") | profiles[name]
         if name in errors:
             results[name]["error"] = errors[name]

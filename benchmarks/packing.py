@@ -16,7 +16,7 @@
 - "detector": nano and Edge, dense and x16, with random weights; "packed" means all that can be,
   "measured" what `load_detector` chooses.
 
-Contenders take turns, so that a slow moment hits them all; given are medians, quartiles, ratios.
+Timing is interleaved, so that a slow moment hits them all; given are medians, quartiles, ratios.
 One thread is timed by the processor's time, which others on the machine disturb less, two or more
 by the clock.
 """
@@ -37,7 +37,7 @@ from dynamic_dino_kernels.moe.grouped import expert_rows, sum_slots
 from dynamic_dino_kernels.moe.packed import pack_experts
 from dynamic_dino_kernels.packing import PackedWeight, packed_linear
 from lib.detectors import NAMES, RECIPE, build, dense_of, load_model_config, samples
-from lib.interleaved import quartiles, take_turns
+from lib.interleaved import interleave, quartiles
 from lib.options import add_output, new_parser, place_output
 from lib.provenance import provenance, settings, write_json
 from torch import Tensor
@@ -48,10 +48,10 @@ LINEAR = (  # rows, inputs, outputs
     (100, 256, 256), (900, 256, 256), (8400, 256, 256), (1, 256, 1024), (16, 256, 1024),
 )  # fmt: skip
 
-Contenders = dict[str, Callable[[], object]]
+Candidates = dict[str, Callable[[], object]]
 
 
-def linear(rows: int, inputs: int, outputs: int) -> Contenders:
+def linear(rows: int, inputs: int, outputs: int) -> Candidates:
     x, bias = torch.randn(rows, inputs), torch.randn(outputs)
     weight = torch.randn(outputs, inputs) * inputs**-0.5
     packed, other = PackedWeight(weight, rows), PackedWeight(weight, 64)
@@ -103,7 +103,7 @@ class Layer:
             scale = w.abs().amax(-1) / 127
             self.int8.append(((w / scale[..., None]).round().to(torch.int8), scale))
 
-    def contenders(self) -> dict[str, Callable[[], Tensor]]:
+    def candidates(self) -> dict[str, Callable[[], Tensor]]:
         w1, b1, w2, b2 = self.dense
         p1, p2 = self.packed_dense
         one = [w[:1].expand_as(w) for w in self.experts]
@@ -180,15 +180,15 @@ class Layer:
         return torch._weight_int8pack_mm(hidden, w2[e], s2[e]).add_(b2[e])
 
 
-def layer(o: argparse.Namespace, bits: bool) -> tuple[Contenders, dict[str, float]]:
+def layer(o: argparse.Namespace, bits: bool) -> tuple[Candidates, dict[str, float]]:
     """Functions that run all layers once; and each one's error relative to the plain experts."""
     of_bits = ("bfloat16", "int8")
     wanted = ("dense", "experts", *of_bits)
     x = torch.randn(o.tokens, o.dim)
     steps = []
     for _ in range(1 if bits else o.layers):
-        contenders = Layer(o, x).contenders()
-        steps.append({n: f for n, f in contenders.items() if n in wanted or not bits})
+        candidates = Layer(o, x).candidates()
+        steps.append({n: f for n, f in candidates.items() if n in wanted or not bits})
         for name in of_bits if not bits else ():
             del steps[-1][name]
     first, errors = steps[0], {}
@@ -203,7 +203,7 @@ def layer(o: argparse.Namespace, bits: bool) -> tuple[Contenders, dict[str, floa
     return {name: all_layers(name) for name in first}, errors
 
 
-def detector(o: argparse.Namespace, config: str, size: int) -> Contenders:
+def detector(o: argparse.Namespace, config: str, size: int) -> Candidates:
     """Whole detectors from `load_detector`'s path, text cached; all give the same scores."""
     model = load_model_config(config)
     model.canvas = None
@@ -211,20 +211,20 @@ def detector(o: argparse.Namespace, config: str, size: int) -> Contenders:
     dense = build(dense_of(model))
     models = {"dense": dense, "x16": build(model, like=dense)}
     batch = samples((size, size), 1, NAMES)
-    contenders, scores = {}, {}
+    candidates, scores = {}, {}
     for pack, label in (("never", ""), ("always", ", packed"), ("auto", ", measured")):
         for name, plain in models.items():
             served = optimize_for_inference(copy.deepcopy(plain), pack=pack)
             served.return_routings = False
-            contenders[name + label] = lambda served=served: served(batch)
+            candidates[name + label] = lambda served=served: served(batch)
             scores[name + label] = served(batch)[0]["instances"].scores
     for name, found in scores.items():
         if not torch.allclose(found, scores["dense"], atol=1e-3):
             raise SystemExit(f"{config}: the scores of {name} are others than those of dense")
-    return contenders
+    return candidates
 
 
-def cases(o: argparse.Namespace) -> Iterator[tuple[str, str, Contenders, dict[str, float], int]]:
+def cases(o: argparse.Namespace) -> Iterator[tuple[str, str, Candidates, dict[str, float], int]]:
     if "linear" in o.measure:
         for shape in LINEAR:
             name = "{} x {} -> {}".format(*shape)
@@ -289,13 +289,13 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         with torch.inference_mode():
-            for part, case, contenders, errors, repeats in cases(options):
+            for part, case, candidates, errors, repeats in cases(options):
                 steps = {
                     name: lambda step=step, threads=threads: timed(step, threads)
-                    for name, step in contenders.items()
+                    for name, step in candidates.items()
                 }
-                take_turns(steps, 1)
-                times = take_turns(steps, repeats)
+                interleave(steps, 1)
+                times = interleave(steps, repeats)
                 results = {name: quartiles(values, "us") for name, values in times.items()}
                 for name, error in errors.items():
                     results[name]["error"] = error

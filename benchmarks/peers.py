@@ -12,7 +12,7 @@ post-processing, which the others leave to their processors. Weights are random,
 matter for speed: nothing is downloaded.
 
 "text encoded" runs the text encoder in each forward; "text cached" is a further photo with the same
-prompt. Grounding DINO and MM-Grounding-DINO know the first only. Contenders take turns, so that a
+prompt. Grounding DINO and MM-Grounding-DINO know the first only. Timing is interleaved, so that a
 slow moment of the machine hits them all; given are medians, quartiles, and how much longer each
 takes than Edge x16 that encodes its text. A peer that doesn't run is named, with the reason.
 """
@@ -30,7 +30,7 @@ from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.serving.deploy import optimize_for_inference
 from dynamic_dino.sources import resolve_model
 from lib.detectors import NAMES, build, dense_of, load_model_config, samples
-from lib.interleaved import quartiles, take_turns, timed
+from lib.interleaved import interleave, quartiles, timed
 from lib.options import add_machine, add_output, new_parser, place_output, use_threads
 from lib.peer_models import SWIN_BASE, SWIN_TINY, TOKENIZER
 from lib.provenance import machine_name, provenance, settings, write_json
@@ -41,7 +41,7 @@ REFERENCE = ("edge-x16", "encoded")  # what ratios refer to
 
 
 @dataclass
-class Contender:
+class Candidate:
     """A model in evaluation, what its forward takes, and how it forgets texts, if it keeps any."""
 
     model: nn.Module
@@ -49,15 +49,15 @@ class Contender:
     forget: Callable[[], None] | None = None
 
 
-def edge(size: tuple[int, int], device: str, dense: bool) -> Contender:
+def edge(size: tuple[int, int], device: str, dense: bool) -> Candidate:
     config = load_model_config()
     config.canvas = None  # padded to the image, not to a square
     model = optimize_for_inference(build(dense_of(config) if dense else config, device))
     inputs = {"batch": samples(size, device=device)}
-    return Contender(model, inputs, model.text_encoder.forget)
+    return Candidate(model, inputs, model.text_encoder.forget)
 
 
-def grounding_dino(size: tuple[int, int], device: str, swin: dict, mm: bool = False) -> Contender:
+def grounding_dino(size: tuple[int, int], device: str, swin: dict, mm: bool = False) -> Candidate:
     backbone = transformers.SwinConfig(**swin)
     if mm:  # its published models don't share heads between decoder layers
         own = {"decoder_bbox_embed_share": False, "decoder_cls_embed_share": False}
@@ -68,10 +68,10 @@ def grounding_dino(size: tuple[int, int], device: str, swin: dict, mm: bool = Fa
         model = transformers.GroundingDinoForObjectDetection(config)
     text = tokenizer()(NAMES, return_tensors="pt")
     mask = torch.ones(1, *size, dtype=torch.long)
-    return Contender(model, {"pixel_values": pixels(size), "pixel_mask": mask, **text})
+    return Candidate(model, {"pixel_values": pixels(size), "pixel_mask": mask, **text})
 
 
-def omdet_turbo(size: tuple[int, int], device: str) -> Contender:
+def omdet_turbo(size: tuple[int, int], device: str) -> Candidate:
     config = transformers.OmDetTurboConfig(image_size=list(size))
     model = transformers.OmDetTurboForObjectDetection(config)
     names = Prompt.parse(NAMES).phrases
@@ -88,11 +88,11 @@ def omdet_turbo(size: tuple[int, int], device: str) -> Contender:
         for name in ("language_cache_class", "language_cache_prompt"):
             setattr(model, name, type(getattr(model, name))(config.cache_size))
 
-    return Contender(model, inputs, forget)
+    return Candidate(model, inputs, forget)
 
 
 # Each takes (height, width) and the device.
-MODELS: dict[str, Callable[[tuple[int, int], str], Contender]] = {
+MODELS: dict[str, Callable[[tuple[int, int], str], Candidate]] = {
     "edge-dense": lambda size, device: edge(size, device, dense=True),
     "edge-x16": lambda size, device: edge(size, device, dense=False),
     "grounding-dino-tiny": lambda size, device: grounding_dino(size, device, SWIN_TINY),
@@ -112,34 +112,34 @@ def pixels(size: tuple[int, int]) -> torch.Tensor:
 
 
 def prepare(
-    contender: Contender, device: str, dtype: torch.dtype
+    candidate: Candidate, device: str, dtype: torch.dtype
 ) -> dict[str, Callable[[], float]]:
     """Warmed up functions that run one forward and return its seconds, by "encoded" or "cached".
 
     In this order, so that a cache is full when the second has its turn.
     """
-    contender.model.to(device).eval()
+    candidate.model.to(device).eval()
     inputs = {
         key: value.to(device) if isinstance(value, torch.Tensor) else value
-        for key, value in contender.inputs.items()
+        for key, value in candidate.inputs.items()
     }
 
     @torch.inference_mode()
     def forward() -> None:
         with autocast(device, None if dtype is torch.float32 else dtype):
-            contender.model(**inputs)
+            candidate.model(**inputs)
 
     def cached() -> float:
         return timed(forward, device)
 
     def encoded() -> float:
-        if contender.forget:
-            contender.forget()
+        if candidate.forget:
+            candidate.forget()
         return cached()
 
     for _ in range(1 if device == "cpu" else 3):
         encoded()
-    return {"encoded": encoded} | ({"cached": cached} if contender.forget else {})
+    return {"encoded": encoded} | ({"cached": cached} if candidate.forget else {})
 
 
 def measure(options: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
@@ -148,17 +148,17 @@ def measure(options: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
     steps, parameters, failed = {}, {}, {}
     for name in options.models:
         try:
-            contender = MODELS[name](size, options.device)
-            prepared = prepare(contender, options.device, dtype)
+            candidate = MODELS[name](size, options.device)
+            prepared = prepare(candidate, options.device, dtype)
         except Exception as error:
             if name in OURS:
                 raise
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"{name} doesn't run: {failed[name]}", flush=True)
             continue
-        parameters[name] = sum(p.numel() for p in contender.model.parameters())
+        parameters[name] = sum(p.numel() for p in candidate.model.parameters())
         steps |= {(name, text): step for text, step in prepared.items()}
-    times = {key: quartiles(values) for key, values in take_turns(steps, options.repeats).items()}
+    times = {key: quartiles(values) for key, values in interleave(steps, options.repeats).items()}
     rows = []
     for (name, text), time in times.items():
         row = {"model": name, "text": text, "parameters": parameters[name], **time}

@@ -41,7 +41,7 @@ from dynamic_dino.serving.accelerate import WAYS
 from dynamic_dino.serving.inference import DTYPES, Detector, as_array, find_images, load_detector
 from dynamic_dino.sources import HUB, model_directory, resolve_model
 from lib.detectors import NAMES
-from lib.interleaved import quartiles, take_turns, timed
+from lib.interleaved import interleave, quartiles, timed
 from lib.options import add_machine, add_output, new_parser, place_output, use_threads
 from lib.peer_models import SWIN_BASE, SWIN_TINY, TOKENIZER
 from lib.provenance import machine_name, provenance, settings, write_json
@@ -252,7 +252,7 @@ def steps(
 
 def measure(twins: Twins, photos: list[Image.Image], options: argparse.Namespace) -> list[dict]:
     """A row for each library, part and way with text."""
-    times = take_turns(steps(twins, photos, options.device), options.repeats)
+    times = interleave(steps(twins, photos, options.device), options.repeats)
     times = {key: quartiles(seconds) for key, seconds in times.items()}
     rows = []
     for (library, part, text), time in times.items():

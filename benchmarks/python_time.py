@@ -10,7 +10,7 @@ the target and handed to a launcher that does nothing, so the driver's own micro
 dense block pays as well, are missing. The dense block runs on one token on the CPU: its dispatch is
 what CUDA has too.
 
-Contenders take turns; given are medians and quartiles of the time that the thread was running, so
+Timing is interleaved; given are medians and quartiles of the time that the thread was running, so
 that what else the machine does counts little. Machines differ: look at the times beside each other.
 """
 
@@ -25,7 +25,7 @@ from dynamic_dino.modeling.feed_forward import FeedForward
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino_kernels import ms_deform_attn
 from dynamic_dino_kernels.replay import Replayed
-from lib.interleaved import quartiles, take_turns
+from lib.interleaved import interleave, quartiles
 from lib.options import add_output, new_parser, place_output
 from lib.pretended_gpu import Launches, pretend
 from lib.provenance import machine_name, provenance, settings, write_json
@@ -35,7 +35,7 @@ DIM, HIDDEN = 256, 2048
 LEVELS = [(80, 80), (40, 40), (20, 20)]
 
 
-def contenders(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+def candidates(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """What is measured: a call each, in inference mode."""
     x = torch.randn(1, tokens, DIM).to(dtype)
     norm = nn.LayerNorm(DIM).to(dtype)
@@ -113,13 +113,13 @@ def main(arguments: list[str] | None = None) -> None:
     report["settings"] = settings(options)
     dtype = getattr(torch, options.dtype)
     with torch.inference_mode():
-        calls = contenders(options.tokens, dtype)
+        calls = candidates(options.tokens, dtype)
         launched = {name: launches_of(call) for name, call in calls.items()}  # compiles
         launched = {name: launches_of(call) for name, call in calls.items()}
         steps = {name: measure(call, options.inner) for name, call in calls.items()}
         for step in steps.values():
             step()
-        times = take_turns(steps, options.repeats)
+        times = interleave(steps, options.repeats)
     report["rows"] = {
         name: quartiles(values, "us") | {"launches": launched[name]}
         for name, values in times.items()

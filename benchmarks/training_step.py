@@ -16,8 +16,8 @@ noise with random boxes. Three kinds are compared, from the recipe of a MoE-Tuni
 "speed-up" is over pre-training, for which Dynamic-DINO's authors give 1.87. It depends on the share
 of the towers: what the step must backpropagate through them, and how long the prompt is.
 
-Contenders take turns, so that a slow moment of the machine hits them all; given are medians and
-quartiles. On CUDA "peak" is the memory that the contender needs by itself: weights, the optimizer's
+Timing is interleaved, so that a slow moment of the machine hits them all; given are medians and
+quartiles. On CUDA "peak" is the memory that the candidate needs by itself: weights, the optimizer's
 state, and what a step adds at most.
 """
 
@@ -45,7 +45,7 @@ from lib.detectors import (
     training_batch,
     use_backend,
 )
-from lib.interleaved import quartiles, take_turns, timed
+from lib.interleaved import interleave, quartiles, timed
 from lib.options import add_machine, add_output, new_parser, place_output, use_threads
 from lib.provenance import machine_name, provenance, settings, write_json
 from omegaconf import DictConfig, OmegaConf
@@ -70,7 +70,7 @@ def dense_patterns(moe: nn.Module) -> list[str]:
     return list(patterns)
 
 
-class Contenders:
+class Candidates:
     """The kinds of step by name: trainers, what they need, and functions that run one step.
 
     Raises:
@@ -142,19 +142,19 @@ class Contenders:
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
-    """A row for each contender."""
-    contenders = Contenders(options)
+    """A row for each candidate."""
+    candidates = Candidates(options)
     steps = {
         name: lambda step=step: timed(step, options.device)
-        for name, step in contenders.steps.items()
+        for name, step in candidates.steps.items()
     }
-    times = {name: quartiles(t) for name, t in take_turns(steps, options.repeats).items()}
+    times = {name: quartiles(t) for name, t in interleave(steps, options.repeats).items()}
     rows = []
     for name, time in times.items():
-        row = {"contender": name, **contenders.parameters[name], **time}
+        row = {"candidate": name, **candidates.parameters[name], **time}
         row["speedup"] = times[PRE_TRAINING]["median_ms"] / time["median_ms"]
-        if name in contenders.peaks:
-            row["peak_mib"] = contenders.peaks[name] / 2**20
+        if name in candidates.peaks:
+            row["peak_mib"] = candidates.peaks[name] / 2**20
         rows.append(row)
     return rows
 
@@ -163,7 +163,7 @@ def print_rows(rows: list[dict]) -> None:
     for row in rows:
         spread = f"{row['low_ms']:.0f}-{row['high_ms']:.0f}"
         total = f"{row['parameters'] / 1e6:.1f} M"
-        line = f"{row['contender']:24}{row['trained'] / 1e6:7.1f} of {total} train"
+        line = f"{row['candidate']:24}{row['trained'] / 1e6:7.1f} of {total} train"
         line += f" {row['median_ms']:9.1f} ms {spread:>12}  speed-up {row['speedup']:.2f}"
         line += f"  peak {row['peak_mib']:.0f} MiB" if "peak_mib" in row else ""
         print(line)

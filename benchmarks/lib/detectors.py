@@ -94,7 +94,7 @@ class LoopedExperts(nn.Module):
         if experts.activation != "relu":
             raise ValueError(
                 f"the loop is written for ReLU, but the experts' activation is "
-                f"{experts.activation!r}: leave out the contender"
+                f"{experts.activation!r}: leave out the candidate"
             )
         self.w1, self.b1, self.w2, self.b2 = experts.w1, experts.b1, experts.w2, experts.b2
         self.room: Room | None = None

@@ -1,4 +1,4 @@
-"""How all benchmarks measure: contenders take turns, so that a slow moment hits them all."""
+"""How all benchmarks measure: timing is interleaved, so that a slow moment hits all candidates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def timed(step: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def take_turns(steps: dict[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:
+def interleave(steps: dict[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:
     """What each of the functions returned, seconds, in `repeats` rounds."""
     times: dict[Name, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):

@@ -194,7 +194,7 @@ class MoEOps(Experts):
         return unpermute(rows, places, gates, *ids.shape)
 
 
-def contenders(device: str, dtype: torch.dtype, tokens: int) -> dict[str, Callable[..., nn.Module]]:
+def candidates(device: str, dtype: torch.dtype, tokens: int) -> dict[str, Callable[..., nn.Module]]:
     """Name -> class of everything that runs here; built as Dense(dim, hidden), and the others as
     Experts(dim, hidden / k, experts)."""
     result = {"dense": Dense, "loop": Loop, "sequential": Sequential, "grouped": Grouped}

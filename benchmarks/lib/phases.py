@@ -15,7 +15,7 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-ROUTING = "phase: routing"  # what a contender calls its router in
+ROUTING = "phase: routing"  # what a candidate calls its router in
 CALL = "phase: all"
 PHASES = {
     "routing": (ROUTING, "dynamic_dino::route*"),

@@ -19,7 +19,7 @@ from dynamic_dino.engine.trainer import Trainer
 from omegaconf import DictConfig
 
 from lib.detectors import training_batch
-from lib.interleaved import quartiles, take_turns, timed
+from lib.interleaved import interleave, quartiles, timed
 
 
 def step_times(
@@ -33,7 +33,7 @@ def step_times(
     for step in steps.values():
         step()  # makes the optimizer's state
     timers = {row: lambda step=step: timed(step, device) for row, step in steps.items()}
-    return {row: quartiles(times) for row, times in take_turns(timers, repeats).items()}
+    return {row: quartiles(times) for row, times in interleave(timers, repeats).items()}
 
 
 def training(cfg: DictConfig, device: str) -> Callable[[], None]:

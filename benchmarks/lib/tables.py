@@ -194,7 +194,7 @@ def public_weights(report: dict) -> str:
 def training_step(report: dict) -> str:
     rows = [
         [
-            row["contender"],
+            row["candidate"],
             f"{row['trained'] / 1e6:.1f} of {row['parameters'] / 1e6:.1f}M",
             f"{row['median_ms']:.0f}",
             f"{row['speedup']:.2f}",

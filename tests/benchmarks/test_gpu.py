@@ -51,7 +51,7 @@ def start(out: Path, *arguments: str, **more: str) -> subprocess.Popen:
     command += [f"--with={step}={text}" for step, text in further.items()]
     path = os.pathsep.join([str(PRETENDED), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "BARE_PYTHON": ",".join(gpu_site.BARE)}
-    # Deformable attention takes minutes in Triton's interpreter. Contenders name their back-end,
+    # Deformable attention takes minutes in Triton's interpreter. Candidates name their back-end,
     # and the steps "kernels" and "graphs" don't heed this.
     environment["DYNAMIC_DINO_KERNELS"] = "grouped"
     return subprocess.Popen(

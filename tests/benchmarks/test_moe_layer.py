@@ -34,7 +34,7 @@ def result(tmp_path_factory):
     return done.stdout, json.loads(files[1].read_text()), files[3]
 
 
-def test_compares_all_contenders_in_every_case(result):
+def test_compares_all_candidates_in_every_case(result):
     _, report, _ = result
     rows = report["rows"]
     cases = {(r["tokens"], r["routing"], r["part"], r["pass"]) for r in rows}

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(obstacle() != "", reason=obstacle() or "packs")
 SMALL = "--tokens 30 --dim 16 --hidden 32 --experts 4 --layers 2 --repeats 2 --threads 1".split()
 
 
-def test_all_contenders_compute_the_same(tmp_path, capsys):
+def test_all_candidates_compute_the_same(tmp_path, capsys):
     path = tmp_path / "new" / "packing.json"
     packing.main(["--measure", "layer", "bits", *SMALL, "--json", str(path)])
     report = json.loads(path.read_text())
@@ -30,6 +30,6 @@ def test_all_contenders_compute_the_same(tmp_path, capsys):
 
 
 def test_shapes_of_linear_layers():
-    contenders = packing.linear(3, 5, 7)
-    shapes = {name: tuple(run().shape) for name, run in contenders.items()}
+    candidates = packing.linear(3, 5, 7)
+    shapes = {name: tuple(run().shape) for name, run in candidates.items()}
     assert set(shapes.values()) == {(3, 7)} and list(shapes)[0] == "plain"

@@ -105,12 +105,12 @@ def test_ours_may_not_fail(small, tmp_path, monkeypatch):
 def test_a_forgotten_text_is_encoded_again(small, name, monkeypatch):
     """The text encoders count their runs: once when forgotten, never when cached."""
     monkeypatch.setattr(small, "edge", _trained_text(small.edge))
-    contender = small.MODELS[name]((96, 96), "cpu")
-    model = contender.model
+    candidate = small.MODELS[name]((96, 96), "cpu")
+    model = candidate.model
     body = model.text_encoder.body if name == "edge-x16" else model.language_backbone.model
     runs = []
     body.register_forward_hook(lambda *_: runs.append(1))
-    steps = small.prepare(contender, "cpu", torch.float32)
+    steps = small.prepare(candidate, "cpu", torch.float32)
     runs.clear()
     steps["cached"]()
     assert not runs
@@ -125,9 +125,9 @@ def _trained_text(edge):
     """nano's text encoder is frozen and never forgets; Edge's is not."""
 
     def build(*arguments, **options):
-        contender = edge(*arguments, **options)
-        contender.model.text_encoder.frozen = False
-        return contender
+        candidate = edge(*arguments, **options)
+        candidate.model.text_encoder.frozen = False
+        return candidate
 
     return build
 

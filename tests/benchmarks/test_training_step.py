@@ -28,7 +28,7 @@ def result(tmp_path_factory):
 
 def test_compares_all_kinds_of_step(result):
     rows = result[1]["rows"]
-    assert [row["contender"] for row in rows] == KINDS
+    assert [row["candidate"] for row in rows] == KINDS
     for row in rows:
         assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
         assert row["speedup"] > 0 and "peak_mib" not in row
@@ -46,7 +46,7 @@ def test_trains_what_the_recipe_trains(result, recipe, kind):
         for name, p in instantiate(cfg.model).named_parameters()
         if p.requires_grad and any(fnmatchcase(name, pattern) for pattern in cfg.train.trainable)
     }
-    row = next(row for row in result[1]["rows"] if row["contender"] == kind)
+    row = next(row for row in result[1]["rows"] if row["candidate"] == kind)
     assert row["trained"] == sum(free.values()) < row["parameters"]
 
 
