@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 
 import pytest
 from lib import tables
@@ -36,6 +37,27 @@ def test_every_table_of_the_documents_and_of_the_results_is_there():
     for document in tables.DOCUMENTS:
         marked = {match[2] for match in tables.MARKED.finditer(document.read_text())}
         assert marked and marked <= {*tables.TABLES}, document
+
+
+def git(*arguments: str) -> str:
+    """What git says about this checkout. Raises `OSError` without git, or outside a repository."""
+    done = subprocess.run(["git", "-C", tables.RESULTS, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(done.stderr)
+    return done.stdout
+
+
+def test_every_result_is_of_a_commit_in_the_history():
+    try:
+        if git("rev-parse", "--is-shallow-repository").strip() == "true":
+            pytest.skip("the clone is shallow: it has no history to look into")
+        history = set(git("rev-list", "HEAD").split())
+    except OSError as error:
+        pytest.skip(f"no git history: {error}")
+    reports = {path: json.loads(path.read_text()) for path in tables.RESULTS.rglob("*.json")}
+    commits = {path: report["commit"] for path, report in reports.items() if "commit" in report}
+    assert len(commits) > 20
+    assert not {path: commit for path, commit in commits.items() if commit not in history}
 
 
 def test_a_number_that_was_changed_by_hand_is_found_and_restored(copies, capsys):

@@ -144,11 +144,14 @@ def small():
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_equal_those_of_the_trained_model(trained, dtype):
-    """Features, text and selected tokens feed discrete choices: compared is what precedes them."""
+    """Features, text and selected tokens feed discrete choices: compared is what precedes them.
+
+    As distances relative to the norm. Each of some dozens of operations in a row rounds by half of
+    eps at most, independently, so that their errors add up to a few eps.
+    """
     samples = batch("red circle. blue square.", "green star.")
     served = optimize_for_inference(copy.deepcopy(trained), dtype)
     assert norms(served) == 0 and norms(trained) > 0
-    tolerance = dict(rtol=1e-3, atol=1e-3) if dtype == torch.float32 else dict(rtol=0.2, atol=0.2)
     outputs = []
     for model in (trained, served):
         features, masks = model.image_features(samples)
@@ -159,7 +162,7 @@ def test_outputs_equal_those_of_the_trained_model(trained, dtype):
         outputs.append((memory.tokens.float(), text.tokens.float(), tokens.float()))
         assert memory.tokens.dtype == (torch.float32 if model is trained else dtype)
     for mine, want in zip(*outputs[::-1], strict=True):
-        torch.testing.assert_close(mine, want, **tolerance)
+        assert (mine - want).norm() <= 20 * torch.finfo(dtype).eps * want.norm()
     result = served(samples)
     assert all(r["instances"].scores.isfinite().all() for r in result)
 
