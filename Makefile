@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz bench gpu gpu-site lint own
+.PHONY: help setup demo test fuzz bench gpu gpu-site docs docs-serve lint own
 
 # The active environment if there is one, else .venv, which `make setup` creates.
 VENV := $(or $(VIRTUAL_ENV),.venv)
@@ -11,7 +11,7 @@ PYTHONS := $(or $(PYTHON),python3 python3.11 python3.12 python3.10)
 READY := $(VENV)/.dynamic-dino-ready
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Environment: $(VENV). To choose the Python that creates it: make setup PYTHON=python3.11"
 
 setup: $(READY)  ## create .venv and install everything (2.5 GB of downloads, some minutes)
@@ -43,6 +43,21 @@ gpu:  ## measure a GPU in ten minutes, into gpu_results/<gpu>: make gpu GPU="--s
 
 gpu-site: $(READY)  ## make .site, which `make gpu` needs where nothing can be installed
 	@$(PY) benchmarks/gpu_site.py
+
+# The site's tools are asked for here alone: `make setup` doesn't bring them.
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs
+SITE := --config-file projects/DynamicDINO/mkdocs.yml
+
+docs: $(VENV)/.docs-ready  ## build the site of the documentation into site/ (a minute)
+	@$(MKDOCS) build --strict --quiet $(SITE)
+	@echo "Open site/index.html"
+
+docs-serve: $(VENV)/.docs-ready  ## show the site at http://localhost:8000 while you write
+	@$(MKDOCS) serve $(SITE)
+
+$(VENV)/.docs-ready: $(READY)
+	@$(PY) -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[docs]'
+	@touch $@
 
 # Needs ruff alone, at the version of constraints.txt: the environment's, that of the PATH, or else
 # one in an environment of its own.

@@ -93,5 +93,6 @@ setup(
         + ["ruff>=0.9", "mypy>=2", "import-linter>=2.7"]
         # a page in a real browser
         + ["playwright>=1.40", "brotli>=1.1"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "mkdocs-jupyter>=0.25"],
     },
 )

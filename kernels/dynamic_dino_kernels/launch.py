@@ -67,7 +67,7 @@ def _query(device: torch.device) -> GPU:
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
-    """kernel[grid](*args, **meta) on the GPU of the first argument, a tensor; or its record."""
+    """`kernel[grid](*args, **meta)` on the GPU of the first argument, a tensor; or its record."""
     if 0 in grid:
         return
     if recorder := _recorder.get():
