@@ -140,7 +140,7 @@ def measure(case: Case, models: dict, options: argparse.Namespace) -> dict:
 
 def way_it_ran(model: OpenVocabularyDetector) -> str:
     """One of `WAYS`, whatever was asked for: what can't be captured or compiled runs eagerly."""
-    backbone, rest = way_of(model.backbone.forward), way_of(model.search)
+    backbone, rest = way_of(model.backbone.forward), way_of(model.detect_chunks)
     return backbone if backbone == rest else f"backbone {backbone}, rest {rest}"
 
 
@@ -185,7 +185,7 @@ def measure_many_names(models: dict, options: argparse.Namespace) -> dict:
     vocabulary = Prompt.from_phrases([f"object {i}" for i in range(options.many_names)])
     size = options.sizes[0]
     whole = [samples(size, device=options.device)[0] | {"prompt": vocabulary}]
-    pieces = call.model.text_encoder.pieces(vocabulary, call.model.max_phrases)
+    pieces = call.model.text_encoder.chunks(vocabulary, call.model.max_phrases)
 
     def piece_by_piece() -> None:
         for piece in pieces:

@@ -35,8 +35,7 @@ from detectron2.structures import Instances
 from dynamic_dino.data.catalog import dataset_root
 from dynamic_dino.modeling.postprocess import best_pairs, to_instances
 from dynamic_dino.modeling.prompt import Prompt
-from dynamic_dino.modeling.structures import Predictions
-from dynamic_dino.modeling.text import Piece
+from dynamic_dino.modeling.structures import Predictions, PromptChunk
 from dynamic_dino.serving.accelerate import WAYS
 from dynamic_dino.serving.inference import DTYPES, Detector, as_array, find_images, load_detector
 from dynamic_dino.sources import HUB, model_directory, resolve_model
@@ -199,7 +198,7 @@ def by_our_rule(twins: Twins, photo: Image.Image, logits: Tensor, boxes: Tensor)
     pairs = boxes.shape[1] * text.phrase_map.shape[1]
     found = best_pairs(Predictions(logits, boxes.float()), text.phrase_map.float(), pairs)
     sample = {"height": photo.height, "width": photo.width, "prompt": twins.prompt}
-    found = found.of_image(0, Piece(twins.prompt, 0))
+    found = found.of_image(0, PromptChunk(twins.prompt, 0))
     [result] = to_instances([sample], [[found]], None)
     instances = result["instances"].to("cpu")
     instances.remove("phrases")  # a list, which can't be indexed by a mask

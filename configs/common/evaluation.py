@@ -20,7 +20,7 @@ evaluation = dict(batch_size=8, num_workers=4)  # of every process
 
 # Fixed AP as MDETR, GLIP and Grounding DINO take it: 1203 names in chunks of 40, the 300 best boxes
 # of each chunk.
-LVIS = dict(max_phrases=40, max_detections=300, max_detections_per="piece")
+LVIS = dict(max_phrases=40, max_detections=300, max_detections_per="chunk")
 
 
 def evaluate(datasets: dict[str, str], detector: dict | None = None) -> dict:

@@ -90,7 +90,7 @@ def test_lvis(root, evaluate, rng, tmp_path, name, capsys):
     scores, oracle = evaluate(name)
     assert scores[f"{name}/AP"] == pytest.approx(100)
     assert {f"{name}/AP{letter}" for letter in "rcf"} <= scores.keys()
-    assert oracle.settings == {(40, 300, "piece")}
+    assert oracle.settings == {(40, 300, "chunk")}
     assert (oracle.max_phrases, oracle.max_detections) == (None, 7)
     assert all("_" not in text and "(" not in text for text in oracle.asked), "names are cleaned"
     results = tmp_path / "output" / name / "evaluation" / name / "results.json"

@@ -10,10 +10,10 @@ from dynamic_dino.modeling.attention import (
     grid_encoding,
     sine_encoding,
 )
-from dynamic_dino.modeling.enhancer import ImageMemory, block_positions, masked_mean, valid_ratio
+from dynamic_dino.modeling.enhancer import block_positions, masked_mean, valid_ratio
 from dynamic_dino.modeling.heads import BoxHead, ContrastiveHead
 from dynamic_dino.modeling.query_selection import QuerySelection, grid_boxes
-from dynamic_dino.modeling.structures import TextFeatures
+from dynamic_dino.modeling.structures import ImageMemory, TextFeatures
 from torch import nn
 from transformers import GroundingDinoConfig
 from transformers.models.grounding_dino import modeling_grounding_dino as grounding_dino

@@ -208,7 +208,7 @@ def losses(model, maps, masks, text):
         Target(torch.empty(n, 4, device=CUDA), torch.zeros(n, dtype=torch.int64, device=CUDA))
         for n in OBJECTS
     ]
-    output = model.detect(maps, masks, text, targets)
+    output = model.decode(maps, masks, text, targets)
     return {**model.criterion(output, targets), **training_metrics(output.routings)}
 
 
@@ -225,7 +225,7 @@ def test_no_recipe_stops_the_host(recipes):
             faults = {}
             with torch.no_grad():
                 faults["inference"] = scan(
-                    faked(served).search, *features_of(served, torch.float16)
+                    faked(served).detect_chunks, *features_of(served, torch.float16)
                 )
             faults["training"] = scan(losses, faked(model), *features_of(model, torch.float32))
         for way, found in faults.items():

@@ -73,9 +73,9 @@ def test_a_data_set_gives_the_names(tmp_path):
 
 def test_long_prompts_are_split():
     vocabulary, asked = ClassVocabulary(CLASSES), prompt("mug", "red panda", "windmill")
-    assert [p.prompt for p in vocabulary.pieces(asked)] == [asked]
-    pieces = vocabulary.pieces(asked, 2)
-    assert [(p.prompt.phrases, p.first) for p in pieces] == [
+    assert [p.prompt for p in vocabulary.chunks(asked)] == [asked]
+    chunks = vocabulary.chunks(asked, 2)
+    assert [(p.prompt.phrases, p.first) for p in chunks] == [
         (["mug", "red panda"], 0),
         (["windmill"], 2),
     ]

@@ -1,4 +1,4 @@
-"""The whole detector: training steps, prompts in pieces, padding, cached features, autocast."""
+"""The whole detector: training steps, prompts in chunks, padding, cached features, autocast."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from detectron2.config import instantiate
 from detectron2.structures import Instances
 from dynamic_dino.modeling.backbone import Backbone
 from dynamic_dino.modeling.losses.boxes import cxcywh_to_xyxy
+from dynamic_dino.modeling.preprocess import canvas_size, targets_of
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.moe.layer import MoEFeedForward
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -142,14 +143,14 @@ def test_boxes_are_refined_layer_by_layer(nano, draw):
     step = last.bias.copy_(torch.tensor([0.3, -0.2, 0.5, 0.1]))
     sample = draw()
     inputs = (*nano.eval().image_features([sample]), nano.text_encoder([sample["prompt"]]))
-    output = nano.detect(*inputs)
+    output = nano.decode(*inputs)
     before = output.selection.boxes
     for layer in output.layers:
         torch.testing.assert_close(layer.boxes.logit() - before.logit(), step.expand(1, 100, 4))
         before = layer.boxes
     # Each layer also looks from where the last one moved the boxes.
     step.neg_()
-    away = nano.detect(*inputs)
+    away = nano.decode(*inputs)
     torch.testing.assert_close(away.layers[0].logits, output.layers[0].logits)
     assert (away.layers[1].logits - output.layers[1].logits).abs().max() > 1e-3
 
@@ -160,8 +161,8 @@ def test_denoising_queries_are_not_seen(nano_config, nano, draw):
     nano.decoder = with_experts(nano_config, 4)
     batch = [draw() for _ in range(2)]
     inputs = (*nano.eval().image_features(batch), nano.text_encoder([s["prompt"] for s in batch]))
-    targets = nano.targets(batch)
-    without, output = nano.detect(*inputs), nano.detect(*inputs, targets)
+    targets = targets_of(batch, nano.device)
+    without, output = nano.decode(*inputs), nano.decode(*inputs, targets)
     assert output.denoising.content.shape[1] > 0 and without.denoising is None
     assert output.denoising_layers[0].boxes.shape == output.denoising.boxes.shape
     for a, b in zip(output.layers, without.layers, strict=True):
@@ -203,7 +204,7 @@ def test_linear_attention_stays_in_fp32():
         assert dtypes.of["aten.bmm.default"] == {torch.float32}
 
 
-# Prompts in pieces -------------------------------------------------------------------------------
+# Prompts in chunks -------------------------------------------------------------------------------
 @torch.no_grad()
 def test_pieces_together_equal_pieces_one_by_one(nano, draw):
     model = use_every_token(nano)
@@ -224,7 +225,7 @@ def test_pieces_together_equal_pieces_one_by_one(nano, draw):
 
 @torch.no_grad()
 def test_pieces_are_merged_by_score(nano, draw):
-    """A long prompt finds the best of what its pieces find as prompts of their own."""
+    """A long prompt finds the best of what its chunks find as prompts of their own."""
     model = use_every_token(nano)
     sample = draw(10)
     names = sample["prompt"].phrases
@@ -250,7 +251,7 @@ def test_1203_names_in_chunks_equal_one_chunk_at_a_time(nano, draw):
     """LVIS: 31 chunks of 40 names, those of several images at once, and no cap per image."""
     nano.canvas = 64  # quicker
     model = use_every_token(nano)
-    model.max_phrases, model.max_detections_per, model.chunk_batch = 40, "piece", 8
+    model.max_phrases, model.max_detections_per, model.chunk_batch = 40, "chunk", 8
     model.text_encoder._run_frozen = model.text_encoder._run  # many phrases at once
     names = [f"thing {i}" for i in range(1203)]
     prompt = Prompt.from_phrases(names)
@@ -291,7 +292,7 @@ def test_score_is_the_mean_probability_of_the_phrase(nano, draw):
     nano.eval()
     with torch.autocast("cpu", torch.bfloat16):
         [found] = nano([sample])
-        output = nano.detect(*nano.image_features([sample]), nano.text_encoder([sample["prompt"]]))
+        output = nano.decode(*nano.image_features([sample]), nano.text_encoder([sample["prompt"]]))
     last = output.layers[-1]
     probability = last.logits[0].sigmoid()  # pooled: one token per phrase
     assert last.logits.dtype == torch.float32
@@ -300,9 +301,9 @@ def test_score_is_the_mean_probability_of_the_phrase(nano, draw):
 
 
 @torch.no_grad()
-def test_routings_of_all_pieces(nano_config, nano, draw):
+def test_routings_of_all_chunks(nano_config, nano, draw):
     nano.decoder, nano.max_phrases, nano.chunk_batch = with_experts(nano_config, 4), 4, 2
-    first, second = nano.eval()([draw(10), draw(4)])  # 3 + 1 pieces of 100 queries
+    first, second = nano.eval()([draw(10), draw(4)])  # 3 + 1 chunks of 100 queries
     assert "routings" not in second
     assert [r.expert_ids.shape for r in first["routings"]] == [(400, 2)] * 3
     nano.return_routings = False
@@ -355,7 +356,7 @@ def test_boxes_are_scaled_to_the_original(nano, draw):
     assert (boxes >= 0).all() and (boxes <= torch.tensor([w, h, w, h])).all()
     assert (boxes[:, 2:] > boxes[:, :2]).all() and boxes.std(0).min() > 1
     # and relative to the content, not to the padded canvas
-    output = nano.detect(*nano.image_features([sample]), nano.text_encoder([sample["prompt"]]))
+    output = nano.decode(*nano.image_features([sample]), nano.text_encoder([sample["prompt"]]))
     score, index = output.layers[-1].logits[0].amax(-1).max(0)
     expected = cxcywh_to_xyxy(output.layers[-1].boxes[0, index]) * torch.tensor([w, h, w, h])
     torch.testing.assert_close(boxes[0], expected.clamp(min=0).minimum(torch.tensor([w, h, w, h])))
@@ -386,9 +387,8 @@ def test_canvas(nano, draw):
     sample = draw()
     with pytest.raises(ValueError, match=r"160 x \d+ pixels doesn't fit the canvas of 128.*canvas"):
         nano.eval()([sample, {**sample, "image": torch.zeros(3, 160, 96), "image_size": (160, 96)}])
-    assert nano.canvas_size([(100, 20)]) == (128, 128)
-    nano.canvas = None
-    assert nano.canvas_size([(100, 20), (33, 64)]) == (128, 64)
+    assert canvas_size([(100, 20)], nano.canvas, nano.size_divisor) == (128, 128)
+    assert canvas_size([(100, 20), (33, 64)], None, nano.size_divisor) == (128, 64)
 
 
 def test_features_of_another_canvas(nano, draw):
@@ -416,9 +416,9 @@ def test_the_query_of_a_detection_is_its_row_in_the_routings(nano, nano_config, 
     model = nano.eval()
     model.decoder = with_experts(nano_config, 4).eval()
     model.max_phrases, model.chunk_batch, model.max_detections = 4, 3, 50
-    samples, seen = [draw(phrases=n) for n in (9, 3, 6)], []  # 3 + 1 + 2 pieces
-    detect = model.detect
-    model.detect = lambda *a: seen.append(detect(*a)) or seen[-1]
+    samples, seen = [draw(phrases=n) for n in (9, 3, 6)], []  # 3 + 1 + 2 chunks
+    decode = model.decode
+    model.decode = lambda *a: seen.append(decode(*a)) or seen[-1]
     with torch.no_grad():
         results = model(samples)
     assert [len(output.layers[-1].boxes) for output in seen] == [3, 3]
@@ -428,8 +428,8 @@ def test_the_query_of_a_detection_is_its_row_in_the_routings(nano, nano_config, 
     queries, first = len(boxes) // 6, (0, 3, 4, 6)
     for i, (sample, result) in enumerate(zip(samples, results, strict=True)):
         found = result["instances"]
-        piece = found.pred_classes // 4
-        assert torch.equal(found.queries // queries, first[i] + piece)
+        chunk = found.pred_classes // 4
+        assert torch.equal(found.queries // queries, first[i] + chunk)
         h, w = sample["height"], sample["width"]
         corners = cxcywh_to_xyxy(boxes[found.queries]).clamp(0, 1) * torch.tensor([w, h, w, h])
         torch.testing.assert_close(found.pred_boxes.tensor, corners)

@@ -92,7 +92,7 @@ def test_in_a_detector():
     text = model.text_encoder([Prompt.from_phrases(model.text_encoder.names)])
     with torch.no_grad():
         features, masks = model.image_features([sample])
-        output = model.detect(features, masks, text)
+        output = model.decode(features, masks, text)
         memory, _, _ = model.enhancer(features, masks, text)
         scene = ProposalStatistics()(memory.scene, output.selection)
         for layer, routing in zip(model.decoder.layers, output.routings, strict=True):

@@ -57,7 +57,7 @@ class Dense:
             self._normalise()
             self.features, self.masks = self.model.image_features(self.batch)
             self.text = self.model.text_encoder([s["prompt"] for s in self.batch])
-            self.output = self.detect(self.model)
+            self.output = self.decode(self.model)
 
     def _normalise(self) -> None:
         """Random networks fade out what they see, unless batch norm has its statistics."""
@@ -66,12 +66,12 @@ class Dense:
             norm.momentum = 1.0
         self.model.train()
         text = self.model.text_encoder([s["prompt"] for s in self.batch])
-        self.model.detect(*self.model.image_features(self.batch), text)
+        self.model.decode(*self.model.image_features(self.batch), text)
         self.model.eval()
 
-    def detect(self, model):
+    def decode(self, model):
         with torch.no_grad():
-            return model.detect(self.features, self.masks, self.text)
+            return model.decode(self.features, self.masks, self.text)
 
     def with_experts(self, load: bool = True, enhancer: bool = False, **options):
         """A copy that shares the towers and has experts for FFNs; MoE-tuned from this one."""

@@ -115,7 +115,7 @@ def test_tuned_detector_equals_dense(model, request):
     node = L(HierarchicalRouter)(dim=dim, num_experts=8, top_k=2, std=1.0)
     for variant in VARIANTS:
         moe = dense.with_experts(router={**node, "variant": variant})
-        output = dense.detect(moe)
+        output = dense.decode(moe)
         for a, b in zip(dense.output.layers, output.layers, strict=True):
             assert a.boxes.std((0, 1)).min() > 0.01
             torch.testing.assert_close(a.boxes, b.boxes, rtol=1e-4, atol=1e-4)

@@ -165,7 +165,7 @@ def test_tuned_detector_equals_dense(model, request):
     node = L(TopAnyRouter)(dim=dim, num_experts=5, initial_experts=3)
     moe = dense.with_experts(router=node)
     moe.decoder.layers[0].ffn.router.active.copy_(torch.tensor([False, True, False, True, True]))
-    output = dense.detect(moe)
+    output = dense.decode(moe)
     for a, b in zip(dense.output.layers, output.layers, strict=True):
         assert a.boxes.std((0, 1)).min() > 0.01
         torch.testing.assert_close(a.boxes, b.boxes, rtol=1e-4, atol=1e-4)

@@ -46,7 +46,7 @@ def assert_whole_copies(routings, k: int):
 def test_converted_model_equals_dense(dense, num_experts, k):
     for gate in GATES:
         moe = dense.with_experts(num_experts=num_experts, top_k=k, gate=gate)
-        output = dense.detect(moe)
+        output = dense.decode(moe)
         assert_same_predictions(dense.output.layers, output.layers)
         layers = len(moe.decoder.layers)
         assert len(output.routings) == layers
@@ -54,7 +54,7 @@ def test_converted_model_equals_dense(dense, num_experts, k):
         used = {int(i) for r in output.routings for i in r.expert_ids.flatten()}
         assert num_experts == k or len(used) > k, "some choice should have been made"
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = dense.detect(moe)
+        rounded = dense.decode(moe)
     assert rounded.routings[0].probs.dtype == torch.float32
     assert_whole_copies(rounded.routings, k)
 
@@ -67,9 +67,9 @@ def test_experts_in_the_enhancer(dense):
     selection.num_queries = 336
     selection.content = nn.Embedding(1, 256)
     selection.content.weight.data = torch.randn(1, 256).expand(336, -1).clone()
-    before = source.detect(source.model)
+    before = source.decode(source.model)
     moe = source.with_experts(enhancer=True, num_experts=8, top_k=2)
-    after = source.detect(moe)
+    after = source.decode(moe)
 
     assert len(after.routings) == len(moe.enhancer.layers) + len(moe.decoder.layers)
     cells = dense.masks["p5"].numel()
@@ -93,7 +93,7 @@ def test_conversion_is_sensitive(dense):
         experts = wrong.decoder.layers[0].ffn.experts
         getattr(experts, name).data[::2] *= 2 if name == "b2" else 0
         with pytest.raises(AssertionError):
-            assert_same_predictions(dense.output.layers, dense.detect(wrong).layers)
+            assert_same_predictions(dense.output.layers, dense.decode(wrong).layers)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -110,8 +110,8 @@ def test_recipe_converts_a_dense_checkpoint(nano, tmp_path, suffix):
     moe = instantiate(config).eval()
     assert all(layer.ffn.num_experts == 16 for layer in moe.decoder.layers)
     load_checkpoint(moe, path)
-    output = nano.detect(moe)
-    assert_same_predictions(nano.detect(model).layers, output.layers)
+    output = nano.decode(moe)
+    assert_same_predictions(nano.decode(model).layers, output.layers)
     assert_whole_copies(output.routings, 2)
     # End to end too
     with torch.no_grad():

@@ -7,13 +7,14 @@ import transformers
 from dynamic_dino.modeling.attention import DeformableAttention, grid_encoding
 from dynamic_dino.modeling.decoder import Decoder, DecoderLayer
 from dynamic_dino.modeling.deformable_enhancer import DeformableEnhancer, DeformableImageLayer
-from dynamic_dino.modeling.detector import content_mask
-from dynamic_dino.modeling.enhancer import EnhancerLayer, ImageMemory
+from dynamic_dino.modeling.enhancer import EnhancerLayer
 from dynamic_dino.modeling.feed_forward import FeedForward
 from dynamic_dino.modeling.heads import LinearHead
 from dynamic_dino.modeling.neck import GroupNormNeck
+from dynamic_dino.modeling.preprocess import content_mask
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.modeling.query_selection import QuerySelection
+from dynamic_dino.modeling.structures import ImageMemory
 from dynamic_dino.modeling.vocabulary import ClassVocabulary
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput

@@ -67,7 +67,7 @@ def test_one_image(twins, phrases):
     """With the settings of the recipes; a size that nothing divides."""
     samples = clear_samples(twins, (83, 107), phrases=(phrases,))
     expected = twins.theirs(**their_inputs(samples, twins.ours))
-    output = twins.ours.detect(*encode(twins.ours, samples))
+    output = twins.ours.decode(*encode(twins.ours, samples))
     length = output.text.tokens.shape[1]
     assert length > 100 or phrases == 1
     torch.testing.assert_close(output.layers[-1].logits, expected.logits[..., :length], **CLOSE)
@@ -81,7 +81,7 @@ def test_unusable_tokens_compete(twins):
         norm.bias.copy_(torch.linspace(-3, 3, len(norm.bias)))
     samples = clear_samples(twins, (96, 96))
     expected = twins.theirs(**their_inputs(samples, twins.ours))
-    output = twins.ours.detect(*encode(twins.ours, samples))
+    output = twins.ours.decode(*encode(twins.ours, samples))
     length = output.text.tokens.shape[1]
     torch.testing.assert_close(output.layers[-1].boxes, expected.pred_boxes, **CLOSE)
     torch.testing.assert_close(output.layers[-1].logits, expected.logits[..., :length], **CLOSE)
@@ -114,17 +114,17 @@ def test_result_does_not_depend_on_the_batch(twins):
     samples += random_samples(*SIZES, (83, 107), phrases=(3, 30, 1, 2))
     features, masks, text = encode(twins.ours, samples)
     assert not masks["p3"][:3].all(-1).all()
-    together = twins.ours.detect(features, masks, text).layers[-1]
+    together = twins.ours.decode(features, masks, text).layers[-1]
     expected = twins.theirs(**their_inputs(samples[:1], twins.ours))
     length = twins.ours.text_encoder([samples[0]["prompt"]]).tokens.shape[1]
     torch.testing.assert_close(together.boxes[:1], expected.pred_boxes, **CLOSE)
     logits = expected.logits[..., :length]
     torch.testing.assert_close(together.logits[:1, :, :length], logits, **CLOSE)
     for i, sample in enumerate(samples[1:3], 1):
-        alone = twins.ours.detect(*encode(twins.ours, [sample])).layers[-1]
+        alone = twins.ours.decode(*encode(twins.ours, [sample])).layers[-1]
         torch.testing.assert_close(together.boxes[i : i + 1], alone.boxes, **CLOSE)
     # The other way it does, so this says something.
-    padded = as_transformers(twins.ours).detect(*encode(twins.ours, samples)).layers[-1]
+    padded = as_transformers(twins.ours).decode(*encode(twins.ours, samples)).layers[-1]
     assert (padded.boxes[:1] - expected.pred_boxes).abs().max() > 1e-3
 
 
@@ -155,8 +155,8 @@ def test_experts_start_as_the_dense_model(twins):
     model = with_experts(imported.config, 16)
     model.load_state_dict(imported.state)
     samples = random_samples(*SIZES)
-    dense = twins.ours.detect(*encode(twins.ours, samples))
-    moe = model.detect(*encode(model, samples))
+    dense = twins.ours.decode(*encode(twins.ours, samples))
+    moe = model.decode(*encode(model, samples))
     assert len(moe.routings) == 5 and not dense.routings
     for a, b in zip(moe.layers, dense.layers, strict=True):
         torch.testing.assert_close(a.boxes, b.boxes, **CLOSE)

@@ -100,7 +100,7 @@ def with_our_costs(twins):
 
 def encode(model, samples):
     features, masks = model.image_features(samples)
-    return model.detect(features, masks, model.text_encoder([s["prompt"] for s in samples]))
+    return model.decode(features, masks, model.text_encoder([s["prompt"] for s in samples]))
 
 
 def alike_samples(twins, *sizes):

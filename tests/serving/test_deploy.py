@@ -11,10 +11,9 @@ from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from dynamic_dino.config import load_config
 from dynamic_dino.modeling.enhancer import ConvNorm, CrossScaleFusion, CSPRepLayer
-from dynamic_dino.modeling.postprocess import Detections, best_pairs, to_instances
+from dynamic_dino.modeling.postprocess import best_pairs, to_instances
 from dynamic_dino.modeling.prompt import Prompt
-from dynamic_dino.modeling.structures import Predictions, TextFeatures
-from dynamic_dino.modeling.text import Piece
+from dynamic_dino.modeling.structures import Detections, Predictions, PromptChunk, TextFeatures
 from dynamic_dino.moe.routing import Routing
 from dynamic_dino.serving.accelerate import CudaGraphs, WithFallback, accelerate
 from dynamic_dino.serving.deploy import (
@@ -187,7 +186,7 @@ def test_load_detector_takes_precision_and_acceleration():
     picture = torch.randint(256, (64, 80, 3), dtype=torch.uint8).numpy()
     detector = load_detector("nano-x16", device="cpu", dtype="bfloat16", accelerate="graph")
     assert detector.model.decoder.layers[0].ffn.experts.w1.dtype == torch.bfloat16
-    assert isinstance(detector.model.search, WithFallback) and norms(detector.model) == 0
+    assert isinstance(detector.model.detect_chunks, WithFallback) and norms(detector.model) == 0
     assert len(detector(picture, "dog. cat.", threshold=0.0)) > 0
     with pytest.raises(ValueError, match="^dtype 'half': choose one of float32, float16"):
         load_detector(dtype="half")
@@ -200,13 +199,13 @@ def test_prompts_of_many_lengths_share_shapes_where_shapes_are_captured(trained)
     """In float64, so that two products of other lengths agree on what comes first."""
     served = optimize_for_inference(copy.deepcopy(trained), torch.float64, "graph")
     assert optimize_for_inference(copy.deepcopy(trained)).text_encoder.pad_to == 1
-    shapes, search = set(), served.search.function
+    shapes, search = set(), served.detect_chunks.function
 
     def seen(features, masks, text, routings):
         shapes.add((text.tokens.shape, text.phrase_map.shape))
         return search(features, masks, text, routings)
 
-    served.search = seen
+    served.detect_chunks = seen
     for prompt in ("red circle.", "red circle. blue square. green star. a ring."):
         samples = batch(prompt, "dot.")
         served.text_encoder.pad_to = 16
@@ -233,7 +232,7 @@ def test_prompts_of_different_lengths_share_a_batch():
     prompts = [Prompt.parse("one. two. three."), Prompt.parse("one.")]
     samples = batch("zero. one. two. three.", "one.")
     together = best_pairs(Predictions(logits, boxes), phrase_map, most=12)
-    found = [[together.of_image(row, Piece(p, 1 - row))] for row, p in enumerate(prompts)]
+    found = [[together.of_image(row, PromptChunk(p, 1 - row))] for row, p in enumerate(prompts)]
     results = [r["instances"] for r in to_instances(samples, found, 12)]
     assert [len(r) for r in results] == [12, 5]
     assert set(results[0].phrases) <= {"one", "two", "three"} and set(results[1].phrases) == {"one"}
@@ -288,8 +287,8 @@ def test_routings_leave_the_search_only_if_they_are_wanted(trained):
     samples = batch("red circle.")
     features, masks = trained.image_features(samples)
     text = trained.text_encoder([s["prompt"] for s in samples])
-    assert trained.search(features, masks, text)[1] == []
-    assert len(trained.search(features, masks, text, True)[1]) == len(trained.decoder.layers)
+    assert trained.detect_chunks(features, masks, text)[1] == []
+    assert len(trained.detect_chunks(features, masks, text, True)[1]) == len(trained.decoder.layers)
     assert not load_detector("nano-x16", device="cpu").model.return_routings
 
 
@@ -315,7 +314,7 @@ def test_cuda_graphs_follow_new_inputs_and_shapes(small):
     for prompt in ("red circle.", "blue square. green star.", "red circle."):
         samples = batch(prompt)
         mine, want = (m(samples)[0]["instances"] for m in (graphed, eager))
-        assert graphed.search.fast is not None and graphed.backbone.forward.fast is not None
+        assert graphed.detect_chunks.fast is not None and graphed.backbone.forward.fast is not None
         torch.testing.assert_close(mine.scores, want.scores, rtol=1e-4, atol=1e-5)
 
 

@@ -24,7 +24,8 @@ PATHS = {
 
 
 def current(text: str) -> str:
-    """The text of a config.yaml with the present paths of classes and functions."""
+    """The text of a config.yaml with the present paths of classes and functions, and values."""
+    text = re.sub(r"\bmax_detections_per: piece\b", "max_detections_per: chunk", text)
     return re.sub(r"(?<![\w/.])dynamic_dino\.[\w.]*\w", lambda match: current_path(match[0]), text)
 
 

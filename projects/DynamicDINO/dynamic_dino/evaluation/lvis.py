@@ -69,7 +69,7 @@ def lvis_ap(
     if fixed and fullest == PER_IMAGE:
         logger.warning(
             f"no image has more than {PER_IMAGE} detections, as if they had been cut there: fixed "
-            'AP is defined without a cap per image (detector: max_detections_per="piece")'
+            'AP is defined without a cap per image (detector: max_detections_per="chunk")'
         )
     cap = predictions.best_per_class if fixed else predictions.best_per_image
     predictions = cap(max_dets)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..moe.routing import Routing
 from .attention import DeformableAttention, MultiHeadAttention, box_encoding, clone_layers
-from .enhancer import ImageMemory
 from .heads import BoxHead, ContrastiveHead, LinearHead
-from .query_selection import Queries
-from .structures import Predictions, TextFeatures
+from .structures import DecoderOutput, ImageMemory, Predictions, Queries, TextFeatures
 
 
 class DecoderLayer(nn.Module):
@@ -79,14 +76,6 @@ class PositionMLP(nn.Module):
     def forward(self, boxes: Tensor) -> Tensor:
         encoding = box_encoding(boxes, self.dim // 2)
         return self.layers(encoding.to(self.layers[0].bias.dtype))
-
-
-@dataclass
-class DecoderOutput:
-    """layers: predictions of each layer, of every query; routings: one per MoE layer"""
-
-    layers: list[Predictions]
-    routings: list[Routing]
 
 
 class Decoder(nn.Module):

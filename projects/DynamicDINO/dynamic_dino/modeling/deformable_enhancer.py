@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..moe.routing import Routing
 from .attention import DeformableAttention, clone_layers, grid_centres, grid_encoding
-from .enhancer import EnhancerLayer, ImageMemory, masked_mean, run_layers, valid_ratio
-from .structures import TextFeatures
+from .enhancer import EnhancerLayer, masked_mean, run_layers, valid_ratio
+from .structures import ImageMemory, TextFeatures
 
 
 class DeformableImageLayer(nn.Module):

@@ -3,6 +3,11 @@
 images -> backbone -> P3, P4, P5 ─┐
 prompts -> text encoder ----------┴> enhancer -> query selection -> decoder -> detections
 
+forward(batch)    losses in training, what `detect` finds in evaluation
+image_features    images -> backbone -> neck
+decode            all that follows the backbone and the text encoder, in training and evaluation
+detect(batch)     prompts in chunks, through `detect_chunks`, to Detectron2's `Instances`
+
 A closed-set detector has a `ClassVocabulary` for a text encoder, and nothing that reads its tokens.
 """
 
@@ -10,11 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..moe.routing import Routing
@@ -23,13 +26,28 @@ from .backbone import Backbone
 from .decoder import Decoder
 from .deformable_enhancer import DeformableEnhancer
 from .enhancer import EdgeEnhancer
-from .losses.boxes import xyxy_to_cxcywh
 from .losses.criterion import Criterion
 from .losses.denoising import Denoising
-from .postprocess import Detections, best_pairs, to_instances
+from .postprocess import best_pairs, to_instances
+from .preprocess import (
+    cached_features,
+    canvas_size,
+    content_masks,
+    merge_maps,
+    padded_images,
+    rows_by_size,
+    targets_of,
+)
 from .proposals import ProposalStatistics
-from .query_selection import Queries, QuerySelection
-from .structures import DetectorOutput, Predictions, Target, TextFeatures
+from .query_selection import QuerySelection
+from .structures import (
+    Detections,
+    DetectorOutput,
+    Predictions,
+    Queries,
+    Target,
+    TextFeatures,
+)
 from .text import TextEncoder
 from .vocabulary import ClassVocabulary
 
@@ -49,12 +67,13 @@ class OpenVocabularyDetector(nn.Module):
         pad_images: False: in evaluation, the backbone and the neck see each image without padding,
             and their maps are padded instead, so that the result depends on nothing else in the
             batch where there is no square canvas.
-        max_phrases: longest prompt, in phrases, that is looked at in one piece at test time.
+        max_phrases: at test time, longer prompts are split into chunks of so many phrases.
         max_detections: kept per image.
-        max_detections_per: "piece" keeps that many of every piece of a split prompt, in an image
+        max_detections_per: "chunk" keeps that many of every chunk of a split prompt, in an image
             as many as come together so (fixed AP: 300 per 40 names, and no cap per image).
-        chunk_batch: how many (image, prompt piece) pairs go through the decoder at once.
-        return_routings: in evaluation, adds the batch's `Routing`s to the first result.
+        chunk_batch: how many (image, chunk) pairs go through the decoder at once.
+        return_routings: in evaluation, adds the batch's `Routing`s to the first result, see
+            `detect`.
     """
 
     def __init__(
@@ -75,7 +94,7 @@ class OpenVocabularyDetector(nn.Module):
         pad_images: bool = True,
         max_phrases: int | None = None,
         max_detections: int = 300,
-        max_detections_per: Literal["image", "piece"] = "image",
+        max_detections_per: Literal["image", "chunk"] = "image",
         chunk_batch: int = 8,
         return_routings: bool = True,
     ) -> None:
@@ -103,7 +122,7 @@ class OpenVocabularyDetector(nn.Module):
                 or cached "features", "image_size", "height", "width", "prompt", and "instances".
         """
         if not self.training:
-            return self.inference(batch)
+            return self.detect(batch)
         if self.criterion is None:
             raise ValueError("this detector was built without a criterion, so it can't be trained")
         for sample in batch:
@@ -111,19 +130,24 @@ class OpenVocabularyDetector(nn.Module):
                 self.text_encoder.refuse_long_caption(sample["caption"], sample["file_name"])
         features, masks = self.image_features(batch)
         text = self.text_encoder([sample["prompt"] for sample in batch])
-        targets = self.targets(batch)
-        output = self.detect(features, masks, text, targets)
+        targets = targets_of(batch, self.device)
+        output = self.decode(features, masks, text, targets)
         losses = {**self.criterion(output, targets), **training_metrics(output.routings)}
         return losses | ({"routings": output.routings} if output.routings else {})
 
-    def detect(
+    def decode(
         self,
         features: dict[str, Tensor],
         masks: dict[str, Tensor],
         text: TextFeatures,
         targets: list[Target] | None = None,
     ) -> DetectorOutput:
-        """Everything after the two towers; targets only serve the denoising queries."""
+        """All that follows the backbone and the text encoder.
+
+        Args:
+            features, masks: what `image_features` returns.
+            targets: in training, what the denoising queries are made of.
+        """
         memory, text, routings = self.enhancer(features, masks, text)
         queries, selection = self.query_selection(memory, text)
         if self.proposal_statistics is not None:
@@ -154,163 +178,89 @@ class OpenVocabularyDetector(nn.Module):
         )
 
     # Images ------------------------------------------------------------------------------------
-    def canvas_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-        """(height, width) that the batch is padded to, multiples of `size_divisor`."""
-        height, width = (max(s[i] for s in sizes) for i in (0, 1))
-        if self.canvas:
-            if max(height, width) > self.canvas:
-                raise ValueError(
-                    f"an image of {height} x {width} pixels doesn't fit the canvas of "
-                    f"{self.canvas}; resize it, or raise model.canvas"
-                )
-            height = width = self.canvas
-        divisor = self.size_divisor
-        return -(-height // divisor) * divisor, -(-width // divisor) * divisor
-
     def extract_features(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
-        """uint8 images [3, h, w] of any sizes -> backbone features of the padded canvas."""
-        height, width = self.canvas_size([tuple(i.shape[-2:]) for i in images])
-        normed = [(i.to(self.device) - self.pixel_mean) / self.pixel_std for i in images]
-        padded = [F.pad(i, (0, width - i.shape[2], 0, height - i.shape[1])) for i in normed]
-        return self.backbone(torch.stack(padded).to(self.backbone.dtype))
+        """uint8 images [3, h, w] of any sizes -> backbone features {name: [B, C, H, W]} of their
+        common canvas. Raises ValueError for an image that is larger than `canvas`."""
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        canvas = canvas_size(sizes, self.canvas, self.size_divisor)
+        padded = padded_images(images, canvas, self.pixel_mean, self.pixel_std)
+        return self.backbone(padded.to(self.backbone.dtype))
 
     def image_features(self, batch: list[dict]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Features of the batch, computed or cached, and the masks of their real cells."""
-        sizes = [tuple(sample["image_size"]) for sample in batch]
-        if self.pad_images or self.training or len(set(sizes)) == 1:
-            return self.padded_features(batch)
-        features, masks = [{}] * len(batch), [{}] * len(batch)
-        for size in set(sizes):
-            alike = [i for i, other in enumerate(sizes) if other == size]
-            maps, contents = self.padded_features([batch[i] for i in alike])
-            for row, i in enumerate(alike):
-                features[i] = {name: x[row] for name, x in maps.items()}
-                masks[i] = {name: x[row] for name, x in contents.items()}
-        return stack_padded(features), stack_padded(masks)
+        """Features of the batch, computed or cached, {name: [B, C, H, W]}, and which of their cells
+        see an image, {name: bool [B, H, W]}."""
+        groups = rows_by_size([tuple(sample["image_size"]) for sample in batch])
+        if self.pad_images or self.training or len(groups) == 1:
+            return self._features_on_canvas(batch)
+        found = [self._features_on_canvas([batch[i] for i in rows]) for rows in groups]
+        features, masks = zip(*found, strict=True)
+        return merge_maps(groups, features), merge_maps(groups, masks)
 
-    def padded_features(self, batch: list[dict]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _features_on_canvas(self, batch: list[dict]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """`image_features` of images that are padded to a common canvas."""
-        sizes = tuple(tuple(sample["image_size"]) for sample in batch)
-        height, width = self.canvas_size(sizes)
+        sizes = [tuple(sample["image_size"]) for sample in batch]
+        canvas = canvas_size(sizes, self.canvas, self.size_divisor)
         if "features" in batch[0]:
-            features = {
-                name: torch.stack([s["features"][name].float() for s in batch]).to(self.device)
-                for name in batch[0]["features"]
-            }
-            for (name, x), stride in zip(
-                sorted(features.items()), self.backbone.strides, strict=True
-            ):
-                if x.shape[-2:] != (height // stride, width // stride):
-                    raise ValueError(
-                        f"cached features {name} are {x.shape[-2]} x {x.shape[-1]}, those of a "
-                        f"canvas of {height} x {width} pixels {height // stride} x "
-                        f"{width // stride}: make the cache for this model.canvas"
-                    )
+            features = cached_features(batch, canvas, self.backbone.strides, self.device)
         else:
             features = self.extract_features([sample["image"] for sample in batch])
         if self.neck is not None:
             features = self.neck(features)
         # As the backbone gives them: maps become tokens without a copy.
         features = {n: x.contiguous(memory_format=torch.channels_last) for n, x in features.items()}
-        masks = {
-            name: content_mask(
-                sizes,
-                (height, width),
-                tuple(x.shape[-2:]),
-                self.device,
-                torch.is_inference_mode_enabled(),
-            )
-            for name, x in features.items()
-        }
-        return features, masks
-
-    def targets(self, batch: list[dict]) -> list[Target]:
-        result = []
-        for sample in batch:
-            h, w = sample["image_size"]
-            boxes = sample["instances"].gt_boxes.tensor / torch.tensor([w, h, w, h])
-            labels = sample["instances"].gt_classes
-            result.append(Target(xyxy_to_cxcywh(boxes).to(self.device), labels.to(self.device)))
-        return result
+        return features, content_masks(sizes, canvas, features)
 
     # Inference ---------------------------------------------------------------------------------
-    def inference(self, batch: list[dict]) -> list[dict]:
-        """Detects every phrase of every sample's prompt.
+    def detect(self, batch: list[dict]) -> list[dict]:
+        """Finds every phrase of every sample's prompt: {"instances": Instances} for each sample,
+        see `to_instances`. With `return_routings`, the first result also has "routings": the
+        batch's `Routing`s, one per MoE layer, as one image's can't be told apart in it.
 
-        Prompts that are too long are split. The backbone runs once per image whatever the number
-        of pieces, and pieces of different images share decoder batches. A split prompt's result
-        is that of its pieces detected one by one, merged by score. Nothing waits for the device
-        before the results are read.
+        Prompts that are too long are split into chunks. The backbone runs once per image whatever
+        the number of chunks, and chunks of different images share decoder batches. A split prompt's
+        result is that of its chunks detected one by one, merged by score. Nothing waits for the
+        device before the results are read.
         """
         features, masks = self.image_features(batch)
-        pieces = [
-            (i, piece)
+        chunks = [
+            (i, chunk)
             for i, sample in enumerate(batch)
-            for piece in self.text_encoder.pieces(sample["prompt"], self.max_phrases)
+            for chunk in self.text_encoder.chunks(sample["prompt"], self.max_phrases)
         ]
         found: list[list[Detections]] = [[] for _ in batch]
         routings: list[list[Routing]] = []
-        for start in range(0, len(pieces), self.chunk_batch):
-            chunk = pieces[start : start + self.chunk_batch]
-            rows = [i for i, _ in chunk]
+        for start in range(0, len(chunks), self.chunk_batch):
+            together = chunks[start : start + self.chunk_batch]
+            rows = [i for i, _ in together]
             chosen = [features, masks]
             if rows != list(range(len(batch))):
                 chosen = [
                     {n: torch.stack([x[i] for i in rows]) for n, x in maps.items()}
                     for maps in chosen
                 ]
-            text = self.text_encoder([piece.prompt for _, piece in chunk])
-            best, chunk_routings = self.search(*chosen, text, self.return_routings)
-            routings.append(chunk_routings)
-            for row, (i, piece) in enumerate(chunk):
-                found[i].append(best.of_image(row, piece, start + row))
+            text = self.text_encoder([chunk.prompt for _, chunk in together])
+            best, routed = self.detect_chunks(*chosen, text, self.return_routings)
+            routings.append(routed)
+            for row, (i, chunk) in enumerate(together):
+                found[i].append(best.of_image(row, chunk, start + row))
         most = self.max_detections if self.max_detections_per == "image" else None
         results = to_instances(batch, found, most)
         if self.return_routings and results:
             results[0]["routings"] = [Routing.cat(layer) for layer in zip(*routings, strict=True)]
         return results
 
-    def search(
+    def detect_chunks(
         self,
         features: dict[str, Tensor],
         masks: dict[str, Tensor],
         text: TextFeatures,
         routings: bool = False,
     ) -> tuple[Detections, list[Routing]]:
-        """The best (query, phrase) pairs: all of inference between features and results. The
-        mixtures' routings only if they are wanted, since a CUDA graph's results must be copied."""
-        output = self.detect(features, masks, text)
+        """The best (query, phrase) pairs of a batch of (image, chunk): `decode` and `best_pairs`.
+
+        A function of tensors alone, so that it can be compiled or captured. `routings` returns the
+        MoE layers' as well: not by default, since a CUDA graph's results must be copied.
+        """
+        output = self.decode(features, masks, text)
         best = best_pairs(output.layers[-1], output.text.phrase_map, self.max_detections)
         return best, output.routings if routings else []
-
-
-def stack_padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Each image's maps {name: [..., h, w]}, of several sizes -> {name: [B, ..., H, W]}, filled up
-    with zeros (False)."""
-    result = {}
-    for name in rows[0]:
-        maps = [row[name] for row in rows]
-        height, width = (max(x.shape[i] for x in maps) for i in (-2, -1))
-        result[name] = torch.stack(
-            [F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2])) for x in maps]
-        )
-    return result
-
-
-@lru_cache(maxsize=256)
-def content_mask(
-    sizes: tuple[tuple[int, int], ...],
-    canvas: tuple[int, int],
-    shape: tuple[int, int],
-    device: torch.device,
-    inference: bool,
-) -> Tensor:
-    """Which cells of a feature map [h, w] see the image and not its padding: bool [B, h, w].
-
-    Made once for each combination, and not to be written to. `inference` keeps tensors of inference
-    mode, which autograd refuses, apart from others.
-    """
-    (h, w), mask = shape, torch.zeros(len(sizes), *shape, dtype=torch.bool)
-    for i, (rows, columns) in enumerate(sizes):
-        mask[i, : -(-rows * h // canvas[0]), : -(-columns * w // canvas[1])] = True
-    return mask.to(device)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,25 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..moe.routing import Routing
 from .attention import BiAttention, MultiHeadAttention, clone_layers, grid_encoding, sine_encoding
 from .feed_forward import FeedForward
-from .structures import TextFeatures
-
-
-@dataclass
-class ImageMemory:
-    """Enhanced image features, all levels in one sequence.
-
-    tokens        float [B, S, D], levels from fine to coarse, row-major
-    mask          bool [B, S], True inside the image, False in the padding
-    shapes        (height, width) of each level
-    valid_ratios  float [B, levels, 2], content over canvas, (width, height)
-    scene         float [B, D], the mean over the content of the coarsest level
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    shapes: list[tuple[int, int]]
-    valid_ratios: Tensor
-    scene: Tensor
+from .structures import ImageMemory, TextFeatures
 
 
 class TextLayer(nn.Module):

@@ -2,42 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from .losses.boxes import cxcywh_to_xyxy
-from .structures import Predictions
-from .text import Piece
-
-
-@dataclass
-class Detections:
-    """The best (query, phrase) pairs, best first: of a batch, or of an image without its B.
-
-    scores [B, K], phrases int64 [B, K] (index in the prompt), boxes [B, K, 4] (cx, cy, w, h), rows
-    int64 [B, K] (which query, of `queries` an image)
-    """
-
-    scores: Tensor
-    phrases: Tensor
-    boxes: Tensor
-    rows: Tensor
-    queries: int
-
-    def of_image(self, row: int, piece: Piece, before: int = 0) -> Detections:
-        """Those of one piece of a prompt; its phrases get their places in the whole prompt, and its
-        queries theirs behind the ones of the `before` pieces of the batch before it."""
-        real = min(self.scores.shape[1], self.queries * len(piece.prompt.spans))  # less padding
-        return Detections(
-            self.scores[row, :real],
-            self.phrases[row, :real] + piece.first,
-            self.boxes[row, :real],
-            self.rows[row, :real] + before * self.queries,
-            self.queries,
-        )
+from .structures import Detections, Predictions
 
 
 def best_pairs(last: Predictions, phrase_map: Tensor, most: int) -> Detections:
@@ -57,7 +27,7 @@ def best_pairs(last: Predictions, phrase_map: Tensor, most: int) -> Detections:
 
 
 def to_instances(batch: list[dict], found: list[list[Detections]], most: int | None) -> list[dict]:
-    """Merges the pieces of each image, keeps the `most` best (None: all), and scales boxes to its
+    """Merges the chunks of each image, keeps the `most` best (None: all), and scales boxes to its
     original size.
 
     Returns {"instances": Instances} for each sample, with pred_boxes (XYXY, pixels), scores,
@@ -66,12 +36,12 @@ def to_instances(batch: list[dict], found: list[list[Detections]], most: int | N
     device.
     """
     results = []
-    for sample, pieces in zip(batch, found, strict=True):
-        scores = torch.cat([p.scores for p in pieces])
-        phrases = torch.cat([p.phrases for p in pieces])
-        boxes = torch.cat([p.boxes for p in pieces])
-        queries = torch.cat([p.rows for p in pieces])
-        if len(pieces) > 1:
+    for sample, chunks in zip(batch, found, strict=True):
+        scores = torch.cat([c.scores for c in chunks])
+        phrases = torch.cat([c.phrases for c in chunks])
+        boxes = torch.cat([c.boxes for c in chunks])
+        queries = torch.cat([c.rows for c in chunks])
+        if len(chunks) > 1:
             scores, order = scores.sort(descending=True, stable=True)
             scores, order = scores[:most], order[:most]
             phrases, boxes, queries = phrases[order], boxes[order], queries[order]

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from .attention import grid_centres
-from .enhancer import ImageMemory
 from .heads import BoxHead, ContrastiveHead, LinearHead
-from .structures import Predictions, TextFeatures
-
-
-@dataclass
-class Queries:
-    """content [B, Q, D] and reference boxes [B, Q, 4], detached, that the decoder starts from"""
-
-    content: Tensor
-    boxes: Tensor
+from .structures import ImageMemory, Predictions, Queries, TextFeatures
 
 
 class QuerySelection(nn.Module):

@@ -1,4 +1,9 @@
-"""The values that travel between the parts of the detector (see README, "One forward pass").
+"""The values that travel between the modules of the detector, in the order in which they come:
+
+TextFeatures, ImageMemory -> Queries -> DecoderOutput -> DetectorOutput -> losses, or Detections
+
+`Prompt` has a module of its own, as it is made and read where no tensor is; `Routing` belongs to
+`dynamic_dino.moe`.
 
 B images, Q queries, L text tokens (of a closed set: classes), P phrases of a prompt, D channels.
 Boxes are ``cx, cy, w, h`` in [0, 1], relative to the content of the image, that is, without the
@@ -13,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..moe.routing import Routing
+from .prompt import Prompt
 
 
 @dataclass
@@ -44,12 +50,54 @@ class TextFeatures:
         )
 
 
+@dataclass(frozen=True)
+class PromptChunk:
+    """A part of a long prompt, as a prompt of its own, and the index of its first phrase in it."""
+
+    prompt: Prompt
+    first: int
+
+
+@dataclass
+class ImageMemory:
+    """Enhanced image features, all levels in one sequence.
+
+    tokens        float [B, S, D], levels from fine to coarse, row-major
+    mask          bool [B, S], True inside the image, False in the padding
+    shapes        (height, width) of each level
+    valid_ratios  float [B, levels, 2], content over canvas, (width, height)
+    scene         float [B, D], the mean over the content of the coarsest level
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    shapes: list[tuple[int, int]]
+    valid_ratios: Tensor
+    scene: Tensor
+
+
+@dataclass
+class Queries:
+    """What the decoder starts from: content [B, Q, D] and reference boxes [B, Q, 4], detached."""
+
+    content: Tensor
+    boxes: Tensor
+
+
 @dataclass
 class Predictions:
     """One layer's detections: logits [B, Q, L] over text tokens, boxes [B, Q, 4]."""
 
     logits: Tensor
     boxes: Tensor
+
+
+@dataclass
+class DecoderOutput:
+    """layers: predictions of each layer, of every query; routings: one per MoE layer"""
+
+    layers: list[Predictions]
+    routings: list[Routing]
 
 
 @dataclass
@@ -90,3 +138,36 @@ class DetectorOutput:
     routings: list[Routing] = field(default_factory=list)  # one per MoE layer, matching queries
     denoising: DenoisingQueries | None = None
     denoising_layers: list[Predictions] = field(default_factory=list)
+
+
+@dataclass
+class Detections:
+    """The best (query, phrase) pairs, best first: of a batch, or of one image (without the B).
+
+    scores   float [B, K]
+    phrases  int64 [B, K], index in the prompt
+    boxes    float [B, K, 4]
+    rows     int64 [B, K], index of the query
+    queries  how many queries each image has
+    """
+
+    scores: Tensor
+    phrases: Tensor
+    boxes: Tensor
+    rows: Tensor
+    queries: int
+
+    def of_image(self, row: int, chunk: PromptChunk, before: int = 0) -> Detections:
+        """Those of row `row`, the image's share of one chunk of a prompt, without padding.
+
+        Phrases get their indices in the whole prompt; queries their rows in the routings of the
+        whole evaluation batch, where `before` chunks come before this one.
+        """
+        real = min(self.scores.shape[1], self.queries * len(chunk.prompt.spans))  # less padding
+        return Detections(
+            self.scores[row, :real],
+            self.phrases[row, :real] + chunk.first,
+            self.boxes[row, :real],
+            self.rows[row, :real] + before * self.queries,
+            self.queries,
+        )

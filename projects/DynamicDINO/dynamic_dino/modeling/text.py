@@ -1,4 +1,4 @@
-"""Text tower: phrases to token features, one phrase block at a time.
+"""Text encoder: phrases to token features, one phrase block at a time.
 
 Grounding DINO concatenates all phrases of a prompt, and masks the attention of its text encoder so
 that a phrase sees only itself (the sub-sentence text mask), with position ids that start anew in
@@ -24,7 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from ..sources import resolve_model
 from .prompt import Prompt
-from .structures import TextFeatures
+from .structures import PromptChunk, TextFeatures
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,6 @@ class Cache(OrderedDict):
             self._weights = weights
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of a prompt that is looked at in one go, and the index of its first phrase."""
-
-    prompt: Prompt
-    first: int
-
-
 class TextEncoder(nn.Module):
     """A BERT-like encoder from transformers, and a projection to the detector's width.
 
@@ -77,8 +69,8 @@ class TextEncoder(nn.Module):
             one token per word piece (Grounding DINO).
         norm: layer norm after the projection, for an enhancer without text layers, whose norms
             otherwise give the class head vectors of a known length.
-        max_tokens: longest prompt, in tokens, that is looked at in one piece at test time, and
-            longest caption to train on.
+        max_tokens: at test time, longer prompts are split into chunks of so many tokens; captions
+            to train on must not be longer.
         cache_size: phrases whose features are kept; cached_prompts: batches of prompts whose
             finished `TextFeatures` are kept in inference.
         config: overrides of the encoder's configuration, e.g. ``{"num_hidden_layers": 2}``.
@@ -135,7 +127,7 @@ class TextEncoder(nn.Module):
         if frozen:
             self.body.requires_grad_(False)
         self.pad_to = 1
-        self._pieces = Cache(cached_prompts)  # (prompt, max_phrases) -> its pieces
+        self._chunks = Cache(cached_prompts)  # (prompt, max_phrases) -> its chunks
         self._phrases = Cache(cache_size)  # text -> output of the body
         self._prompts = Cache(cached_prompts)  # prompts -> TextFeatures
 
@@ -162,10 +154,10 @@ class TextEncoder(nn.Module):
         """The sub-sentences of a prompt, each with its terminator ("." or "?")."""
         if self.pooled:
             return [Block(p, s[0][0]) for p, s in zip(prompt.phrases, prompt.spans, strict=True)]
-        pieces = re.finditer(r"[^.?]*[.?]|[^.?]+$", prompt.text)
+        sentences = re.finditer(r"[^.?]*[.?]|[^.?]+$", prompt.text)
         return [
             Block(text.strip(), m.start() + len(text) - len(text.lstrip()))
-            for m in pieces
+            for m in sentences
             if (text := m.group()).strip()
         ]
 
@@ -176,8 +168,8 @@ class TextEncoder(nn.Module):
         return 2 + sum(len(self._tokenize(b.text)["input_ids"]) for b in self.blocks(prompt))
 
     def refuse_long_caption(self, caption: str, file_name: str) -> None:
-        """Raises ValueError for a caption that `max_tokens` doesn't hold: a piece of a sentence
-        means something else, so that it isn't cut."""
+        """Raises ValueError for a caption that `max_tokens` doesn't hold: it isn't cut,
+        since a part of a sentence means something else."""
         if len(caption) + 2 <= self.max_tokens:  # a token is at least a character
             return
         count = self.count_tokens(Prompt(caption, (((0, len(caption)),),)))
@@ -192,7 +184,8 @@ class TextEncoder(nn.Module):
     def split(self, prompt: Prompt, max_phrases: int | None = None) -> list[list[int]]:
         """Splits the phrases of a prompt so that each part fits `max_tokens` and `max_phrases`.
 
-        Returns the phrase indices of each part. A prompt that fits stays in one piece.
+        Returns the phrase indices of each part; one part for a prompt that fits.
+        Raises ValueError for a phrase of more than `max_tokens`.
         """
         max_phrases = max_phrases or len(prompt.spans)
         if len(prompt.spans) <= max_phrases and self.count_tokens(prompt) <= self.max_tokens:
@@ -210,16 +203,16 @@ class TextEncoder(nn.Module):
             room -= size
         return parts
 
-    def pieces(self, prompt: Prompt, max_phrases: int | None = None) -> list[Piece]:
-        """The prompts that a long prompt is split into, a short one's is itself."""
+    def chunks(self, prompt: Prompt, max_phrases: int | None = None) -> list[PromptChunk]:
+        """The prompts that a long prompt is split into by `split`; a short one is its own."""
         key = (prompt, max_phrases)
-        if key not in self._pieces:
+        if key not in self._chunks:
             parts = self.split(prompt, max_phrases)
             whole = len(parts) == 1
-            self._pieces[key] = [
-                Piece(prompt if whole else prompt.select(part), part[0]) for part in parts
+            self._chunks[key] = [
+                PromptChunk(prompt if whole else prompt.select(part), part[0]) for part in parts
             ]
-        return self._pieces[key]
+        return self._chunks[key]
 
     def _tokenize(self, text: str) -> dict:
         return self.tokenizer(

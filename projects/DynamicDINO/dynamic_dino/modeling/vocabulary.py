@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .prompt import Prompt
-from .structures import TextFeatures
-from .text import Piece
+from .structures import PromptChunk, TextFeatures
 
 
 class ClassVocabulary(nn.Module):
@@ -84,14 +83,14 @@ class ClassVocabulary(nn.Module):
                 )
         return [self._ids[phrase] for phrase in phrases]
 
-    def pieces(self, prompt: Prompt, max_phrases: int | None = None) -> list[Piece]:
-        """A prompt of more than `max_phrases` is split, see `TextEncoder.pieces`."""
+    def chunks(self, prompt: Prompt, max_phrases: int | None = None) -> list[PromptChunk]:
+        """A prompt of more than `max_phrases` is split, see `TextEncoder.chunks`."""
         count = len(prompt.spans)
         step = max_phrases or count
         if count <= step:
-            return [Piece(prompt, 0)]
+            return [PromptChunk(prompt, 0)]
         parts = (range(first, min(first + step, count)) for first in range(0, count, step))
-        return [Piece(prompt.select(part), part[0]) for part in parts]
+        return [PromptChunk(prompt.select(part), part[0]) for part in parts]
 
     def forget(self, phrases: bool = True) -> None:
         """Nothing is kept of a prompt."""

@@ -13,8 +13,7 @@ from dynamic_dino_kernels.capture import capture
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ..modeling.postprocess import Detections
-from ..modeling.structures import TextFeatures
+from ..modeling.structures import Detections, TextFeatures
 from ..moe.routing import Routing
 
 logger = logging.getLogger(__name__)

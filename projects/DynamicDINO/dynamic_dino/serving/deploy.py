@@ -64,7 +64,7 @@ def optimize_for_inference(
     rows = detector.query_selection.num_queries
     replace_modules(detector, packed_modules(detector, rows, pack))
     detector.backbone.forward = accelerate(detector.backbone.forward, way)
-    detector.search = accelerate(detector.search, way)
+    detector.detect_chunks = accelerate(detector.detect_chunks, way)
     detector.text_encoder.pad_to = 1 if way == "eager" else TEXT_STEP
     return detector
 
