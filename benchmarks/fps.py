@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from dynamic_dino.modeling.detector import OpenVocabularyDetector
 from dynamic_dino.modeling.prompt import Prompt
-from dynamic_dino.serving.accelerate import WAYS, way_of
+from dynamic_dino.serving.accelerate import MODES, mode_of
 from dynamic_dino.serving.deploy import optimize_for_inference
 from dynamic_dino.serving.inference import DTYPES
 from dynamic_dino.serving.packing import PACK
@@ -139,8 +139,8 @@ def measure(case: Case, models: dict, options: argparse.Namespace) -> dict:
 
 
 def way_it_ran(model: OpenVocabularyDetector) -> str:
-    """One of `WAYS`, whatever was asked for: what can't be captured or compiled runs eagerly."""
-    backbone, rest = way_of(model.backbone.forward), way_of(model.detect_chunks)
+    """One of `MODES`, whatever was asked for: what can't be captured or compiled runs eagerly."""
+    backbone, rest = mode_of(model.backbone.forward), mode_of(model.detect_chunks)
     return backbone if backbone == rest else f"backbone {backbone}, rest {rest}"
 
 
@@ -266,7 +266,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--sizes", nargs="+", type=image_size, help="HxW; default: 640x640, on CUDA 800x1333 too")
     add("--batch", nargs="+", type=int, default=[1], help="images at once (default: 1)")
     add("--precisions", "--dtypes", nargs="+", choices=PRECISIONS, help="default: all on CUDA")
-    add("--modes", nargs="+", choices=WAYS, help="default: eager, on CUDA graph too")
+    add("--modes", nargs="+", choices=MODES, help="default: eager, on CUDA graph too")
     add("--text", nargs="+", choices=("cached", "encoded"), help="default: cached, CUDA both")
     add("--names", default=NAMES, help="what is looked for (default: ten names)")
     add(

@@ -36,7 +36,7 @@ from dynamic_dino.data.catalog import dataset_root
 from dynamic_dino.modeling.postprocess import best_pairs, to_instances
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.modeling.structures import Predictions, PromptChunk
-from dynamic_dino.serving.accelerate import WAYS
+from dynamic_dino.serving.accelerate import MODES
 from dynamic_dino.serving.inference import DTYPES, Detector, as_array, find_images, load_detector
 from dynamic_dino.sources import HUB, model_directory, resolve_model
 from lib.detectors import NAMES
@@ -305,7 +305,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--size", type=int, nargs=2, default=[800, 1333], help="shortest edge, longest at most")
     add_machine(parser)
     add("--dtype", default="float32", choices=DTYPES, help="of both models' weights")
-    add("--accelerate", default="eager", choices=WAYS, help="ours, see load_detector")
+    add("--accelerate", default="eager", choices=MODES, help="ours, see load_detector")
     add("--repeats", type=int, help="photos for each (default: 50 on CUDA, 4 on a CPU)")
     add_output(parser)
     options = parser.parse_args(arguments)

@@ -80,7 +80,7 @@ def measure(root: Path, count: int, touch: int) -> dict:
                 "records": len(records),
                 "boxes": len(records.boxes),
                 "names": len(get_metadata(name).thing_classes),
-                "file_bytes": datasets.locate(name, root=root).file.stat().st_size,
+                "file_bytes": datasets.locate_dataset(name, root=root).file.stat().st_size,
                 "seconds": round(time.perf_counter() - start, 1),
                 "bytes_per_record": round(records.nbytes / len(records)),
                 **other_ways(records),
@@ -163,7 +163,7 @@ def write_sources(root: Path, count: int) -> None:
         rng = np.random.default_rng(number)
         part = max(round(count * images / everything), 1)
         per_image = 1 + rng.poisson(boxes / images - 1, size=part)
-        file = datasets.locate(name, root=root).file
+        file = datasets.locate_dataset(name, root=root).file
         file.parent.mkdir(parents=True, exist_ok=True)
         write = write_detection if names else write_grounding
         with file.open("w") as out:

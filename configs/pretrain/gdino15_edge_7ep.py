@@ -1,7 +1,7 @@
 """Pre-training of the dense base, Grounding DINO 1.5 Edge, as Dynamic-DINO reproduces it.
 
 Learning rate, batch, negatives and augmentation are given by no paper; these are those of mmdet's
-Grounding DINO on the same data (rate 1e-4 per 16 images, towers at a tenth of it).
+Grounding DINO on the same data (rate 1e-4 per 16 images, the encoders at a tenth of it).
 """
 
 from ..common.data.paper_mixture import dataloader  # noqa: F401

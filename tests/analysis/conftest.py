@@ -9,7 +9,7 @@ from dynamic_dino.config import load_config
 from dynamic_dino.data.datasets import register_builtin
 from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
 from dynamic_dino.evaluation.coco import read_ground_truth
-from dynamic_dino.evaluation.predictions import Predictions
+from dynamic_dino.evaluation.predictions import DatasetPredictions
 from dynamic_dino.files import configs_folder
 
 
@@ -83,14 +83,14 @@ def scene(rng):
             scores = np.sort(rng.random(len(boxes)))[::-1]
             order = rng.permutation(len(boxes))
             parts.append(
-                Predictions(
+                DatasetPredictions(
                     np.full(len(boxes), image["id"]),
                     np.array(names, np.int64)[order],
                     np.array(boxes).reshape(-1, 4)[order],
                     scores,
                 )
             )
-        predictions = Predictions.cat(parts)
+        predictions = DatasetPredictions.cat(parts)
         taken = rng.random((len(predictions), 2, experts)).argsort(-1)[..., :2]
         layers = [
             LayerCounts(f"decoder {n}", rng.integers(1, 9, experts), rng.integers(0, 9, (5, 5)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.config import LazyConfig
 from dynamic_dino.analysis.cli import main
-from dynamic_dino.analysis.exhibit import slug
+from dynamic_dino.analysis.figure import slug
 from helpers.pages import check_in_browser, check_page
 
 

@@ -58,8 +58,8 @@ def test_queries_in_the_colours_of_their_experts(photos, monkeypatch):
     monkeypatch.setattr(
         pictures, "draw_boxes", lambda *a, **k: drawn.append((a, k)) or draw(*a, **k)
     )
-    exhibit = token_pictures(photos, "", count=2)
-    assert exhibit.figure.dtype == np.uint8 and len(drawn) == 4  # two photos, two layers
+    figure = token_pictures(photos, "", count=2)
+    assert figure.image.dtype == np.uint8 and len(drawn) == 4  # two photos, two layers
     for (_, _, labels), options in drawn:
         colors = {}
         for text, color in zip(labels, options["colors"], strict=True):
@@ -67,7 +67,7 @@ def test_queries_in_the_colours_of_their_experts(photos, monkeypatch):
         assert len(set(colors.values())) == len(colors)
     rows = zip(photos.predictions.boxes, photos.experts, strict=True)
     by_row = {tuple(np.round(b, 6)): e for b, e in rows}
-    for image, layer, _, _, x0, y0, x1, y1, label in exhibit.rows:
+    for image, layer, _, _, x0, y0, x1, y1, label in figure.rows:
         experts = by_row[tuple(np.round([x0, y0, x1 - x0, y1 - y0], 6))]
         assert label == ", ".join(map(str, experts[int(layer[-1])]))
         assert image in photos.files
@@ -87,19 +87,19 @@ def test_before_and_after_where_models_differ_most(photos, scene, rng):
     for image_id in blind:
         before.predictions.category_ids[before.predictions.image_ids == image_id] = -7
     before.names, before.files = after.names | {-7: "nothing"}, after.files
-    exhibit = before_after(before, after, objects, ("dense", "x4"), "")
+    figure = before_after(before, after, objects, ("dense", "x4"), "")
     if not blind:
-        assert exhibit is None
+        assert figure is None
         return
-    assert {row[0] for row in exhibit.rows} == set(blind)
-    assert {row[1] for row in exhibit.rows} == {"better"}
-    assert f"{len(blind)} are better, 0 worse" in exhibit.reading
+    assert {row[0] for row in figure.rows} == set(blind)
+    assert {row[1] for row in figure.rows} == {"better"}
+    assert f"{len(blind)} are better, 0 worse" in figure.reading
     for image_id in blind:
-        truth = [row for row in exhibit.rows if row[0] == image_id and row[2] == "truth"]
+        truth = [row for row in figure.rows if row[0] == image_id and row[2] == "truth"]
         assert len(truth) == len(found[image_id].found)
-        right = [row[-1] for row in exhibit.rows if row[0] == image_id and row[2] == "x4"]
+        right = [row[-1] for row in figure.rows if row[0] == image_id and row[2] == "x4"]
         assert right == found[image_id].right
-        assert not any(r[-1] for r in exhibit.rows if r[0] == image_id and r[2] == "dense")
+        assert not any(r[-1] for r in figure.rows if r[0] == image_id and r[2] == "dense")
     swapped = before_after(after, before, objects, ("x4", "dense"), "")
     assert {row[1] for row in swapped.rows} == {"worse"}
     assert before_after(after, after, objects, ("a", "b"), "") is None
@@ -116,6 +116,6 @@ def test_photos_with_rare_names_have_a_place_of_their_own(photos, scene):
     before.predictions = after.predictions[np.arange(len(after.predictions))]
     before.predictions.category_ids[:] = -7
     before.names = {-7: "nothing"}
-    exhibit = before_after(before, after, objects, ("dense", "x4"), "", count=1)
-    kinds = dict((row[0], row[1]) for row in exhibit.rows) if images else {}
+    figure = before_after(before, after, objects, ("dense", "x4"), "", count=1)
+    kinds = dict((row[0], row[1]) for row in figure.rows) if images else {}
     assert list(kinds.values()) == ["better", "rare or unseen name"][: len(images)]

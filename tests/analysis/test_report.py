@@ -4,7 +4,7 @@ import csv
 
 import numpy as np
 import pytest
-from dynamic_dino.analysis.exhibit import Exhibit, Section, plot, slug
+from dynamic_dino.analysis.figure import ReportFigure, Section, plot, slug
 from dynamic_dino.analysis.report import write_report
 from helpers.pages import check_in_browser, check_page
 from PIL import Image
@@ -21,13 +21,13 @@ def sections(rng):
         Section(
             "Of <one> & all",
             "Text with <tags>",
-            [Exhibit("a-plot", "A plot", "Look.", head, wide, figure)],
+            [ReportFigure("a-plot", "A plot", "Look.", head, wide, figure)],
         ),
         Section(
             "Pictures",
-            exhibits=[
-                Exhibit("a-picture", 'A "picture"', "Look.", ["x"], [[1]], picture, shown=0),
-                Exhibit("a-table", "A table", "Read & learn <it>.", head, wide),
+            figures=[
+                ReportFigure("a-picture", 'A "picture"', "Look.", ["x"], [[1]], picture, shown=0),
+                ReportFigure("a-table", "A table", "Read & learn <it>.", head, wide),
             ],
         ),
     ]
@@ -39,13 +39,13 @@ def test_files(sections, tmp_path):
     assert {file.name for file in (tmp_path / "new").iterdir()} == names | {"a-table.csv"}
     with (tmp_path / "new/a-table.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    exhibit = sections[1].exhibits[1]
-    assert rows[0] == exhibit.head and len(rows) == 61
+    figure = sections[1].figures[1]
+    assert rows[0] == figure.head and len(rows) == 61
     assert rows[3] == ["<b>& 2", str(2 / 7), "True", "", "nan", *map(str, range(30))]
     picture = np.asarray(Image.open(tmp_path / "new/a-picture.png"))
-    np.testing.assert_array_equal(picture, sections[1].exhibits[0].figure)
-    sections[0].exhibits[0].name = "a-table"
-    with pytest.raises(ValueError, match="two exhibits are called a-table"):
+    np.testing.assert_array_equal(picture, sections[1].figures[0].image)
+    sections[0].figures[0].name = "a-table"
+    with pytest.raises(ValueError, match="two figures are called a-table"):
         write_report(tmp_path, "Title", "Text", sections)
 
 

@@ -19,7 +19,7 @@ def test_everything_is_counted(tmp_path, monkeypatch):
     for row in report["sources"]:
         assert row["bytes_per_record"] < row["bytes_pickled"] < row["bytes_as_dict"]
         assert row["names"] == record_memory.SOURCES[row["source"]][2]
-        content = json.loads(datasets.locate(row["source"], root=tmp_path).file.read_text())
+        content = json.loads(datasets.locate_dataset(row["source"], root=tmp_path).file.read_text())
         assert (row["records"], row["boxes"]) == (
             len(content["images"]),
             len(content["annotations"]),

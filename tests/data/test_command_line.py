@@ -10,7 +10,7 @@ from dynamic_dino.data import datasets
 from dynamic_dino.data.__main__ import main
 from dynamic_dino.data.builtin import BUILTIN, Builtin
 from dynamic_dino.data.check import check_dataset
-from dynamic_dino.data.convert import convert
+from dynamic_dino.data.convert import convert_dataset
 from dynamic_dino.data.show import phrases_of
 from dynamic_dino.data.synthetic.drawn import NAMES
 from helpers import miniatures
@@ -49,7 +49,7 @@ def test_counts_are_compared_with_the_published_ones(root, rng, capsys):
 @pytest.mark.parametrize("images, ok", [(609_400, True), (608_606, True), (607_900, False)])
 def test_published_counts_are_rounded(monkeypatch, root, rng, images, ok):
     miniatures.write_objects365(root, rng, count=1)
-    boxes = len(datasets.load_file(datasets.locate("objects365_v1_train")).boxes)
+    boxes = len(datasets.load_file(datasets.locate_dataset("objects365_v1_train")).boxes)
     file = BUILTIN["objects365_v1_train"].files
     entry = Builtin("two", "coco", file, "https://x", "y", 609_000 - images + 1, boxes, 1000)
     monkeypatch.setitem(BUILTIN, "two", entry)
@@ -93,8 +93,8 @@ def test_everything_wrong_with_a_coco_file_is_found_at_once(root, rng):
     (folder / names[2]).unlink()
     (folder / names[3]).write_bytes(b"no picture")
     Image.new("RGB", (7, 9)).save(folder / names[4])
-    findings = check_dataset(str(file), folder, images=None)
-    assert findings.counts == Counter(
+    result = check_dataset(str(file), folder, images=None)
+    assert result.counts == Counter(
         {
             "empty box": 2,
             "box outside the image": 1,
@@ -110,13 +110,13 @@ def test_everything_wrong_with_a_coco_file_is_found_at_once(root, rng):
             "duplicate name": 1,
         }
     )
-    assert not findings.ok
-    report = "\n".join(findings.lines())
+    assert not result.ok
+    report = "\n".join(result.lines())
     for word in ("(id 901)", "[x, y, width, height]", "correct or remove"):
         assert word in report
     # training refuses the first of them
     with pytest.raises(ValueError, match=str(file)):
-        datasets.load_file(datasets.locate(str(file), folder))
+        datasets.load_file(datasets.locate_dataset(str(file), folder))
 
 
 def test_relative_boxes_are_noticed(root, rng):
@@ -127,24 +127,24 @@ def test_relative_boxes_are_noticed(root, rng):
             annotation["bbox"] = [v / 100 for v in annotation["bbox"]]
 
     edit(file, divide)
-    findings = check_dataset(str(file), root / "coco/train2017")
-    assert findings.counts == Counter({"boxes not in pixels": 1})
+    result = check_dataset(str(file), root / "coco/train2017")
+    assert result.counts == Counter({"boxes not in pixels": 1})
 
 
 def test_a_truncated_file_is_one_finding(root, rng):
     file = miniatures.write_gqa(root, rng)
     text = file.read_text()
     file.write_text(text[: int(rng.integers(10, len(text) - 2))])
-    findings = check_dataset("gqa_train")
-    assert findings.counts == Counter({"unreadable file": 1})
-    assert "truncated" in "\n".join(findings.lines())
+    result = check_dataset("gqa_train")
+    assert result.counts == Counter({"unreadable file": 1})
+    assert "truncated" in "\n".join(result.lines())
 
 
 def test_published_files_may_have_a_few_impossible_boxes(root, rng):
     file = miniatures.write_odinw(root, rng)
     edit(file, lambda content: content["annotations"][0].update(bbox=[1, 1, 0, 0]))
-    findings = check_dataset("odinw_CottontailRabbits_val")
-    assert findings.counts == Counter({"empty box": 1}) and findings.ok
+    result = check_dataset("odinw_CottontailRabbits_val")
+    assert result.counts == Counter({"empty box": 1}) and result.ok
     assert not check_dataset(str(file)).ok  # as one's own file it is refused
 
 
@@ -163,7 +163,7 @@ def test_grounding_problems(root, rng, format):
     folder = root / "flickr30k/flickr30k_images"
     if format == "odvg":
         odvg = root / "a.jsonl"
-        convert("flickr30k_train", odvg, "odvg")
+        convert_dataset("flickr30k_train", odvg, "odvg")
         lines = [json.loads(line) for line in odvg.read_text().splitlines()]
         regions = [region for line in lines for region in line["grounding"]["regions"]]
         regions[0]["tokens_positive"] = [[5, 5000]]
@@ -175,12 +175,12 @@ def test_grounding_problems(root, rng, format):
         file = odvg
     else:
         edit(file, spoil)
-    findings = check_dataset(str(file), folder)
+    result = check_dataset(str(file), folder)
     box = "mixed box conventions" if format == "odvg" else "empty box"
-    assert findings.counts == Counter(
+    assert result.counts == Counter(
         {"phrase outside the caption": 2, box: 1, "caption over the token limit": 1}
     )
-    report = "\n".join(findings.lines())
+    report = "\n".join(result.lines())
     assert "tokens, at most 256 fit" in report and "5000" in report
     assert check_dataset(str(file), folder, max_tokens=1000).counts.total() == 3
 
@@ -195,7 +195,7 @@ def test_a_contact_sheet(root, rng, capsys):
         )
     sheets = [np.asarray(Image.open(out)) for out in outs]
     assert sheets[0].shape[1:] == (1600, 3) and np.array_equal(sheets[0], sheets[1])
-    record = datasets.load_file(datasets.locate("refcoco_val"))[0]
+    record = datasets.load_file(datasets.locate_dataset("refcoco_val"))[0]
     assert phrases_of(record, []) == [record["caption"]]
     record["annotations"][0]["iscrowd"] = 1
     assert phrases_of(record, []) == [f"{record['caption']} (crowd)"]
@@ -218,7 +218,8 @@ def test_round_trips(root, rng, write, format, capsys):
     assert main(["convert", str(source), str(line), "--to", "odvg"]) == 0
     assert main(["convert", str(line), str(back), "--to", format]) == 0
     a, b, c = (
-        datasets.load_file(datasets.locate(str(file), folder)) for file in (source, line, back)
+        datasets.load_file(datasets.locate_dataset(str(file), folder))
+        for file in (source, line, back)
     )
     names = [datasets.get_metadata(str(file)).thing_classes for file in (source, line, back)]
     assert names[1] == names[2] and set(names[1]) <= set(names[0])
@@ -257,7 +258,7 @@ def test_an_interrupted_conversion_leaves_the_old_file(root, rng, monkeypatch):
     out.write_text("old")
     monkeypatch.setattr("dynamic_dino.data.convert._odvg_line", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        convert(str(file), out, "odvg")
+        convert_dataset(str(file), out, "odvg")
     assert out.read_text() == "old" and not list(root.glob("*.partial"))
 
 

@@ -8,7 +8,7 @@ import pytest
 from detectron2.config import LazyConfig
 from dynamic_dino.config import ConfigError, load_config
 from dynamic_dino.data import datasets
-from dynamic_dino.data.convert import convert
+from dynamic_dino.data.convert import convert_dataset
 from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
 from helpers import miniatures
@@ -86,7 +86,7 @@ def test_own_data_with_others_mixed_in(root, tmp_path, kind, monkeypatch):
         own, images = root / "coco/annotations/instances_train2017.json", "coco/train2017"
     else:
         own, images = tmp_path / "own.jsonl", "flickr30k/flickr30k_images"
-        convert("flickr30k_train", own, "odvg")
+        convert_dataset("flickr30k_train", own, "odvg")
     val = root / "coco/annotations/instances_val2017.json"
     cfg = load_config(
         CONFIGS / "moe_tuning/nano_x16_custom.py",

@@ -103,9 +103,7 @@ def test_train_mode_spares_frozen_modules():
 
 
 def test_parameter_table():
-    lines = parameter_table({"total": 222_000_000, "active": 1_500}).split("\n")
-    assert lines[1].split() == ["total", "222.000", "M"] and lines[2].split() == [
-        "active",
-        "0.002",
-        "M",
-    ]
+    counts = {"total": 222_000_000, "trainable": 22_000_000, "active": 1_500}
+    rows = [line.split() for line in parameter_table(counts).split("\n")]
+    assert rows[1] == ["total", "222.000", "M"] and rows[3] == ["active", "0.002", "M"]
+    assert rows[4] == ["frozen", "200.000", "M"]

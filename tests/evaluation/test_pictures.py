@@ -4,7 +4,7 @@ import numpy as np
 from dynamic_dino.evaluation import pictures
 from dynamic_dino.evaluation.coco import read_ground_truth
 from dynamic_dino.evaluation.pictures import results_sheet
-from dynamic_dino.evaluation.predictions import Predictions
+from dynamic_dino.evaluation.predictions import DatasetPredictions
 from helpers.seeds import fresh_rng
 from PIL import Image
 
@@ -21,7 +21,7 @@ def scene(folder, rng, images=20):
             box = [5 * k, 4, 20, 10]
             truth["annotations"].append({"image_id": f"i{i}", "category_id": 7, "bbox": box})
     count = 5 * images
-    found = Predictions(
+    found = DatasetPredictions(
         np.array(sorted(files) * 5),
         rng.choice(list(NAMES), count),
         rng.uniform(1, 20, (count, 4)),

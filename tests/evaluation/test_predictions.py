@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from dynamic_dino.evaluation.predictions import Predictions
+from dynamic_dino.evaluation.predictions import DatasetPredictions
 from helpers.seeds import fresh_rng
 
 
@@ -36,27 +36,27 @@ def rows_of(predictions):
 
 def test_written_and_read_again(tmp_path):
     rows = random_rows(fresh_rng())
-    found = Predictions.read(rows)
+    found = DatasetPredictions.read(rows)
     assert rows_of(found) == rows
     # as the evaluator has them: every float32 comes back
-    single = Predictions(
+    single = DatasetPredictions(
         found.image_ids,
         found.category_ids,
         found.boxes.astype(np.float32),
         found.scores.astype(np.float32),
     )
     single.write(tmp_path / "predictions.json")
-    again = Predictions.read(tmp_path / "predictions.json")
+    again = DatasetPredictions.read(tmp_path / "predictions.json")
     assert (again.boxes.astype(np.float32) == single.boxes).all()
     assert (again.scores.astype(np.float32) == single.scores).all()
     assert len(json.loads((tmp_path / "predictions.json").read_text())) == len(rows)
     assert [p.name for p in tmp_path.iterdir()] == ["predictions.json"]
 
-    Predictions.read([]).write(tmp_path / "none.json")
-    assert len(Predictions.read(tmp_path / "none.json")) == 0
+    DatasetPredictions.read([]).write(tmp_path / "none.json")
+    assert len(DatasetPredictions.read(tmp_path / "none.json")) == 0
     text = [row | {"image_id": f"photo {row['image_id']}"} for row in rows]
-    Predictions.read(text).write(tmp_path / "text.json")
-    assert Predictions.read(tmp_path / "text.json").image_ids.tolist() == [
+    DatasetPredictions.read(text).write(tmp_path / "text.json")
+    assert DatasetPredictions.read(tmp_path / "text.json").image_ids.tolist() == [
         row["image_id"] for row in text
     ]
 
@@ -66,12 +66,12 @@ def test_a_truncated_file_is_named(tmp_path, cut):
     text = json.dumps(random_rows(fresh_rng(), 20))
     (tmp_path / "cut.json").write_text(text[:cut])
     with pytest.raises(ValueError, match="cut.json is not valid JSON .* truncated"):
-        Predictions.read(tmp_path / "cut.json")
+        DatasetPredictions.read(tmp_path / "cut.json")
     (tmp_path / "other.json").write_text('{"annotations": []}')
     with pytest.raises(ValueError, match="other.json is not a valid JSON list.*COCO results"):
-        Predictions.read(tmp_path / "other.json")
+        DatasetPredictions.read(tmp_path / "other.json")
     with pytest.raises(FileNotFoundError, match="nowhere.json"):
-        Predictions.read(tmp_path / "nowhere.json")
+        DatasetPredictions.read(tmp_path / "nowhere.json")
 
 
 def test_best_of_each_group_against_a_loop():
@@ -79,7 +79,7 @@ def test_best_of_each_group_against_a_loop():
     rows = random_rows(rng, 600)
     for row in rows:
         row["score"] = round(row["score"], 1)  # ties
-    found = Predictions.read(rows)
+    found = DatasetPredictions.read(rows)
     for key, best in (("image_id", found.best_per_image), ("category_id", found.best_per_class)):
         for most in (1, 7, 1000):
             kept = []

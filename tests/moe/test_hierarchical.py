@@ -176,7 +176,7 @@ def test_squared_balance_by_the_formula():
     assert twin.scene_weight.grad.abs().max() > 0
 
 
-def mean_response(experts: Experts, x, ids, e: int):
+def expected_mean_output(experts: Experts, x, ids, e: int):
     mine = x[(ids == e).any(1)]
     return ((mine @ experts.w1[e].T + experts.b1[e]).relu() @ experts.w2[e].T).mean(0) + (
         experts.b2[e]
@@ -188,44 +188,46 @@ def test_responses_by_the_formula():
     ids = torch.stack([torch.randperm(3)[:2] for _ in range(20)]).int()  # 3 and 4 have no token
     ids[4, 1] = ids[5, 0] = -1
     routing = Routing(ids, torch.rand(20, 2), torch.rand(20, 5))
-    result = experts.responses(x, routing, 20)
+    result = experts.mean_outputs(x, routing, 20)
     for e in range(3):
-        torch.testing.assert_close(result[e], mean_response(experts, x, ids, e))
+        torch.testing.assert_close(result[e], expected_mean_output(experts, x, ids, e))
     assert (result[3:] == 0).all()
     result.sum().backward()
     assert x.grad is None and (experts.w2.grad[:3] != 0).any() and (experts.w1.grad[3:] == 0).all()
     # Of more tokens than are asked for, some that are spread evenly
     ids = torch.zeros(20, 1, dtype=torch.int32)
-    result = experts.responses(x, Routing(ids, ids + 1.0, torch.rand(20, 5)), 4)
-    torch.testing.assert_close(result[0], mean_response(experts, x[::5], ids[::5], 0))
+    result = experts.mean_outputs(x, Routing(ids, ids + 1.0, torch.rand(20, 5)), 4)
+    torch.testing.assert_close(result[0], expected_mean_output(experts, x[::5], ids[::5], 0))
     none = torch.full((20, 2), -1, dtype=torch.int32)
-    assert (experts.responses(x, Routing(none, none * 0.0, torch.rand(20, 5)), 4) == 0).all()
+    assert (experts.mean_outputs(x, Routing(none, none * 0.0, torch.rand(20, 5)), 4) == 0).all()
 
 
-def with_responses(responses, ids) -> Routing:
+def with_mean_outputs(mean_outputs, ids) -> Routing:
     ids = torch.tensor(ids, dtype=torch.int32)[:, None]
-    return Routing(ids, ids + 1.0, torch.rand(len(ids), len(responses)), responses=responses)
+    return Routing(
+        ids, ids + 1.0, torch.rand(len(ids), len(mean_outputs)), mean_outputs=mean_outputs
+    )
 
 
 def test_diversity_by_the_formula():
-    responses = torch.randn(4, 6, requires_grad=True)
-    p = responses.softmax(1)[[0, 2, 3]]  # expert 1 has no token
+    mean_outputs = torch.randn(4, 6, requires_grad=True)
+    p = mean_outputs.softmax(1)[[0, 2, 3]]  # expert 1 has no token
     mean = p.mean(0)
     divergence = sum((row * (row / mean).log()).sum() for row in p) / 3  # of each to the mean
-    loss = DiversityLoss(0.5)([with_responses(responses, [0, 2, 3, 3])])
+    loss = DiversityLoss(0.5)([with_mean_outputs(mean_outputs, [0, 2, 3, 3])])
     torch.testing.assert_close(loss, 0.5 * (torch.tensor(3.0).log() - divergence))
     loss.backward()
-    assert (responses.grad[1] == 0).all() and (responses.grad[[0, 2, 3]] != 0).any()
+    assert (mean_outputs.grad[1] == 0).all() and (mean_outputs.grad[[0, 2, 3]] != 0).any()
 
 
 def test_diversity_at_its_ends():
     alike, apart = torch.ones(3, 5), 100 * torch.eye(3, 5)
-    values = [DiversityLoss(1.0)([with_responses(r, [0, 1, 2])]).item() for r in (alike, apart)]
+    values = [DiversityLoss(1.0)([with_mean_outputs(r, [0, 1, 2])]).item() for r in (alike, apart)]
     assert values == pytest.approx([torch.tensor(3.0).log().item(), 0], abs=1e-5)
     far = (1e4 * torch.eye(3, 5)).requires_grad_()
-    DiversityLoss()([with_responses(far, [0, 1, 2])]).backward()
+    DiversityLoss()([with_mean_outputs(far, [0, 1, 2])]).backward()
     assert far.grad.isfinite().all()
-    lone = DiversityLoss(1.0)([with_responses(apart, [1])])
+    lone = DiversityLoss(1.0)([with_mean_outputs(apart, [1])])
     assert lone.item() == pytest.approx(0, abs=1e-6), "one expert has nobody to differ from"
     with pytest.raises(ValueError, match="set response_tokens"):
         DiversityLoss()([router()(*draw())])
@@ -238,8 +240,8 @@ def test_a_layer_reports_responses_in_training(ffn):
     x, scene = draw()
     _, routing = moe(x, scene)
     for e in routing.expert_ids.unique():
-        want = mean_response(moe.experts, x.flatten(0, 1), routing.expert_ids, int(e))
-        torch.testing.assert_close(routing.responses[e], want, rtol=1e-4, atol=1e-4)
+        want = expected_mean_output(moe.experts, x.flatten(0, 1), routing.expert_ids, int(e))
+        torch.testing.assert_close(routing.mean_outputs[e], want, rtol=1e-4, atol=1e-4)
     DiversityLoss()([routing.slice_tokens(5, 3)]).backward()
     assert (moe.experts.w1.grad != 0).any()
-    assert moe.eval()(x, scene)[1].responses is None
+    assert moe.eval()(x, scene)[1].mean_outputs is None

@@ -18,7 +18,7 @@ import re
 
 import numpy as np
 import torch
-from dynamic_dino.checkpoint.public import Account, convert
+from dynamic_dino.checkpoint.public import Account, convert_weights
 from dynamic_dino.checkpoint.weight_names import UNUSED, canonical_name
 from dynamic_dino.modeling.structures import Target
 from helpers.twins import as_transformers, clear_samples, their_inputs
@@ -192,7 +192,7 @@ def both_gradients(twins) -> list[tuple[torch.Tensor, torch.Tensor]]:
     }
     gradients = {name: g for name, g in gradients.items() if not UNUSED.search(name)}
     parameters = dict(model.named_parameters())
-    converted = convert(gradients, parameters, "transformers", Account(), "gradients")
+    converted = convert_weights(gradients, parameters, "transformers", Account(), "gradients")
     assert converted.keys() == parameters.keys()
     return [
         (torch.zeros_like(p) if p.grad is None else p.grad, converted[name])

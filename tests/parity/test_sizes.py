@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from detectron2.config import LazyConfig, instantiate
-from dynamic_dino.checkpoint.public import Account, convert
+from dynamic_dino.checkpoint.public import Account, convert_weights
 from dynamic_dino.checkpoint.transformers_config import detector_config
 from dynamic_dino.checkpoint.weight_names import UNUSED, canonical_name
 from dynamic_dino.files import configs_folder
@@ -44,7 +44,7 @@ def test_every_published_weight_has_its_place():
     copies = {k for k in state if k.startswith("bbox_embed.") and not k.startswith("bbox_embed.0.")}
     account = Account()
     rest = {k: v for k, v in state.items() if k not in unused | copies}
-    convert(rest, ours.state_dict(), "transformers", account, "tiny")
+    convert_weights(rest, ours.state_dict(), "transformers", account, "tiny")
     assert unused and len(copies) == 5 * 6
     total = sum(p.numel() for p in ours.parameters())
     named = {canonical_name(name): p for name, p in theirs.named_parameters()}

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from dynamic_dino.checkpoint.public import convert, tidy
+from dynamic_dino.checkpoint.public import convert_weights, tidy
 from dynamic_dino.modeling.backbone import Backbone
 from transformers import SwinBackbone, SwinConfig
 
@@ -20,7 +20,7 @@ def swin_pair() -> tuple[Backbone, SwinBackbone]:
     prefix = "model.backbone.conv_encoder.model."
     state, account = tidy({prefix + k: v for k, v in theirs.state_dict().items()}, "swin")
     shapes = {f"backbone.{k}": v for k, v in ours.state_dict().items()}
-    state = convert(state, shapes, "transformers", account, "swin")
+    state = convert_weights(state, shapes, "transformers", account, "swin")
     ours.load_state_dict({k.removeprefix("backbone."): v for k, v in state.items()})
     return ours, theirs
 

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from dynamic_dino.serving.accelerate import CudaGraphs, WithFallback, accelerate, way_of
+from dynamic_dino.serving.accelerate import CudaGraphs, WithFallback, accelerate, mode_of
 from dynamic_dino_kernels.capture import waiting_forbidden
 from dynamic_dino_kernels.timing import captured
 from helpers.fake_cuda import FakeCuda
@@ -64,7 +64,7 @@ def test_what_waits_is_found_before_a_capture(gpu, caplog):
     run, maps = accelerate(waits, "graph"), draw(2, 3)
     for _ in range(2):
         torch.testing.assert_close(run(maps), maps["x"] * maps["y"].sum())
-        assert way_of(run) == "eager"
+        assert mode_of(run) == "eager"
     assert gpu.captures == 0 and not gpu.poisoned
     (record,) = caplog.records
     why = r"waits runs without .*: line \d+ of test_accelerate.py waits for the GPU \(a CUDA graph"
@@ -83,7 +83,7 @@ def test_a_capture_that_fails_all_the_same_leaves_the_stream(gpu, caplog):
     home = gpu.current_stream("cuda:1")
     torch.testing.assert_close(run(x), x + 1)
     assert gpu.captures == 1 and gpu.current_stream("cuda:1") is home
-    assert way_of(run) == "eager" and len(caplog.records) == 1
+    assert mode_of(run) == "eager" and len(caplog.records) == 1
 
 
 def test_bad_arguments_are_an_error_and_no_reason_to_give_up(gpu, caplog):
@@ -92,7 +92,7 @@ def test_bad_arguments_are_an_error_and_no_reason_to_give_up(gpu, caplog):
         run({"x": torch.randn(3), "y": torch.randn(4)})
     maps = draw(3)
     check(run(maps), affine(maps))
-    assert way_of(run) == "graph" and not caplog.records
+    assert mode_of(run) == "graph" and not caplog.records
 
 
 def test_the_graph_that_was_used_least_recently_makes_place(gpu, caplog):
@@ -199,4 +199,4 @@ def test_benchmarks_capture_with_the_same_care(gpu):
 
 def test_compiled_functions_say_so():
     run = WithFallback(lambda x: x, lambda x: x + 1, "compile")
-    assert run(1) == 2 and way_of(run) == "compile" and way_of(abs) == "eager"
+    assert run(1) == 2 and mode_of(run) == "compile" and mode_of(abs) == "eager"

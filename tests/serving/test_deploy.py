@@ -310,7 +310,7 @@ def test_compiled(monkeypatch):
 @torch.inference_mode()
 def test_cuda_graphs_follow_new_inputs_and_shapes(small):
     eager = optimize_for_inference(copy.deepcopy(small).cuda())
-    graphed = optimize_for_inference(copy.deepcopy(small).cuda(), way="graph")
+    graphed = optimize_for_inference(copy.deepcopy(small).cuda(), mode="graph")
     for prompt in ("red circle.", "blue square. green star.", "red circle."):
         samples = batch(prompt)
         mine, want = (m(samples)[0]["instances"] for m in (graphed, eager))

@@ -155,13 +155,13 @@ def test_an_explicit_backend_is_kept(drawn):
 
 
 def test_other_dtypes_and_ways_are_not_packed(drawn):
-    for options in ({"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"way": "compile"}):
+    for options in ({"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"mode": "compile"}):
         served = optimize_for_inference(copy.deepcopy(drawn), **options)
         assert count(served, PackedLinear, PackedExperts) == 0
     with pytest.raises(ValueError, match="^pack='always', but the weights are bfloat16"):
         optimize_for_inference(copy.deepcopy(drawn), torch.bfloat16, pack="always")
     with pytest.raises(ValueError, match="^pack='always' doesn't go with accelerate='compile'"):
-        optimize_for_inference(copy.deepcopy(drawn), way="compile", pack="always")
+        optimize_for_inference(copy.deepcopy(drawn), mode="compile", pack="always")
     with pytest.raises(ValueError, match="^pack='yes': choose one of auto, always, never"):
         load_detector(pack="yes")
 

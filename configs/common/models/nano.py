@@ -1,4 +1,4 @@
-"""nano: the Edge model's code at a size for two CPU cores, with towers that PyPI packages bring.
+"""nano: the Edge model's code at a size for two CPU cores, with encoders that PyPI packages bring.
 
 EfficientNet-lite0 and MiniLM are frozen, so their features can be cached while training.
 """

@@ -17,7 +17,7 @@ from ..data.datasets import get_metadata
 from ..engine.evaluate import adjusted
 from ..evaluation.coco import read_ground_truth
 from ..evaluation.evaluator import category_ids_of, predictions_of
-from ..evaluation.predictions import Predictions
+from ..evaluation.predictions import DatasetPredictions
 from ..moe.routing import Routing
 from ..moe.statistics import RoutingStatistics, normalised_entropy
 from .layers import moe_layers
@@ -85,7 +85,7 @@ class Collection:
     dataset: str
     layers: list[LayerCounts]
     statistics: list[dict]
-    predictions: Predictions
+    predictions: DatasetPredictions
     experts: np.ndarray
     files: dict[int | str, str]
     truth: dict
@@ -113,7 +113,7 @@ class Collector:
         self.category_ids = category_ids_of(dataset) if classes else None
         self.layers = [LayerCounts(name) for name in moe_layers(model)]
         self.statistics = RoutingStatistics()
-        self.predictions: list[Predictions] = []
+        self.predictions: list[DatasetPredictions] = []
         self.experts: list[np.ndarray] = []
         self.files: dict[int | str, str] = {}
 
@@ -154,7 +154,7 @@ class Collector:
             truth["images"] = [i for i in truth["images"] if i["id"] in self.files]
             truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in self.files]
             names = dict(zip(self.category_ids, metadata.thing_classes, strict=True))
-        predictions = Predictions.cat(self.predictions)
+        predictions = DatasetPredictions.cat(self.predictions)
         empty = np.zeros((len(predictions), 0, 0), np.int16)
         return Collection(
             self.dataset,

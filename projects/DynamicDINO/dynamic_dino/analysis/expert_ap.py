@@ -19,7 +19,7 @@ import numpy as np
 
 from ..evaluation.lvis import federated
 from ..evaluation.precision_recall import average_precision
-from ..evaluation.predictions import Predictions
+from ..evaluation.predictions import DatasetPredictions
 from .collect import Collection
 from .objects import Objects
 
@@ -105,7 +105,7 @@ def subset_ap(
 def _metrics(
     collection: Collection,
     objects: Objects,
-    predictions: Predictions,
+    predictions: DatasetPredictions,
     unpunished: np.ndarray | None,
     sought: np.ndarray,
 ) -> dict[str, float]:

@@ -17,15 +17,15 @@ from .combinations import (
     preferences,
 )
 from .drop import Drop
-from .exhibit import Exhibit, plot, slug
 from .expert_ap import SUBSETS, ExpertRow
+from .figure import ReportFigure, plot, slug
 from .objects import COVERED, Objects
 
 COLORS = {"all": "#8a8a8a", "small": "#3b6fb6", "occluded": "#d9822b", "tail": "#3a9a5b"}
 NAMES_SHOWN = 16
 
 
-def expert_table_figure(rows: Sequence[ExpertRow], prefix: str) -> list[Exhibit]:
+def expert_table_figure(rows: Sequence[ExpertRow], prefix: str) -> list[ReportFigure]:
     """HI-MoE's Table 8, and its Figure 2."""
     routed = any(row.route is not None for row in rows)
     subsets = [s for s in SUBSETS if s != "all"]
@@ -54,7 +54,7 @@ def expert_table_figure(rows: Sequence[ExpertRow], prefix: str) -> list[Exhibit]
     )
     if routed:
         reading += " Scene route: the most frequent one among the expert's own tokens."
-    table = Exhibit(slug(prefix, "experts"), "AP of every expert", reading, head, cells)
+    table = ReportFigure(slug(prefix, "experts"), "AP of every expert", reading, head, cells)
 
     experts = [row for row in rows if row.expert is not None]
     figure, axes = plot(3 + routed, height=1.5)
@@ -75,7 +75,7 @@ def expert_table_figure(rows: Sequence[ExpertRow], prefix: str) -> list[Exhibit]
         axes[-1, 0].bar_label(bars, routes, fontsize=6, rotation=90, padding=2)
         axes[-1, 0].set(title="dominant scene route", ylabel="share, %", ylim=(0, 150))
     axes[-1, 0].set_xlabel("expert")
-    picture = Exhibit(
+    picture = ReportFigure(
         slug(prefix, "experts-figure"),
         "Experts on small, occluded and rare objects",
         "The table above as bars; the dashed line is the whole model. Bars that differ more than "
@@ -96,7 +96,7 @@ def expert_table_figure(rows: Sequence[ExpertRow], prefix: str) -> list[Exhibit]
     return [table, picture]
 
 
-def drop_figure(reference: dict[str, float], drops: Sequence[Drop], prefix: str) -> Exhibit:
+def drop_figure(reference: dict[str, float], drops: Sequence[Drop], prefix: str) -> ReportFigure:
     layers = list(dict.fromkeys(drop.layer for drop in drops))
     figure, axes = plot(len(layers), height=2.0)
     for axis, name in zip(axes[:, 0], layers, strict=True):
@@ -123,7 +123,7 @@ def drop_figure(reference: dict[str, float], drops: Sequence[Drop], prefix: str)
         *(f"AP {s}" for s in SUBSETS),
         *(f"change {s}" for s in SUBSETS),
     ]
-    return Exhibit(
+    return ReportFigure(
         slug(prefix, "drop"),
         "What is lost without an expert",
         "The model is evaluated without one expert at a time: its tokens take their next best "
@@ -136,7 +136,7 @@ def drop_figure(reference: dict[str, float], drops: Sequence[Drop], prefix: str)
     )
 
 
-def names_figures(collection: Collection, objects: Objects, prefix: str) -> list[Exhibit]:
+def names_figures(collection: Collection, objects: Objects, prefix: str) -> list[ReportFigure]:
     """Which names prefer which experts ("refrigerator: 0, 3")."""
     layers = [layer.name for layer in collection.decoder]
     table, summary = [], []
@@ -149,7 +149,7 @@ def names_figures(collection: Collection, objects: Objects, prefix: str) -> list
         summary.append((name, information(pairs), chance_information(pairs)))
     table.sort(key=lambda row: -layers.index(row[0]))  # the last layer first; stable
     *_, (_, told, chance) = summary
-    listing = Exhibit(
+    listing = ReportFigure(
         slug(prefix, "names"),
         "Names and the experts they go to",
         "Of the objects of a name, the share whose query took its most frequent combination of "
@@ -170,7 +170,7 @@ def names_figures(collection: Collection, objects: Objects, prefix: str) -> list
     axes[0, 0].set(xlabel=f"expert of {layers[-1]}", yticks=range(len(titles)))
     axes[0, 0].set_yticklabels([t if len(t) < 24 else t[:22] + "…" for t in titles], fontsize=8)
     figure.colorbar(image, ax=axes[0, 0], label="of the name's choices, %")
-    heat = Exhibit(
+    heat = ReportFigure(
         slug(prefix, "names-experts"),
         "Experts of the most frequent names",
         "A row is what the objects of a name chose in the last decoder layer. Equal rows: experts "
@@ -179,7 +179,7 @@ def names_figures(collection: Collection, objects: Objects, prefix: str) -> list
         [[t, *shares[i].tolist()] for t, i in zip(titles, order, strict=True)],
         figure,
     )
-    told = Exhibit(
+    told = ReportFigure(
         slug(prefix, "names-information"),
         "How much a name tells of the experts",
         "Mutual information of name and combination over the entropy of combinations, and the same "

@@ -13,7 +13,7 @@ from ..data.images import load_image
 from ..data.visualization import contact_sheet, draw_boxes, phrase_colors
 from .collect import Collection
 from .combinations import FITS, combination, label
-from .exhibit import Exhibit, slug
+from .figure import ReportFigure, slug
 from .objects import Objects, corners, image_spans
 
 SHEET = 1100  # pixels
@@ -24,7 +24,7 @@ RIGHT, WRONG, TRUTH = (40, 190, 90), (255, 75, 75), (70, 130, 255)
 # Tokens to experts
 
 
-def token_pictures(collection: Collection, prefix: str, count: int = 4) -> Exhibit | None:
+def token_pictures(collection: Collection, prefix: str, count: int = 4) -> ReportFigure | None:
     """Photos with the best detections and further queries, by their combination of experts, in the
     first, the middle and the last MoE layer of the decoder. None where no photo can be read."""
     layers = [layer.name for layer in collection.decoder]
@@ -60,7 +60,7 @@ def token_pictures(collection: Collection, prefix: str, count: int = 4) -> Exhib
             ]
     if not pictures:
         return None
-    return Exhibit(
+    return ReportFigure(
         slug(prefix, "tokens"),
         "Queries and their experts",
         "Each colour is a combination of experts (the numbers on the label): boxes are the best "
@@ -157,7 +157,7 @@ def before_after(
     titles: tuple[str, str],
     prefix: str,
     count: int = 3,
-) -> Exhibit | None:
+) -> ReportFigure | None:
     """The images where the two models differ most, `count` each: better after, worse after, and
     with objects of rare or unseen names. None where no image can be read.
 
@@ -211,7 +211,7 @@ def before_after(
             rows += [[image_id, kind, title, n, s, *b, r] for n, s, b, r in columns]
     if not pictures:
         return None
-    return Exhibit(
+    return ReportFigure(
         slug(prefix, "before-after"),
         f"{titles[0]} and {titles[1]} where they differ most",
         "Left the objects; then, of each model, as many of its best detections as there are "

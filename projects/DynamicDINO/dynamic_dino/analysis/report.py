@@ -8,7 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from ..files import writable_folder, write_text
-from .exhibit import Exhibit, Section, slug
+from .figure import ReportFigure, Section, slug
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2126; --soft: #5b6570; --page: #ffffff; --line: #d9dee3;
@@ -37,20 +37,20 @@ tr:last-child td { border-bottom: 0; }
 
 
 def write_report(folder: str | Path, title: str, text: str, sections: Sequence[Section]) -> Path:
-    """Writes report.html, and the files of every exhibit, into the folder; returns the page.
+    """Writes report.html, and the files of every figure, into the folder; returns the page.
 
     Raises:
-        ValueError: two exhibits have one name.
+        ValueError: two figures have one name.
         OSError: the folder can't be written to.
     """
     folder = writable_folder(folder, "choose another folder with --output")
-    names = [exhibit.name for section in sections for exhibit in section.exhibits]
+    names = [figure.name for section in sections for figure in section.figures]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"two exhibits are called {twice[0]}: their files would be the same")
+        raise ValueError(f"two figures are called {twice[0]}: their files would be the same")
     for section in sections:
-        for exhibit in section.exhibits:
-            exhibit.write(folder)
+        for figure in section.figures:
+            figure.write(folder)
     page = folder / "report.html"
     write_text(page, render(title, text, sections))
     return page
@@ -74,35 +74,35 @@ def render(title: str, text: str, sections: Sequence[Section]) -> str:
 
 
 def _section(section: Section) -> str:
-    exhibits = "".join(_exhibit(exhibit) for exhibit in section.exhibits)
+    figures = "".join(_figure(figure) for figure in section.figures)
     text = f"<p>{html.escape(section.text)}</p>\n" if section.text else ""
     heading = f'<h2 id="{slug(section.title)}">{html.escape(section.title)}</h2>\n'
-    return f"<section>\n{heading}{text}{exhibits}</section>\n"
+    return f"<section>\n{heading}{text}{figures}</section>\n"
 
 
-def _exhibit(exhibit: Exhibit) -> str:
-    title, reading = html.escape(exhibit.title), html.escape(exhibit.reading)
-    head = f'<h3 id="{exhibit.name}">{title}</h3>\n<p>{reading}</p>\n'
-    if exhibit.figure is None:
-        return head + _table(exhibit)
-    kind = "photo" if exhibit.is_photo else "plot"
-    figure = f'<figure><img class="{kind}" alt="{title}" src="{exhibit.inline()}"></figure>\n'
-    return head + figure + f"<details><summary>Numbers</summary>\n{_table(exhibit)}</details>\n"
+def _figure(figure: ReportFigure) -> str:
+    title, reading = html.escape(figure.title), html.escape(figure.reading)
+    head = f'<h3 id="{figure.name}">{title}</h3>\n<p>{reading}</p>\n'
+    if figure.image is None:
+        return head + _table(figure)
+    kind = "photo" if figure.is_photo else "plot"
+    shown = f'<figure><img class="{kind}" alt="{title}" src="{figure.inline()}"></figure>\n'
+    return head + shown + f"<details><summary>Numbers</summary>\n{_table(figure)}</details>\n"
 
 
-def _table(exhibit: Exhibit) -> str:
-    words = [isinstance(cell, str) for cell in exhibit.rows[0]] if exhibit.rows else []
+def _table(figure: ReportFigure) -> str:
+    words = [isinstance(cell, str) for cell in figure.rows[0]] if figure.rows else []
     head = "".join(
         f"<th{' class=word' if word else ''}>{html.escape(str(name))}</th>"
-        for name, word in zip_longest(exhibit.head, words)
+        for name, word in zip_longest(figure.head, words)
     )
     rows = "".join(
         "<tr>" + "".join(_cell(cell) for cell in row) + "</tr>\n"
-        for row in exhibit.rows[: exhibit.shown]
+        for row in figure.rows[: figure.shown]
     )
-    left = len(exhibit.rows) - min(exhibit.shown, len(exhibit.rows))
-    more = f"<p>{exhibit.name}.csv has {'all' if left else 'these'} {len(exhibit.rows)} rows.</p>\n"
-    if not exhibit.shown:
+    left = len(figure.rows) - min(figure.shown, len(figure.rows))
+    more = f"<p>{figure.name}.csv has {'all' if left else 'these'} {len(figure.rows)} rows.</p>\n"
+    if not figure.shown:
         return more
     return f'<div class="table"><table>\n<tr>{head}</tr>\n{rows}</table></div>\n{more}'
 

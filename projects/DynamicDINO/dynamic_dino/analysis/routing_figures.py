@@ -9,12 +9,12 @@ import numpy as np
 
 from .collect import Collection
 from .coselection import concentration, correlation, partner_shares
-from .exhibit import Exhibit, plot, slug
+from .figure import ReportFigure, plot, slug
 
 BLUE, ORANGE, GREEN, GREY = "#3b6fb6", "#d9822b", "#3a9a5b", "#8a8a8a"
 
 
-def load_figure(collection: Collection, prefix: str) -> Exhibit:
+def load_figure(collection: Collection, prefix: str) -> ReportFigure:
     """Utilisation histograms: the share of each layer's slots that go to each expert."""
     layers = collection.layers
     figure, axes = plot(len(layers), height=1.5)
@@ -28,7 +28,7 @@ def load_figure(collection: Collection, prefix: str) -> Exhibit:
         axis.set_xticks(experts[:: 1 + len(experts) // 20])
         rows += [[layer.name, e, int(layer.load[e]), float(share[e])] for e in experts]
     axes[-1, 0].set_xlabel("expert")
-    return Exhibit(
+    return ReportFigure(
         slug(prefix, "load"),
         "Load of the experts",
         "Each bar is an expert's share of all choices in its layer; the dashed line is an even "
@@ -39,7 +39,7 @@ def load_figure(collection: Collection, prefix: str) -> Exhibit:
     )
 
 
-def coselection_figure(collection: Collection, prefix: str) -> Exhibit:
+def coselection_figure(collection: Collection, prefix: str) -> ReportFigure:
     """Dynamic-DINO, Figure 14: which experts are chosen together, layer by layer."""
     layers = collection.layers
     columns = min(2, len(layers))
@@ -61,7 +61,7 @@ def coselection_figure(collection: Collection, prefix: str) -> Exhibit:
             if i != j
         ]
     figure.colorbar(image, ax=axes, label="of the expert's partners, %", shrink=0.8)
-    return Exhibit(
+    return ReportFigure(
         slug(prefix, "coselection"),
         "Experts that are chosen together",
         "A row says with which other experts its expert shares its tokens; it adds up to 100 %. "
@@ -72,7 +72,7 @@ def coselection_figure(collection: Collection, prefix: str) -> Exhibit:
     )
 
 
-def partners_figure(collection: Collection, prefix: str) -> Exhibit:
+def partners_figure(collection: Collection, prefix: str) -> ReportFigure:
     """How concentrated partners are with depth."""
     found = [concentration(layer.pairs) for layer in collection.layers]
     names = [layer.name for layer in collection.layers]
@@ -86,7 +86,7 @@ def partners_figure(collection: Collection, prefix: str) -> Exhibit:
     right.legend(title="most frequent partners", fontsize=8, title_fontsize=8)
     for axis in (left, right):
         axis.tick_params(axis="x", rotation=45 if len(names) > 3 else 0, labelsize=8)
-    return Exhibit(
+    return ReportFigure(
         slug(prefix, "partners"),
         "Partners with depth",
         "Left: with how many others an expert works, exp(entropy) of its row above. Right: the "
@@ -98,7 +98,7 @@ def partners_figure(collection: Collection, prefix: str) -> Exhibit:
     )
 
 
-def entropy_figure(collection: Collection, prefix: str) -> Exhibit:
+def entropy_figure(collection: Collection, prefix: str) -> ReportFigure:
     layers, statistics = collection.layers, collection.statistics
     names = [layer.name for layer in layers]
     figure, axes = plot(height=2.3)
@@ -114,7 +114,7 @@ def entropy_figure(collection: Collection, prefix: str) -> Exhibit:
         [layer.name, layer.entropy, *(None if row[k] == -1 else row[k] for k in keys)]
         for layer, row in zip(layers, statistics, strict=True)
     ]
-    return Exhibit(
+    return ReportFigure(
         slug(prefix, "entropy"),
         "Entropy of load and router",
         "Load: 1 = all active experts work alike, 0 = one does it all. Router: 1 = a token finds "
@@ -126,7 +126,7 @@ def entropy_figure(collection: Collection, prefix: str) -> Exhibit:
     )
 
 
-def stability_figure(collections: Sequence[Collection], prefix: str) -> Exhibit:
+def stability_figure(collections: Sequence[Collection], prefix: str) -> ReportFigure:
     """Correlation of co-selection between data sets (the paper's Figure 14 shows three)."""
     names = [c.dataset for c in collections]
     layers = [layer.name for layer in collections[0].layers]
@@ -143,7 +143,7 @@ def stability_figure(collections: Sequence[Collection], prefix: str) -> Exhibit:
         rows += [[names[j], names[i], *row] for row in zip(layers, values, strict=True)]
     axes[0, 0].set(ylabel="correlation", ylim=(min(0, *(row[3] for row in rows)) - 0.05, 1.05))
     axes[0, 0].legend(fontsize=8)
-    return Exhibit(
+    return ReportFigure(
         slug(prefix, "stability"),
         "The same partners on other data",
         "Pearson's correlation, over all pairs of experts, of how often they are chosen together "
@@ -154,7 +154,7 @@ def stability_figure(collections: Sequence[Collection], prefix: str) -> Exhibit:
     )
 
 
-def spread_figure(collections: Mapping[str, Collection], prefix: str) -> Exhibit:
+def spread_figure(collections: Mapping[str, Collection], prefix: str) -> ReportFigure:
     """Utilisation of several runs: experts have no common names, so they are ranked by load."""
     layers = [layer.name for layer in next(iter(collections.values())).layers]
     figure, axes = plot(len(layers), height=1.5)
@@ -172,7 +172,7 @@ def spread_figure(collections: Mapping[str, Collection], prefix: str) -> Exhibit
             [name, int(r), float(m), float(s)] for r, m, s in zip(ranks, mean, spread, strict=True)
         ]
     axes[-1, 0].set_xlabel("rank of the expert")
-    return Exhibit(
+    return ReportFigure(
         slug(prefix, "load-of-runs"),
         "Load of the experts, all runs",
         "Experts of different runs have nothing in common but their rank: bars are the mean load "

@@ -15,9 +15,9 @@ from ..files import write_text
 from ..serving.inference import load_model
 from .collect import Collection, collect
 from .drop import drop_experts
-from .exhibit import Section, slug
 from .expert_ap import expert_table
 from .expert_figures import drop_figure, expert_table_figure, names_figures
+from .figure import Section, slug
 from .images import loader_of, test_datasets
 from .layers import moe_layers
 from .objects import objects_of
@@ -122,7 +122,7 @@ def study(
     objects = objects_of(collection)
     rows = expert_table(collection, objects) if collection.decoder and len(objects) else []
     numbers = summary(collection, rows[0] if rows else None)
-    exhibits = [
+    figures = [
         side_by_side({dataset: {k: v for k, v in numbers.items() if ":" not in k}}, prefix),
         load_figure(collection, prefix),
         *top_any_figures(model, collection, prefix),
@@ -131,10 +131,10 @@ def study(
         entropy_figure(collection, prefix),
     ]
     if rows:
-        exhibits += expert_table_figure(rows, prefix)
-        exhibits += names_figures(collection, objects, prefix)
+        figures += expert_table_figure(rows, prefix)
+        figures += names_figures(collection, objects, prefix)
     if collection.decoder and collection.names:
-        exhibits.append(token_pictures(collection, prefix))
+        figures.append(token_pictures(collection, prefix))
     if options.drop and not collection.names:
         raise ValueError(f"{dataset} has no classes, so there is no AP to lose: leave out --drop")
     if options.drop:
@@ -142,12 +142,12 @@ def study(
         layers = list(moe_layers(model))
         layers = layers if options.drop == "all" else layers[-1:]
         loaders = _loaders(cfg, dataset, options, fewer)
-        exhibits.append(drop_figure(*drop_experts(model, loaders, dataset, layers), prefix))
+        figures.append(drop_figure(*drop_experts(model, loaders, dataset, layers), prefix))
     text = (
         f"{len(collection.files)} images, {len(objects)} objects, "
         f"{len(collection.predictions)} detections, {len(collection.layers)} MoE layers."
     )
-    return collection, Section(dataset, text, [e for e in exhibits if e is not None]), numbers
+    return collection, Section(dataset, text, [f for f in figures if f is not None]), numbers
 
 
 def compare(
@@ -167,7 +167,7 @@ def compare(
         figure = before_after(before, after, objects_of(after), (other.title, title), prefix)
         if figure is not None:
             name = f"{title} against {other.title} on {dataset}"
-            sections.append(Section(name, exhibits=[figure]))
+            sections.append(Section(name, figures=[figure]))
     return sections
 
 
@@ -177,22 +177,22 @@ def overview(
     numbers: Mapping[str, Mapping[str, dict[str, float]]],
 ) -> list[Section]:
     """What concerns several runs or data sets, and training."""
-    exhibits = []
+    figures = []
     several = len(collections) > 1
     for dataset, models in collections.items() if len(contenders) > 1 else ():
         prefix = dataset if several else ""
-        exhibits.append(side_by_side(numbers[dataset], prefix))
+        figures.append(side_by_side(numbers[dataset], prefix))
         if len({tuple(len(layer.load) for layer in c.layers) for c in models.values()}) == 1:
-            exhibits.append(spread_figure(models, prefix))
+            figures.append(spread_figure(models, prefix))
     if several:
         for contender in contenders:
             prefix = contender.title if len(contenders) > 1 else ""
             of_model = [models[contender.title] for models in collections.values()]
-            exhibits.append(stability_figure(of_model, prefix))
+            figures.append(stability_figure(of_model, prefix))
     logs = {c.title: read_metrics(c.run) for c in contenders if c.run}
-    exhibits.append(training_curves(logs))
-    exhibits = [e for e in exhibits if e is not None]
-    return [Section("Overview", exhibits=exhibits)] if exhibits else []
+    figures.append(training_curves(logs))
+    figures = [f for f in figures if f is not None]
+    return [Section("Overview", figures=figures)] if figures else []
 
 
 def _loaders(

@@ -8,8 +8,8 @@ import numpy as np
 
 from .collect import Collection
 from .coselection import concentration
-from .exhibit import Exhibit, slug
 from .expert_ap import ExpertRow
+from .figure import ReportFigure, slug
 
 
 def summary(collection: Collection, whole: ExpertRow | None) -> dict[str, float]:
@@ -35,7 +35,7 @@ def summary(collection: Collection, whole: ExpertRow | None) -> dict[str, float]
     return numbers
 
 
-def side_by_side(runs: Mapping[str, dict[str, float]], prefix: str) -> Exhibit:
+def side_by_side(runs: Mapping[str, dict[str, float]], prefix: str) -> ReportFigure:
     """Each number of every run, its mean and, from two runs on, the standard deviation (of a
     sample: n - 1)."""
     names = list(dict.fromkeys(name for numbers in runs.values() for name in numbers))
@@ -46,7 +46,7 @@ def side_by_side(runs: Mapping[str, dict[str, float]], prefix: str) -> Exhibit:
         spread = float(np.std(known, ddof=1)) if len(known) > 1 else None
         rows.append([name, *values, float(np.mean(known)), spread])
     several = len(runs) > 1
-    return Exhibit(
+    return ReportFigure(
         slug(prefix, "runs" if several else "numbers"),
         "Numbers, run by run" if several else "Numbers",
         "Runs that differ by their seed alone show how much chance decides: differences smaller "

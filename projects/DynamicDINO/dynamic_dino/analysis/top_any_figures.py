@@ -9,11 +9,11 @@ from torch import nn
 
 from ..moe.top_any import TopAnyRouter
 from .collect import Collection
-from .exhibit import Exhibit, plot, slug
+from .figure import ReportFigure, plot, slug
 from .layers import moe_layers
 
 
-def top_any_figures(model: nn.Module, collection: Collection, prefix: str) -> list[Exhibit]:
+def top_any_figures(model: nn.Module, collection: Collection, prefix: str) -> list[ReportFigure]:
     """Of a model whose routers are top-any ones; of another, none."""
     routers = {
         name: layer.router
@@ -30,7 +30,7 @@ def top_any_figures(model: nn.Module, collection: Collection, prefix: str) -> li
     ]
 
 
-def experts_per_token(collection: Collection, prefix: str) -> Exhibit:
+def experts_per_token(collection: Collection, prefix: str) -> ReportFigure:
     names = [layer.name for layer in collection.layers]
     figure, axes = plot(2, height=2.2)
     top, bottom = axes[:, 0]
@@ -43,7 +43,7 @@ def experts_per_token(collection: Collection, prefix: str) -> Exhibit:
         rows += [[name, k, share] for k, share in enumerate(shares)]
     bottom.set(xlabel="experts", ylabel="tokens, %", ylim=(0, None))
     bottom.legend(fontsize=8)
-    return Exhibit(
+    return ReportFigure(
         slug(prefix, "experts-per-token"),
         "How many experts a token takes",
         "Above the mean of each layer, below the share of tokens that take 0, 1, 2, ... experts.",
@@ -53,7 +53,7 @@ def experts_per_token(collection: Collection, prefix: str) -> Exhibit:
     )
 
 
-def activation_frequency(collection: Collection, prefix: str) -> Exhibit:
+def activation_frequency(collection: Collection, prefix: str) -> ReportFigure:
     """One circle for each layer and expert, its area the share of the tokens that take it."""
     figure, axes = plot(height=1.4 + 0.4 * len(collection.layers))
     axis, rows = axes[0, 0], []
@@ -66,7 +66,7 @@ def activation_frequency(collection: Collection, prefix: str) -> Exhibit:
     axis.set(xlabel="expert", yticks=range(len(collection.layers)))
     axis.set_yticklabels([layer.name for layer in collection.layers])
     axis.margins(0.1, 0.3)
-    return Exhibit(
+    return ReportFigure(
         slug(prefix, "activation-frequency"),
         "Tokens that an expert is active for, %",
         "A layer where all tokens take the same experts needs no mixture; an expert that all "
@@ -77,7 +77,7 @@ def activation_frequency(collection: Collection, prefix: str) -> Exhibit:
     )
 
 
-def similarity(routers: dict[str, TopAnyRouter], prefix: str) -> Exhibit:
+def similarity(routers: dict[str, TopAnyRouter], prefix: str) -> ReportFigure:
     """Cosines between the active experts' representations."""
     columns = min(2, len(routers))
     figure, axes = plot(-(-len(routers) // columns), columns, height=2.7)
@@ -98,7 +98,7 @@ def similarity(routers: dict[str, TopAnyRouter], prefix: str) -> Exhibit:
             for j, b in enumerate(slots)
         ]
     figure.colorbar(image, ax=axes, label="cosine", shrink=0.8)
-    return Exhibit(
+    return ReportFigure(
         slug(prefix, "similarity"),
         "How alike the experts are",
         "Cosines between what the routers look for; red off the diagonal means experts that are "
@@ -109,7 +109,7 @@ def similarity(routers: dict[str, TopAnyRouter], prefix: str) -> Exhibit:
     )
 
 
-def thresholds(routers: dict[str, TopAnyRouter], prefix: str) -> Exhibit:
+def thresholds(routers: dict[str, TopAnyRouter], prefix: str) -> ReportFigure:
     figure, axes = plot(len(routers), height=1.5)
     rows = []
     for axis, (name, router) in zip(axes[:, 0], routers.items(), strict=True):
@@ -119,7 +119,7 @@ def thresholds(routers: dict[str, TopAnyRouter], prefix: str) -> Exhibit:
         axis.set(title=name, ylabel="threshold G")
         rows += [[name, slot, value] for slot, value in zip(slots, values, strict=True)]
     axes[-1, 0].set_xlabel("expert")
-    return Exhibit(
+    return ReportFigure(
         slug(prefix, "thresholds"),
         "Thresholds of the experts",
         "The cosine beyond which a token takes the expert: one with a low threshold is shared by "

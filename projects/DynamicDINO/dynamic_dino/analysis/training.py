@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .exhibit import Exhibit, plot, slug
+from .figure import ReportFigure, plot, slug
 
 CURVES = {
     "load_entropy": "entropy of the load",
@@ -25,7 +25,7 @@ CURVES = {
 LOGGED = re.compile(r"moe/(layer\d+)/(\w+)")  # not what evaluations log
 
 
-def training_curves(runs: Mapping[str, list[dict]], prefix: str = "") -> Exhibit | None:
+def training_curves(runs: Mapping[str, list[dict]], prefix: str = "") -> ReportFigure | None:
     """Each statistic by iteration, one line for a layer: its mean over the runs, with a band of one
     standard deviation.
 
@@ -68,7 +68,7 @@ def training_curves(runs: Mapping[str, list[dict]], prefix: str = "") -> Exhibit
         axis.tick_params(labelsize=8)
         axis.set_xlabel("iteration", fontsize=8)
     axes[0, 0].legend(fontsize=7)
-    return Exhibit(
+    return ReportFigure(
         slug(prefix, "training"),
         "Routing while training",
         "Entropies: 1 = even. A load entropy that falls means experts that are given up; a router "

@@ -103,7 +103,7 @@ def import_public(source: str | Path, config: DictConfig | None = None) -> Impor
     node.backbone.weights, node.text_encoder.weights = None, False
     with torch.device("meta"):
         shapes = instantiate(node).state_dict()
-    return Imported(convert(state, shapes, layout, account, source), account, config)
+    return Imported(convert_weights(state, shapes, layout, account, source), account, config)
 
 
 def tidy(state: dict[str, Tensor], source: str | Path) -> tuple[dict[str, Tensor], Account]:
@@ -164,7 +164,7 @@ def _find(state: dict[str, Tensor], layout: str, ours: str) -> Tensor | None:
     return state.get(theirs)
 
 
-def convert(
+def convert_weights(
     state: dict[str, Tensor],
     shapes: dict[str, Tensor],
     layout: str,

@@ -1,8 +1,9 @@
 """Checkpoints: load one completely or not at all, write small ones to ship, import public ones.
 
-A frozen tower whose weights come from an installed package is not stored in shipped files. An MoE
-model that loads a dense checkpoint is converted on the way (see ``dynamic_dino.moe.layer``). What
-public weights are, and how they become ours, see ``dynamic_dino.checkpoint.public``.
+A frozen backbone or text encoder whose weights come from an installed package is not stored in
+shipped files. An MoE model that loads a dense checkpoint is converted on the way (see
+``dynamic_dino.moe.layer``). What public weights are, and how they become ours, see
+``dynamic_dino.checkpoint.public``.
 
     python -m dynamic_dino.checkpoint export --config-file CONFIG model_final.pth OUT.safetensors
     python -m dynamic_dino.checkpoint export --config-file CONFIG model_final.pth DIRECTORY
@@ -25,7 +26,7 @@ from .public import import_public
 
 logger = logging.getLogger(__name__)
 
-FROZEN_TOWERS = ("backbone.", "text_encoder.body.")
+FROZEN_ENCODERS = ("backbone.", "text_encoder.body.")
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()) -> None:
@@ -59,10 +60,10 @@ def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()
             raise ValueError(f"nothing of the model matches {pattern!r}, which should be skipped")
         skipped.update(matching)
         state = {k: v for k, v in state.items() if not fnmatch.fnmatchcase(k, pattern)}
-    kept = [k for k in model_state if k.startswith(FROZEN_TOWERS) and k not in state]
-    if kept and not _towers_are_frozen(model):
+    kept = [k for k in model_state if k.startswith(FROZEN_ENCODERS) and k not in state]
+    if kept and not _encoders_are_frozen(model):
         raise ValueError(
-            f"{path} has no weights for {kept[0]} and {len(kept) - 1} more keys of a tower that "
+            f"{path} has no weights for {kept[0]} and {len(kept) - 1} more keys of an encoder that "
             "is not frozen, or has no others: is it a shipped checkpoint of another configuration?"
         )
     try:
@@ -75,12 +76,14 @@ def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()
             f"{path} is of another architecture than this config: "
             f"{_some('missing', missing)}; {_some('unexpected', result.unexpected_keys)}"
         )
-    logger.info("Loaded %d tensors from %s, kept %d of frozen towers", len(state), path, len(kept))
+    logger.info(
+        "Loaded %d tensors from %s, kept %d of frozen encoders", len(state), path, len(kept)
+    )
 
 
 def export_weights(model: nn.Module, path: str | Path) -> None:
-    """Writes the model without its frozen towers, in fp16, as safetensors."""
-    skip = FROZEN_TOWERS if _towers_are_frozen(model) else ()
+    """Writes the model without its frozen encoders, in fp16, as safetensors."""
+    skip = FROZEN_ENCODERS if _encoders_are_frozen(model) else ()
     state = {
         k: (v.half() if v.is_floating_point() else v).contiguous()
         for k, v in model.state_dict().items()
@@ -90,8 +93,8 @@ def export_weights(model: nn.Module, path: str | Path) -> None:
     save_file(state, path)
 
 
-def _towers_are_frozen(model: nn.Module) -> bool:
-    """And are what they are without a checkpoint."""
+def _encoders_are_frozen(model: nn.Module) -> bool:
+    """Whether backbone and text encoder are frozen, with weights that come from elsewhere."""
     return all(t.frozen and t.pretrained for t in (model.backbone, model.text_encoder))
 
 

@@ -10,7 +10,7 @@ from ..modeling.text import quiet_transformers
 from .builtin import BUILTIN
 from .catalog import dataset_root
 from .check import MAX_TOKENS, TOKENIZER, check_dataset
-from .convert import convert
+from .convert import convert_dataset
 from .show import draw_samples
 
 EXAMPLES = """examples:
@@ -142,7 +142,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    counts = convert(
+    counts = convert_dataset(
         args.source, args.target, args.to, args.source_format, bad_boxes=args.bad_boxes
     )
     print(f"{args.target}: {counts['images']:,} images, {counts['boxes']:,} boxes")

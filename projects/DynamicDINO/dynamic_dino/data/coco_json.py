@@ -13,7 +13,7 @@ from .boxes import read_box, read_size
 from .catalog import replace_metadata, require_file
 from .columns import NO_ID, Columns
 from .json_stream import stream_json
-from .problems import BadBoxes, Dropped, Fault, Problem, Report, refuse, require
+from .problems import BadBoxes, DataError, Dropped, Reporter, refuse, require_fields
 from .records import Records
 
 LVIS_FIELDS = ("neg_category_ids", "not_exhaustive_category_ids")
@@ -30,7 +30,7 @@ def load_coco_json(
     novel: bool = True,
     evaluator_type: str = "coco",
     remedy: str = "",
-    report: Report | None = None,
+    report: Reporter | None = None,
 ) -> Records:
     """Reads and checks a COCO JSON file; returns one record per image, in the file's order.
 
@@ -102,7 +102,7 @@ class CocoFile:
         read_image: image -> file name, further fields of the record or None.
         read_key: annotation -> what tells classes apart, such as the category id.
 
-    Both raise Fault for what is wrong; it is reported and left out.
+    Both raise DataError for what is wrong; it is reported and left out.
     """
 
     LISTS = ("images", "annotations", "categories")
@@ -111,7 +111,7 @@ class CocoFile:
         self,
         path: Path,
         remedy: str,
-        report: Report,
+        report: Reporter,
         read_image: Callable[[dict], tuple[str, dict | None]],
         read_key: Callable[[dict], Hashable],
         lists: Sequence[str] = LISTS,
@@ -133,9 +133,9 @@ class CocoFile:
                 continue
             try:
                 add[section](index, item)
-            except Fault as fault:
+            except DataError as error:
                 item_id = item.get("id") if isinstance(item, dict) else None
-                report(fault.at(f"{path}: {section}[{index}] (id {item_id!r})"))
+                report(error.at(f"{path}: {section}[{index}] (id {item_id!r})"))
         self.columns.close()
         self.keys = list(self._keys)
         self._find_images()
@@ -149,7 +149,7 @@ class CocoFile:
     def leave_out(self, bad: np.ndarray, kind: str, what: Callable[[int], str]) -> None:
         """Reports and drops annotations: bool [M]."""
         for i in np.flatnonzero(bad):
-            self.report(Problem(kind, self.place(i), what(int(i))))
+            self.report(DataError(kind, what(int(i)), self.place(i)))
         self.columns.select(~bad)
 
     def fit(self) -> None:
@@ -161,24 +161,24 @@ class CocoFile:
         self.columns.fit(self.path, "xywh", self.report, where)
 
     def _add_image(self, index: int, image: Any) -> None:
-        require(image, "id", "width", "height")
+        require_fields(image, "id", "width", "height")
         name, extra = self.read_image(image)
         size = read_size(image, name)
         number = self._ids.setdefault(image["id"], len(self._ids))
         if number in self._image_of:
-            raise Fault(
+            raise DataError(
                 "duplicate id",
                 f"image id {image['id']!r} occurs twice: give every image one of its own",
             )
         self._image_of[number] = self.columns.add_image(name, image["id"], size, extra)
 
     def _add_annotation(self, index: int, annotation: Any) -> None:
-        require(annotation, "image_id", "bbox")
+        require_fields(annotation, "image_id", "bbox")
         box, key = read_box(annotation["bbox"], "xywh"), self.read_key(annotation)
         own_id = annotation.get("id", NO_ID)
         if type(own_id) is not int:
             if own_id in self._odd_ids:
-                raise Fault("duplicate id", _TWICE)
+                raise DataError("duplicate id", _TWICE)
             self._odd_ids.add(own_id)
             own_id = NO_ID
         self.columns.add_annotation(
@@ -225,49 +225,49 @@ def _read_image(image: dict) -> tuple[str, dict | None]:
     if "file_name" not in image and isinstance(image.get("coco_url"), str):
         name = "/".join(image["coco_url"].split("/")[-2:])
     else:
-        require(image, "file_name")
+        require_fields(image, "file_name")
         name = image["file_name"]
     return name, {key: image[key] for key in LVIS_FIELDS if key in image} or None
 
 
 def _read_category(annotation: dict) -> Hashable:
-    require(annotation, "category_id")
+    require_fields(annotation, "category_id")
     return annotation["category_id"]
 
 
-def _check_categories(path: Path, categories: list, report: Report) -> list[dict]:
+def _check_categories(path: Path, categories: list, report: Reporter) -> list[dict]:
     """The good categories in the order of their ids."""
     good: dict[Any, dict] = {}
     for i, category in enumerate(categories):
         try:
-            require(category, "id")
+            require_fields(category, "id")
             name = category.get("name")
             if not isinstance(name, str) or not re.search(r"\w", name):
-                raise Fault(
+                raise DataError(
                     "category without a name",
                     f"category with id {category['id']!r} has no name (got {name!r}): the name is "
                     "the phrase that the detector reads; write one in plain words",
                 )
             if category["id"] in good:
                 what = f"category id {category['id']!r} occurs twice: renumber it"
-                raise Fault("duplicate id", what)
+                raise DataError("duplicate id", what)
             if category.get("frequency") not in ("r", "c", "f", None):
-                raise Fault(
+                raise DataError(
                     "unknown frequency",
                     f"category {name!r} has frequency {category['frequency']!r}: use 'r' (rare), "
                     "'c' (common), 'f' (frequent) or leave the field out",
                 )
             good[category["id"]] = category
-        except Fault as fault:
-            report(fault.at(f"{path}: categories[{i}]"))
+        except DataError as error:
+            report(error.at(f"{path}: categories[{i}]"))
     if not categories:
         what = "'categories' is empty: list every category with id and name"
-        report(Problem("missing field", str(path), what))
+        report(DataError("missing field", what, str(path)))
     return sorted(good.values(), key=lambda category: category["id"])
 
 
 def _metadata(
-    path: Path, image_root: Path, categories: list[dict], contiguous: dict, report: Report
+    path: Path, image_root: Path, categories: list[dict], contiguous: dict, report: Reporter
 ) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "thing_classes": [category["name"].strip() for category in categories],
@@ -285,7 +285,7 @@ def _metadata(
 
 
 def _near_synonyms(
-    path: Path, categories: list[dict], contiguous: dict, report: Report
+    path: Path, categories: list[dict], contiguous: dict, report: Reporter
 ) -> list[list[int]]:
     by_name = {category["name"]: i for i, category in enumerate(categories)}
     related: list[set[int]] = [set() for _ in categories]
@@ -299,7 +299,7 @@ def _near_synonyms(
                     f"near_synonyms of category {category['name']!r} has {other!r}, which is not "
                     "the id of a category of this file: use ids or names of categories"
                 )
-                report(Problem("unknown near-synonym", str(path), what))
+                report(DataError("unknown near-synonym", what, str(path)))
                 continue
             related[i].add(j)
             related[j].add(i)

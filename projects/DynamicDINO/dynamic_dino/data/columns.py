@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .boxes import Convention, fit_boxes
-from .problems import Report
+from .problems import Reporter
 from .records import Records, Texts
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Columns:
                 setattr(self, name, getattr(self, name)[good])
 
     def fit(
-        self, file: Path, convention: Convention, report: Report, where: Callable[[int], str]
+        self, file: Path, convention: Convention, report: Reporter, where: Callable[[int], str]
     ) -> None:
         """Clips the boxes, XYWH from now on; reports and leaves out those that can't be right."""
         sizes = np.array(self.sizes, dtype=np.int64).reshape(-1, 2)[self.image]

@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from ..files import written_whole
 from .builtin import Format
-from .datasets import get_metadata, load_file, locate
+from .datasets import get_metadata, load_file, locate_dataset
 from .problems import BadBoxes
 from .records import Record, Records
 
 _ONE_LINE = {"separators": (",", ":"), "ensure_ascii": False}
 
 
-def convert(
+def convert_dataset(
     source: str,
     target: Path,
     to: Format,
@@ -39,7 +39,7 @@ def convert(
 
     Raises ValueError for what the target can't hold, and what the readers raise.
     """
-    place = locate(source, source_format=source_format)
+    place = locate_dataset(source, source_format=source_format)
     records = load_file(place, bad_boxes=bad_boxes)
     metadata = get_metadata(place.name)
     grounding = records.extra is not None and any("caption" in record for record in records[:1])

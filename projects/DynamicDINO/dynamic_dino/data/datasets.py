@@ -40,7 +40,7 @@ class Place:
     entry: Builtin | None = None
 
 
-def locate(
+def locate_dataset(
     name: str,
     image_root: str | Path | None = None,
     source_format: Format | None = None,
@@ -65,7 +65,8 @@ def locate(
 
 
 def load_file(place: Place, **options: Any) -> Records:
-    """Reads what `locate` found; `options` of the format's reader go before the built-in ones."""
+    """Reads what `locate_dataset` found; `options` for the format's reader override the built-in
+    ones."""
     entry = place.entry
     built_in = {**entry.options, "remedy": entry.remedy} if entry else {}
     reader = LOADERS[place.format]
@@ -82,7 +83,7 @@ def load_datasets(names: str | Sequence[str]) -> Records | list[Records]:
         return [load_datasets(name) for name in names]
     if names in DatasetCatalog:
         return DatasetCatalog.get(names)
-    return load_file(locate(names))
+    return load_file(locate_dataset(names))
 
 
 def load_own_data(
@@ -90,7 +91,7 @@ def load_own_data(
 ) -> list[Records]:
     """A user's file, of which `file` is also the name in the mapper, and further data sets that
     are mixed in, so that the model keeps what it knows."""
-    return [load_file(locate(str(file), image_root)), *load_datasets(list(extra))]
+    return [load_file(locate_dataset(str(file), image_root)), *load_datasets(list(extra))]
 
 
 def get_metadata(name: str) -> Metadata:
@@ -175,7 +176,7 @@ def register_builtin(root: str | Path | None = None) -> None:
 
 def _register_entry(entry: Builtin, root: Path) -> None:
     def load() -> Records:  # the file is looked for again: it may have come since
-        return load_file(locate(entry.name, root=root))
+        return load_file(locate_dataset(entry.name, root=root))
 
     kind = entry.options.get("evaluator_type")
     _register(entry.name, load, *entry.locate(root), kind or _KINDS[entry.format])

@@ -13,7 +13,7 @@ from .catalog import replace_metadata, require_file
 from .coco_json import CocoFile
 from .columns import Columns
 from .json_stream import stream_jsonl
-from .problems import BadBoxes, Dropped, Fault, Report, refuse, require
+from .problems import BadBoxes, DataError, Dropped, Reporter, refuse, require_fields
 from .records import Records
 
 Spans = tuple[tuple[int, int], ...]
@@ -26,7 +26,7 @@ def load_odvg_jsonl(
     *,
     bad_boxes: BadBoxes = "error",
     remedy: str = "",
-    report: Report | None = None,
+    report: Reporter | None = None,
 ) -> Records:
     """Reads the ODVG format of Open-GroundingDino, one JSON object a line, either grounding
     ``{"filename", "height", "width", "grounding": {"caption", "regions": [...]}}``, each region
@@ -52,8 +52,8 @@ def load_odvg_jsonl(
     for number, line in stream_jsonl(jsonl_file):
         try:
             _read_line(number, line, columns, classes, report, f"{jsonl_file}, line {number}")
-        except Fault as fault:
-            report(fault.at(f"{jsonl_file}, line {number}"))
+        except DataError as error:
+            report(error.at(f"{jsonl_file}, line {number}"))
     columns.close()
 
     def where(i: int) -> str:
@@ -83,7 +83,7 @@ def load_mdetr_json(
     bad_boxes: BadBoxes = "error",
     evaluator_type: str = "grounding",
     remedy: str = "",
-    report: Report | None = None,
+    report: Reporter | None = None,
 ) -> Records:
     """Reads MDETR's format: COCO JSON whose images have a "caption" and whose annotations have
     "tokens_positive", the [start, end] characters of their phrase.
@@ -102,13 +102,13 @@ def load_mdetr_json(
     report = report or (dropped if bad_boxes == "drop" else refuse)
 
     def read_image(image: dict) -> tuple[str, dict]:
-        require(image, "file_name", "caption")
+        require_fields(image, "file_name", "caption")
         return image["file_name"], {"caption": read_caption(image), "phrase_spans": []}
 
     def read_key(annotation: dict) -> Spans | None:
         if whole_caption:
             return None
-        require(annotation, "tokens_positive")
+        require_fields(annotation, "tokens_positive")
         return read_spans(annotation["tokens_positive"])
 
     file = CocoFile(json_file, remedy, report, read_image, read_key, CocoFile.LISTS[:2])
@@ -151,37 +151,37 @@ def _number_phrases(columns: Columns, keys: list[Spans | None]) -> np.ndarray:
 
 
 def _read_line(
-    number: int, line: Any, columns: Columns, classes: dict[str, int], report: Report, where: str
+    number: int, line: Any, columns: Columns, classes: dict[str, int], report: Reporter, where: str
 ) -> None:
     """Adds a line's image and boxes; "key" is the index of the phrase or class."""
-    require(line, "filename", "height", "width")
+    require_fields(line, "filename", "height", "width")
     size = read_size(line, line["filename"])
     if "detection" in line:
-        require(line["detection"], "instances")
+        require_fields(line["detection"], "instances")
         caption, part, items = None, "detection.instances", line["detection"]["instances"]
     else:
-        require(line, "grounding")
-        require(line["grounding"], "caption", "regions")
+        require_fields(line, "grounding")
+        require_fields(line["grounding"], "caption", "regions")
         caption, part = read_caption(line["grounding"]), "grounding.regions"
         items = line["grounding"]["regions"]
     phrases: dict[Spans, int] = {}
     image = columns.add_image(line["filename"], number, size)
     for j, item in enumerate(items):
         try:
-            require(item, "bbox")
+            require_fields(item, "bbox")
             boxes = item["bbox"]
             if not (isinstance(boxes, list) and boxes and isinstance(boxes[0], list)):
                 boxes = [boxes]
             boxes = [read_box(box, "xyxy") for box in boxes]
             if caption is None:
-                require(item, "category")
+                require_fields(item, "category")
                 key = classes.setdefault(item["category"], len(classes))
             else:
                 key = phrases.setdefault(_find_phrase(caption, item), len(phrases))
             for box in boxes:
                 columns.add_annotation(image, key, j, box)
-        except Fault as fault:
-            report(fault.at(f"{where}: {part}[{j}]"))
+        except DataError as error:
+            report(error.at(f"{where}: {part}[{j}]"))
     if caption is not None:
         columns.extra[image] = {"caption": caption, "phrase_spans": list(phrases)}
 
@@ -195,11 +195,11 @@ def _find_phrase(caption: str, region: dict) -> Spans:
     phrase = region.get("phrase")
     if not isinstance(phrase, str) or not phrase.strip():
         what = f"phrase is {phrase!r}: write the words of the caption"
-        raise Fault("phrase outside the caption", what)
+        raise DataError("phrase outside the caption", what)
     words = re.escape(phrase.strip())
     found = re.search(rf"(?<!\w){words}(?!\w)", caption, re.IGNORECASE)
     if not found:
-        raise Fault(
+        raise DataError(
             "phrase outside the caption",
             f"phrase {phrase!r} does not occur in the caption {caption!r}: use words of the "
             "caption or give tokens_positive",
@@ -209,18 +209,18 @@ def _find_phrase(caption: str, region: dict) -> Spans:
 
 def read_caption(item: dict) -> str:
     if not isinstance(item["caption"], str):
-        raise Fault("bad caption", f"caption {item['caption']!r} is no text: write a sentence")
+        raise DataError("bad caption", f"caption {item['caption']!r} is no text: write a sentence")
     return item["caption"]
 
 
 def read_spans(tokens_positive: Any) -> Spans:
-    """The spans of "tokens_positive"; raises Fault where they can't be spans of any caption."""
+    """The spans of "tokens_positive"; raises DataError where they can't be spans of any caption."""
     try:
         spans = tuple((int(start), int(end)) for start, end in tokens_positive)
     except (TypeError, ValueError):
         spans = ()
     if not spans or any(not 0 <= start < end for start, end in spans):
-        raise Fault(
+        raise DataError(
             "phrase outside the caption",
             f"tokens_positive {tokens_positive} are no spans: give [[start, end], ...], "
             "characters of the caption with start < end",
@@ -228,9 +228,9 @@ def read_spans(tokens_positive: Any) -> Spans:
     return spans
 
 
-def outside_caption(spans: Spans, caption: str) -> Fault:
+def outside_caption(spans: Spans, caption: str) -> DataError:
     start, end = max(spans, key=lambda span: span[1])
-    return Fault(
+    return DataError(
         "phrase outside the caption",
         f"tokens_positive ({start}, {end}) lies outside the caption of {len(caption)} characters "
         f"{caption!r}: correct the span",

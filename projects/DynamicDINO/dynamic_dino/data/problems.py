@@ -1,7 +1,7 @@
 """What can be wrong with a data set, and what is done about it.
 
-Readers hand each `Problem` to a reporter. The default one raises, so that training meets one clear
-error; `Dropped` lets boxes go that published files are known to get wrong; `python -m
+Readers hand each `DataError` to a reporter. The default one raises, so that training meets one
+clear error; `Dropped` lets boxes go that published files are known to get wrong; `python -m
 dynamic_dino.data check` collects them all. When the reporter returns, the reader leaves out what
 the problem is about.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
@@ -27,42 +26,38 @@ BOX_KINDS = (
 )
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong: its kind, the file and place, what it is and how to repair it."""
+class DataError(Exception):
+    """One thing that is wrong with a data set.
 
-    kind: str
-    where: str
-    what: str
+    Raised about an item by code that doesn't know where the item stands; the reader adds the place
+    with `at` and hands it to its reporter.
 
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
+    Args:
+        kind: a few words by which problems are counted, such as "empty box".
+        what: what is wrong, and how to repair it.
+        where: the file, and the place in it.
+    """
 
+    def __init__(self, kind: str, what: str, where: str = "") -> None:
+        super().__init__(f"{where}: {what}" if where else what)
+        self.kind, self.what, self.where = kind, what, where
 
-class Fault(Exception):
-    """What is wrong with an item, raised where it is found; the reader knows the place."""
-
-    def __init__(self, kind: str, what: str) -> None:
-        super().__init__(what)
-        self.kind = kind
-        self.what = what
-
-    def at(self, where: str) -> Problem:
-        return Problem(self.kind, where, self.what)
+    def at(self, where: str) -> DataError:
+        return DataError(self.kind, self.what, where)
 
 
-Report = Callable[[Problem], None]
+Reporter = Callable[[DataError], None]
 
 
-def require(item: Any, *fields: str) -> None:
-    """Raises Fault for a field that the item lacks."""
+def require_fields(item: Any, *fields: str) -> None:
+    """Raises DataError for a field that the item lacks."""
     for field in fields:
         if not isinstance(item, dict) or item.get(field) is None:
-            raise Fault("missing field", f"it has no {field!r}: add this field")
+            raise DataError("missing field", f"it has no {field!r}: add this field")
 
 
-def refuse(problem: Problem) -> None:
-    """Raises the problem as a ValueError."""
+def refuse(problem: DataError) -> None:
+    """The reporter that raises each problem as a ValueError."""
     raise ValueError(str(problem))
 
 
@@ -72,7 +67,7 @@ class Dropped:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
-    def __call__(self, problem: Problem) -> None:
+    def __call__(self, problem: DataError) -> None:
         if problem.kind not in BOX_KINDS:
             refuse(problem)
         self.counts[problem.kind] += 1

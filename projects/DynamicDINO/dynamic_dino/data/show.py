@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .datasets import get_metadata, load_file, locate
+from .datasets import get_metadata, load_file, locate_dataset
 from .images import read_image
 from .records import Record
 from .visualization import contact_sheet, draw_boxes
@@ -25,7 +25,7 @@ def draw_samples(
 ) -> None:
     """Writes a sheet of `count` images drawn at random: each with its boxes, labelled by class or
     phrase, and under it its caption or its file's name."""
-    place = locate(name, image_folder)
+    place = locate_dataset(name, image_folder)
     records = load_file(place)
     if not len(records):
         raise ValueError(f"{place.file} has no images, so there is nothing to draw")

@@ -12,9 +12,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class ModelEma:
     """A second model whose weights follow the trained ones: w_ema <- d * w_ema + (1 - d) * w.
 
-    Frozen parameters are shared with the model, not copied: a frozen text tower costs nothing here
-    or in the checkpoint. Buffers are copied. d rises as (1 + t) / (10 + t) to `decay`, so that the
-    average forgets its random start quickly.
+    Frozen parameters are shared with the model, not copied: a frozen text encoder costs nothing
+    here or in the checkpoint. Buffers are copied. d rises as (1 + t) / (10 + t) to `decay`, so that
+    the average forgets its random start quickly.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from ..checkpoint.weights import load_checkpoint
 from ..config import ConfigError, accepts, input_errors, require
 from ..data.feature_cache import check_feature_caches
+from ..moe.parameters import count_parameters
 from .adaptive_experts import AdaptiveExpertsHook
 from .checkpointing import (
     BestCheckpointer,
@@ -120,15 +121,6 @@ def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
         trainer.register_hooks(_hooks(cfg, trainer, checkpointer, start_iter))
     trainer.train(start_iter, train.max_iter)
     return model
-
-
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters in total, trainable, frozen, and active (k of E experts count)."""
-    from ..moe.parameters import count_parameters
-
-    counts = dict(count_parameters(model))
-    counts.setdefault("frozen", counts["total"] - counts["trainable"])
-    return counts
 
 
 def _distribute(model: nn.Module, train: DictConfig) -> nn.Module:

@@ -32,7 +32,7 @@ def set_trainable(model: nn.Module, patterns: Iterable[str] | None) -> None:
 
 def set_train_mode(model: nn.Module) -> None:
     """``model.train()``, but wholly frozen modules stay in eval mode: no dropout in a frozen
-    tower, and its BatchNorm statistics don't move."""
+    encoder, and its BatchNorm statistics don't move."""
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
@@ -41,7 +41,8 @@ def set_train_mode(model: nn.Module) -> None:
 
 
 def parameter_table(counts: Mapping[str, int]) -> str:
-    """Readable table of parameter counts in millions."""
+    """The counts of `count_parameters`, and how many are frozen, in millions."""
+    counts = {**counts, "frozen": counts["total"] - counts["trainable"]}
     width = max(map(len, counts))
     rows = [f"  {name:<{width}}  {count / 1e6:10.3f} M" for name, count in counts.items()]
     return "parameters\n" + "\n".join(rows)

@@ -4,7 +4,7 @@ from .loop import inference_on_dataset
 from .lvis import lvis_ap
 from .precision_recall import DetectionResult
 from .prediction_log import PredictionLog
-from .predictions import Predictions
+from .predictions import DatasetPredictions
 from .protocols import PROTOCOLS
 from .refexp import refexp_precision
 from .tables import format_results
@@ -14,7 +14,7 @@ __all__ = [
     "DetectionResult",
     "PROTOCOLS",
     "PredictionLog",
-    "Predictions",
+    "DatasetPredictions",
     "class_groups",
     "coco_ap",
     "format_results",

@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..files import write_text
 from .coco import groups_of, ids_of, read_ground_truth
-from .predictions import Predictions
+from .predictions import DatasetPredictions
 from .protocols import DEFAULTS, PROTOCOLS, protocol_named
 from .tables import format_results
 
@@ -93,7 +93,7 @@ def score(
     max_dets = chosen.max_dets if max_dets is None else max_dets
     result = chosen.score(
         truth,
-        Predictions.read(predictions),
+        DatasetPredictions.read(predictions),
         max_dets=max_dets,
         groups=groups_of(truth),
         image_ids=None,

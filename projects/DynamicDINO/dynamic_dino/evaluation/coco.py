@@ -12,14 +12,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .precision_recall import DetectionResult, average_precision
-from .predictions import Predictions
+from .predictions import DatasetPredictions
 
 FREQUENCIES = ("r", "c", "f")  # LVIS: rare, common, frequent
 
 
 def coco_ap(
     ground_truth: str | Path | dict,
-    predictions: str | Path | Iterable[dict] | Predictions,
+    predictions: str | Path | Iterable[dict] | DatasetPredictions,
     *,
     max_dets: int = 100,
     groups: Mapping[str, Collection[int]] | None = None,
@@ -46,7 +46,7 @@ def coco_ap(
     if max_dets < 1:
         raise ValueError(f"max_dets is {max_dets}, it must be at least 1 (COCO: 100)")
     truth = read_ground_truth(ground_truth)
-    predictions = Predictions.read(predictions)
+    predictions = DatasetPredictions.read(predictions)
     predictions.check_ids(*ids_of(truth))
     return average_precision(
         truth,

@@ -21,7 +21,7 @@ from ..moe.statistics import RoutingStatistics
 from .coco import class_groups, read_ground_truth
 from .pictures import results_sheet
 from .prediction_log import Found, PredictionLog
-from .predictions import Predictions
+from .predictions import DatasetPredictions
 from .protocols import DEFAULTS, protocol_named
 from .tables import format_results
 
@@ -81,7 +81,7 @@ class DetectionEvaluator(DatasetEvaluator):
 
         Both now, so that what is wrong with them shows before hours of inference, not after.
         """
-        self._parts: list[Predictions] = []
+        self._parts: list[DatasetPredictions] = []
         self._unpruned = 0  # detections in them that were not looked at whether they can count
         self._prompted: dict[int | str, tuple[int, ...]] = {}  # contiguous classes, by image id
         self._files: dict[int | str, str] = {}  # by image id, of this process
@@ -121,7 +121,7 @@ class DetectionEvaluator(DatasetEvaluator):
         if outputs and outputs[0].get("routings"):
             statistics.update(outputs[0]["routings"])
         counts = [len(part) for part in parts]
-        found = Found(images, prompts, counts, Predictions.cat(parts), statistics.state())
+        found = Found(images, prompts, counts, DatasetPredictions.cat(parts), statistics.state())
         if self.log:
             self.log.append(found)
         self._add(found)
@@ -139,10 +139,10 @@ class DetectionEvaluator(DatasetEvaluator):
             part = RoutingStatistics.of(found.routing)
             self._routing = RoutingStatistics.merged([self._routing, part])
 
-    def _kept(self, parts: list[Predictions]) -> Predictions:
+    def _kept(self, parts: list[DatasetPredictions]) -> DatasetPredictions:
         """In the order of the images, so that of equal scores the same ones are kept however the
         images were divided between processes and runs."""
-        predictions = Predictions.cat(parts)
+        predictions = DatasetPredictions.cat(parts)
         predictions = predictions[np.argsort(predictions.image_ids, kind="stable")]
         return self._protocol.keep(predictions, self._most)
 
@@ -194,7 +194,7 @@ class DetectionEvaluator(DatasetEvaluator):
         }
         return OrderedDict(result.metrics | routing_scalars)
 
-    def _draw(self, predictions: Predictions) -> None:
+    def _draw(self, predictions: DatasetPredictions) -> None:
         names = dict(zip(self._category_ids, self._metadata.thing_classes, strict=False))
         sheet = results_sheet(self._truth, predictions, self._files, names)
         if sheet is not None:
@@ -261,7 +261,7 @@ def category_ids_of(dataset_name: str) -> list[int]:
 
 def predictions_of(
     sample: dict, instances: Instances, category_ids: Sequence[int], where: str
-) -> Predictions:
+) -> DatasetPredictions:
     """What was found in one image, in the order of `instances`.
 
     Args:
@@ -276,7 +276,7 @@ def predictions_of(
     if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
         raise ValueError(f"the detector's boxes or scores are not finite on {where}")
     asked = np.array([category_ids[c] for c in sample["prompt_classes"]], np.int64)
-    return Predictions(
+    return DatasetPredictions(
         np.array([sample["image_id"]] * len(scores)),
         asked[instances.pred_classes.long().cpu().numpy()],
         np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1),

@@ -21,7 +21,7 @@ import numpy as np
 
 from .coco import groups_of, ids_of, read_ground_truth
 from .precision_recall import DetectionResult, average_precision
-from .predictions import Predictions
+from .predictions import DatasetPredictions
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ PER_IMAGE, PER_CLASS = 300, 10_000
 
 def lvis_ap(
     ground_truth: str | Path | dict,
-    predictions: str | Path | Iterable[dict] | Predictions,
+    predictions: str | Path | Iterable[dict] | DatasetPredictions,
     *,
     fixed: bool = False,
     max_dets: int | None = None,
@@ -63,7 +63,7 @@ def lvis_ap(
                     f"images[{i}] of the ground truth has no {field!r}: it is no LVIS annotation "
                     "file; evaluate it as COCO's"
                 )
-    predictions = Predictions.read(predictions)
+    predictions = DatasetPredictions.read(predictions)
     predictions.check_ids(*ids_of(truth))
     fullest = np.unique(predictions.image_ids, return_counts=True)[1].max(initial=0)
     if fixed and fullest == PER_IMAGE:
@@ -87,7 +87,7 @@ def lvis_ap(
     )
 
 
-def federated(truth: dict, predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+def federated(truth: dict, predictions: DatasetPredictions) -> tuple[np.ndarray, np.ndarray]:
     """bool [N], the detections of classes that are known to be in the image or not; bool [N], those
     of classes of which not all objects are annotated."""
     known = {(a["image_id"], a["category_id"]) for a in truth["annotations"]}
@@ -96,7 +96,7 @@ def federated(truth: dict, predictions: Predictions) -> tuple[np.ndarray, np.nda
     return _are_among(known, predictions), _are_among(open_ended, predictions)
 
 
-def _are_among(pairs: set[tuple], predictions: Predictions) -> np.ndarray:
+def _are_among(pairs: set[tuple], predictions: DatasetPredictions) -> np.ndarray:
     """bool [N]: whether (image, class) of each detection is one of the pairs."""
     images, image = np.unique(predictions.image_ids, return_inverse=True)
     classes, category = np.unique(predictions.category_ids, return_inverse=True)

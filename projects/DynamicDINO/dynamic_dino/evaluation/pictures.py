@@ -10,14 +10,14 @@ from PIL import Image, ImageDraw
 
 from ..data.images import load_image
 from ..data.visualization import contact_sheet, draw_boxes
-from .predictions import Predictions
+from .predictions import DatasetPredictions
 
 COUNT, COLUMNS = 12, 4
 
 
 def results_sheet(
     truth: dict,
-    predictions: Predictions,
+    predictions: DatasetPredictions,
     files: Mapping[int | str, str],
     names: Mapping[int, str],
     count: int = COUNT,

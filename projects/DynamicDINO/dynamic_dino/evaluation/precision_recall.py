@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 
-from .predictions import Predictions
+from .predictions import DatasetPredictions
 
 NOTHING = -1.0  # the value of a metric without ground truth, as in pycocotools
 
@@ -33,7 +33,7 @@ class DetectionResult:
 
 def average_precision(
     truth: dict,
-    predictions: Predictions,
+    predictions: DatasetPredictions,
     *,
     max_dets: Mapping[str, int | None],
     groups: Mapping[str, Collection[int]],
@@ -121,7 +121,7 @@ def average_precision(
 def _curves(
     objects: list[dict],
     number: dict,
-    found: Predictions,
+    found: DatasetPredictions,
     found_in: np.ndarray,
     unpunished: np.ndarray,
     max_dets: list[int | None],

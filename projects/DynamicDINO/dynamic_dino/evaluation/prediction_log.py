@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from detectron2.utils import comm
 
-from .predictions import Predictions
+from .predictions import DatasetPredictions
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Found:
     images: list[int] | list[str]
     prompts: list[tuple[int, ...]]
     counts: list[int]
-    predictions: Predictions
+    predictions: DatasetPredictions
     routing: list[dict] = field(default_factory=list)
 
 
@@ -74,7 +74,7 @@ class PredictionLog:
                 line["images"],
                 line["prompts"],
                 line["counts"],
-                Predictions(
+                DatasetPredictions(
                     np.repeat(np.array(line["images"]), line["counts"]),
                     _decode(line["categories"], "<i8"),
                     _decode(line["boxes"], "<f4").reshape(-1, 4),

@@ -1,4 +1,4 @@
-"""`Predictions`: boxes of a whole data set as arrays, and COCO results files of any size.
+"""`DatasetPredictions`: boxes of a whole data set as arrays, and COCO results files of any size.
 
 A detection takes 40 bytes here and fifteen times as much as a Python dict, which matters where a
 thousand names are looked for in tens of thousands of images.
@@ -21,7 +21,7 @@ from ..files import written_whole
 
 
 @dataclass
-class Predictions:
+class DatasetPredictions:
     """N detections of a data set, in any order.
 
     image_ids     [N] integers or strings, as the annotation file has them
@@ -38,13 +38,13 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def __getitem__(self, rows: np.ndarray | slice) -> Predictions:
-        return Predictions(
+    def __getitem__(self, rows: np.ndarray | slice) -> DatasetPredictions:
+        return DatasetPredictions(
             self.image_ids[rows], self.category_ids[rows], self.boxes[rows], self.scores[rows]
         )
 
     @classmethod
-    def cat(cls, parts: Sequence[Predictions]) -> Predictions:
+    def cat(cls, parts: Sequence[DatasetPredictions]) -> DatasetPredictions:
         # Without a detection there is no type of image id either.
         parts = [part for part in parts if len(part)]
         if not parts:
@@ -57,13 +57,13 @@ class Predictions:
         )
 
     @classmethod
-    def read(cls, source: str | Path | Iterable[dict] | Predictions) -> Predictions:
+    def read(cls, source: str | Path | Iterable[dict] | DatasetPredictions) -> DatasetPredictions:
         """A COCO results file, or its content: dicts with image_id, category_id, bbox
         [x, y, w, h] and score. Files are read as a stream.
 
         Raises FileNotFoundError or ValueError naming the file, the entry and the remedy.
         """
-        if isinstance(source, Predictions):
+        if isinstance(source, DatasetPredictions):
             return source
         if isinstance(source, (str, Path)):
             where, entries = f"predictions file {source}", _entries(Path(source))
@@ -78,7 +78,7 @@ class Predictions:
         return cls.cat([*parts, cls._of_rows(rows)])
 
     @classmethod
-    def _of_rows(cls, rows: list[tuple]) -> Predictions:
+    def _of_rows(cls, rows: list[tuple]) -> DatasetPredictions:
         if not rows:
             return cls.cat([])
         numbers = np.array([row[2:] for row in rows])
@@ -124,16 +124,16 @@ class Predictions:
                         "truth: score them with the annotation file of the data set they are of"
                     )
 
-    def best_per_image(self, most: int) -> Predictions:
+    def best_per_image(self, most: int) -> DatasetPredictions:
         """The `most` best detections of each image over all classes; of equal ones, the first."""
         return self[np.sort(_best(np.unique(self.image_ids, return_inverse=True)[1], self, most))]
 
-    def best_per_class(self, most: int) -> Predictions:
+    def best_per_class(self, most: int) -> DatasetPredictions:
         """The `most` best detections of each class over all images; of equal ones, the first."""
         return self[np.sort(_best(self.category_ids, self, most))]
 
 
-def _best(groups: np.ndarray, predictions: Predictions, most: int) -> np.ndarray:
+def _best(groups: np.ndarray, predictions: DatasetPredictions, most: int) -> np.ndarray:
     order = np.lexsort((-predictions.scores, groups))  # stable
     groups = groups[order]
     starts = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]]) if len(groups) else groups

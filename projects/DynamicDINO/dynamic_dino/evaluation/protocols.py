@@ -9,7 +9,7 @@ from functools import partial
 from .coco import coco_ap
 from .lvis import PER_CLASS, PER_IMAGE, lvis_ap
 from .precision_recall import DetectionResult
-from .predictions import Predictions
+from .predictions import DatasetPredictions
 from .refexp import KS, refexp_precision
 
 
@@ -25,7 +25,9 @@ class Protocol:
     score: Callable[..., DetectionResult]
     max_dets: int
     counted: str
-    keep: Callable[[Predictions, int], Predictions] = lambda predictions, max_dets: predictions
+    keep: Callable[[DatasetPredictions, int], DatasetPredictions] = lambda predictions, max_dets: (
+        predictions
+    )
 
 
 def _refexp(truth, predictions, *, max_dets, groups, image_ids) -> DetectionResult:
@@ -40,7 +42,7 @@ PROTOCOLS = {
         partial(lvis_ap, fixed=True),
         PER_CLASS,
         "federated, fixed AP: at most {:,} detections per class over all images",
-        Predictions.best_per_class,
+        DatasetPredictions.best_per_class,
     ),
     "refexp": Protocol(_refexp, max(KS), "one of the k best boxes, k up to {}, has IoU 0.5"),
 }

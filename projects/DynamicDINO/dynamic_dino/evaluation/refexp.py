@@ -14,14 +14,14 @@ import numpy as np
 
 from .coco import ids_of, read_ground_truth
 from .precision_recall import NOTHING, DetectionResult
-from .predictions import Predictions
+from .predictions import DatasetPredictions
 
 KS = (1, 5, 10)
 
 
 def refexp_precision(
     ground_truth: str | Path | dict,
-    predictions: str | Path | Iterable[dict] | Predictions,
+    predictions: str | Path | Iterable[dict] | DatasetPredictions,
     *,
     ks: Sequence[int] = KS,
     iou: float = 0.5,
@@ -57,7 +57,7 @@ def refexp_precision(
             f"expression {min(missing)} of the ground truth has no box, and {len(missing) - 1} "
             "others: P@k is defined for one box an expression"
         )
-    predictions = Predictions.read(predictions)
+    predictions = DatasetPredictions.read(predictions)
     predictions.check_ids(images, np.unique(predictions.category_ids).tolist())
 
     wanted = set(images) if image_ids is None else set(image_ids)
@@ -69,7 +69,7 @@ def refexp_precision(
     ends = [*starts[1:], len(best)]
     for image, start, end in zip(ids.tolist(), starts, ends[: len(ids)], strict=True):
         if image in wanted:
-            overlap = box_iou(best.boxes[start:end], np.asarray(targets[image])) >= iou
+            overlap = iou_xywh(best.boxes[start:end], np.asarray(targets[image])) >= iou
             for k in ks:
                 hits[k] += bool(overlap[:k].any())
     total = len(wanted)
@@ -77,7 +77,7 @@ def refexp_precision(
     return DetectionResult(metrics, [])
 
 
-def box_iou(boxes: np.ndarray, target: np.ndarray) -> np.ndarray:
+def iou_xywh(boxes: np.ndarray, target: np.ndarray) -> np.ndarray:
     """IoU of boxes [N, 4] with one box [4], all (x, y, width, height)."""
     low = np.maximum(boxes[:, :2], target[:2])
     high = np.minimum(boxes[:, :2] + boxes[:, 2:], target[:2] + target[2:])

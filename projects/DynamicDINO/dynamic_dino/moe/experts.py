@@ -78,8 +78,8 @@ class Experts(nn.Module):
         )
         return y, Routing(*routed)
 
-    def responses(self, x: Tensor, routing: Routing, most: int) -> Tensor:
-        """Each expert's mean answer to tokens of its own: x [T, D] -> [E, D], 0 where it has none.
+    def mean_outputs(self, x: Tensor, routing: Routing, most: int) -> Tensor:
+        """Each expert's mean output for tokens of its own: x [T, D] -> [E, D], 0 where it has none.
 
         At most `most` tokens of an expert are looked at, evenly spread over those it has, so this
         costs E * most rows whatever T is. The gradient reaches the experts, not the tokens.

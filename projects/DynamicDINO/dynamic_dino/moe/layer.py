@@ -103,7 +103,7 @@ class MoEFeedForward(nn.Module):
             y = self.experts(tokens, routing, norm)
         routing.parts = self.parts
         if self.training and self.response_tokens:
-            routing.responses = self.experts.responses(tokens, routing, self.response_tokens)
+            routing.mean_outputs = self.experts.mean_outputs(tokens, routing, self.response_tokens)
         return y.view_as(x), routing
 
 

@@ -52,8 +52,8 @@ class SquaredBalanceLoss:
 class DiversityLoss:
     """weight * (log m - JS(p_1, ..., p_m)), mean over layers: HI-MoE's diversity loss.
 
-    The paper names a regulariser based on the Jensen-Shannon divergence of the experts' responses;
-    the rest is ours. p_e is the softmax over channels of expert e's mean response to tokens of its
+    The paper names a regulariser based on the Jensen-Shannon divergence of the experts' outputs;
+    the rest is ours. p_e is the softmax over channels of expert e's mean output for tokens of its
     own, m the number of experts that have any, and JS = H(mean_e p_e) - mean_e H(p_e), H the
     entropy. The loss is zero where experts answer on different channels, log m where all answer
     alike. The layers must have `response_tokens`.
@@ -67,14 +67,14 @@ class DiversityLoss:
     def __call__(self, routings: list[Routing]) -> Tensor:
         terms = []
         for routing in routings:
-            if routing.responses is None:
+            if routing.mean_outputs is None:
                 raise ValueError(
-                    "DiversityLoss needs the experts' responses: set response_tokens of "
+                    "DiversityLoss needs the experts' mean outputs: set response_tokens of "
                     "MoEFeedForward, e.g. to 32"
                 )
             used = (expert_load(routing) > 0).float()
             count = used.sum().clamp(min=1)
-            p = routing.responses.float().softmax(-1)
+            p = routing.mean_outputs.float().softmax(-1)
             mean = (p * used[:, None]).sum(0) / count
             divergence = entropy(mean) - (entropy(p) * used).sum() / count
             terms.append(count.log() - divergence)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Fields with one row for each token, and fields that are the same for all tokens of a layer.
 PER_TOKEN = ("expert_ids", "gates", "probs", "scene_probs", "scene_routes", "tokens")
-OF_LAYER = ("keys", "active", "responses", "parts")
+OF_LAYER = ("keys", "active", "mean_outputs", "parts")
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Routing:
     tokens        float [T, D], what was routed, without gradient; in training only
     keys          float [E, D], the experts' representations, with gradient; in training only
     active        bool [E], False for experts that are switched off
-    responses     float [E, D], each expert's mean answer to tokens of its own, with gradient, 0
+    mean_outputs  float [E, D], each expert's mean output for tokens of its own, with gradient, 0
                   where it has none; in training only
     parts         how many parts a copy of the dense FFN is cut into, one expert each: 1 where
                   experts are whole copies; None: as many as there are slots (Dynamic-DINO)
@@ -46,7 +46,7 @@ class Routing:
     tokens: Tensor | None = None
     keys: Tensor | None = None
     active: Tensor | None = None
-    responses: Tensor | None = None
+    mean_outputs: Tensor | None = None
     parts: int | None = None
 
     @property

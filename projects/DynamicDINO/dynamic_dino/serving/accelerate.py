@@ -23,7 +23,7 @@ for structure in (TextFeatures, Detections, Routing):  # so that their tensors a
         structure, serialized_type_name=f"dynamic_dino.{structure.__name__}"
     )
 
-WAYS = ("eager", "compile", "graph")
+MODES = ("eager", "compile", "graph")
 REMEDIES = {
     "compile": "torch.compile needs a C++ compiler for a CPU, and for CUDA a C compiler and "
     "Python's headers; accelerate='eager' does without",
@@ -33,8 +33,8 @@ REMEDIES = {
 }
 
 
-def accelerate(function: Callable, way: str) -> Callable:
-    """`function`, of tensors in tuples, lists, dicts and our structures, run in one of these ways:
+def accelerate(function: Callable, mode: str) -> Callable:
+    """`function`, of tensors in tuples, lists, dicts and our structures, run in one of these modes:
 
     - ``eager``: as it is.
     - ``compile``: by torch.compile, once for every combination of shapes.
@@ -42,32 +42,32 @@ def accelerate(function: Callable, way: str) -> Callable:
       launches cost nothing any more. On a CPU, as it is.
 
     If compiling or capturing fails, that is logged once, and the function is called as it is; see
-    `way_of` for what became of it.
+    `mode_of` for what became of it.
 
     Raises:
-        ValueError: `way` is none of these.
+        ValueError: `mode` is none of these.
     """
-    if way not in WAYS:
-        raise ValueError(f"accelerate={way!r}: choose one of {', '.join(WAYS)}")
-    if way == "eager":
+    if mode not in MODES:
+        raise ValueError(f"accelerate={mode!r}: choose one of {', '.join(MODES)}")
+    if mode == "eager":
         return function
-    fast = torch.compile(function, dynamic=False) if way == "compile" else CudaGraphs(function)
-    return WithFallback(function, fast, way)
+    fast = torch.compile(function, dynamic=False) if mode == "compile" else CudaGraphs(function)
+    return WithFallback(function, fast, mode)
 
 
-def way_of(function: Callable) -> str:
-    """How the last call of what `accelerate` returned really ran: one of `WAYS`."""
+def mode_of(function: Callable) -> str:
+    """How the last call of what `accelerate` returned really ran: one of `MODES`."""
     return getattr(function, "ran", "eager")
 
 
 class WithFallback:
     """Calls `fast` until it fails where `function` doesn't, from then on `function`.
 
-    ran: how the last call was run, one of `WAYS`.
+    ran: how the last call was run, one of `MODES`.
     """
 
-    def __init__(self, function: Callable, fast: Callable, way: str) -> None:
-        self.function, self.fast, self.way = function, fast, way
+    def __init__(self, function: Callable, fast: Callable, mode: str) -> None:
+        self.function, self.fast, self.mode = function, fast, mode
         self.ran = "eager"
 
     def __call__(self, *args):
@@ -75,7 +75,7 @@ class WithFallback:
         if fast is not None:
             try:
                 result = fast(*args)
-                self.ran = getattr(fast, "ran", self.way)
+                self.ran = getattr(fast, "ran", self.mode)
                 return result
             except Exception as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -86,7 +86,7 @@ class WithFallback:
             name = getattr(self.function, "__qualname__", type(self.function).__name__)
             logger.warning(
                 "accelerate=%r failed, so %s runs without from now on, more slowly: %s (%s)",
-                *(self.way, name, reason, REMEDIES[self.way]),
+                *(self.mode, name, reason, REMEDIES[self.mode]),
             )
         return result
 

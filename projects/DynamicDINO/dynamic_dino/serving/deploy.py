@@ -29,7 +29,7 @@ TEXT_STEP = 16  # tokens and phrases; every shape of a prompt is captured or com
 def optimize_for_inference(
     detector: OpenVocabularyDetector,
     dtype: torch.dtype = torch.float32,
-    way: str = "eager",
+    mode: str = "eager",
     pack: str = "auto",
 ) -> OpenVocabularyDetector:
     """Folds, merges and casts, in place, and accelerates the two parts that run on tensors alone,
@@ -38,14 +38,14 @@ def optimize_for_inference(
     In float32 the results differ from the trained model's by rounding, about 1e-5 of a logit.
 
     Args:
-        way: "eager", "compile" or "graph", see `accelerate`.
+        mode: "eager", "compile" or "graph", see `accelerate`.
         pack: whether linear layers and experts are packed for oneDNN: "auto", "always" or "never",
             see `packed_modules`. A packed detector is for float32 on a CPU; it can be traced by
             torch.export, with the plain weights, but not by torch.jit, and torch.compile, which
             has its own linear layers, gets them plain.
 
     Raises:
-        ValueError: `way` or `pack` is none of these, or pack="always" where that can't be.
+        ValueError: `mode` or `pack` is none of these, or pack="always" where that can't be.
     """
     detector.eval().requires_grad_(False)
     convolutions = nn.ModuleList([detector.backbone])
@@ -57,15 +57,15 @@ def optimize_for_inference(
     pixels = detector.pixel_mean, detector.pixel_std
     detector.to(dtype)
     detector.pixel_mean, detector.pixel_std = pixels  # images are normalised in float32
-    if way == "compile":
+    if mode == "compile":
         if pack == "always":
             raise ValueError("pack='always' doesn't go with accelerate='compile'")
         pack = "never"
     rows = detector.query_selection.num_queries
     replace_modules(detector, packed_modules(detector, rows, pack))
-    detector.backbone.forward = accelerate(detector.backbone.forward, way)
-    detector.detect_chunks = accelerate(detector.detect_chunks, way)
-    detector.text_encoder.pad_to = 1 if way == "eager" else TEXT_STEP
+    detector.backbone.forward = accelerate(detector.backbone.forward, mode)
+    detector.detect_chunks = accelerate(detector.detect_chunks, mode)
+    detector.text_encoder.pad_to = 1 if mode == "eager" else TEXT_STEP
     return detector
 
 

@@ -14,7 +14,7 @@ import cv2
 from ...show import draw_samples
 from .build import Settings, build, is_complete
 from .library import load_library
-from .sources import PACKAGES, SourceError, locate
+from .sources import PACKAGES, SourceError, find_packages
 from .vocabulary import VOCABULARY_FILE, load_vocabulary
 
 VAL_REAL = Path(__file__).with_name("val_real.json")
@@ -100,7 +100,7 @@ def _digest(*paths: Path) -> str:
 
 def _make(folder: Path, settings: Settings, args: argparse.Namespace) -> None:
     print("fetching and checking " + " and ".join(p.file_name for p in PACKAGES), flush=True)
-    debs = locate(PACKAGES, args.deb, folder / "packages")
+    debs = find_packages(PACKAGES, args.deb, folder / "packages")
     val_real = json.loads(VAL_REAL.read_text())
     reserved = frozenset(image["file_name"] for image in val_real["images"])
     cv2.setNumThreads(0)  # workers are forked later, which thread pools don't survive

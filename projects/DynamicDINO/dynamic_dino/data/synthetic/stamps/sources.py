@@ -123,7 +123,7 @@ def fetch(package: Package, folder: Path) -> Path:
     return target
 
 
-def locate(packages: tuple[Package, ...], debs: list[Path], folder: Path) -> dict[str, Path]:
+def find_packages(packages: tuple[Package, ...], debs: list[Path], folder: Path) -> dict[str, Path]:
     """Path of each package by name: one of the given ``.deb`` files, else fetched."""
     paths = {}
     for package in packages:

@@ -1,4 +1,4 @@
-"""`Exhibit`: a figure or a table with its numbers, and how it is put into files and into a page."""
+"""`ReportFigure`: a figure or table of the report, as files and as a part of its page."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ WIDTH = 5.6  # inches: letters of a figure can still be read where a phone shows
 
 
 @dataclass
-class Exhibit:
-    """Something to look at.
+class ReportFigure:
+    """A figure or a table of the report, with its numbers.
 
     name     of its files; unique in a report
     reading  how to read it, in a sentence or two
     head, rows  its numbers: a table
-    figure   a plot, or a picture (uint8 [H, W, 3]); None: the table is what there is to see
+    image    a plot, or a picture (uint8 [H, W, 3]); None: the table is what there is to see
     shown    how many rows of the table the page shows; all are in the CSV file
     """
 
@@ -36,21 +36,21 @@ class Exhibit:
     reading: str
     head: Sequence[str]
     rows: Sequence[Sequence]
-    figure: Figure | np.ndarray | None = None
+    image: Figure | np.ndarray | None = None
     shown: int = 40
 
     @property
     def is_photo(self) -> bool:
-        return isinstance(self.figure, np.ndarray)
+        return isinstance(self.image, np.ndarray)
 
     @cached_property
     def png(self) -> bytes:
         """The figure as a PNG file, drawn once."""
         buffer = io.BytesIO()
         if self.is_photo:
-            Image.fromarray(self.figure).save(buffer, "PNG")
+            Image.fromarray(self.image).save(buffer, "PNG")
             return buffer.getvalue()
-        self.figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+        self.image.savefig(buffer, format="png", dpi=160, facecolor="white")
         with Image.open(buffer) as image:
             few = image.convert("RGB").quantize(128)  # a third of the bytes
         buffer = io.BytesIO()
@@ -62,7 +62,7 @@ class Exhibit:
         kind, content = "png", self.png
         if self.is_photo:
             buffer = io.BytesIO()
-            Image.fromarray(self.figure).save(buffer, "JPEG", quality=82, optimize=True)
+            Image.fromarray(self.image).save(buffer, "JPEG", quality=82, optimize=True)
             kind, content = "jpeg", buffer.getvalue()
         return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
@@ -72,7 +72,7 @@ class Exhibit:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(self.head)
             writer.writerows([["" if cell is None else cell for cell in row] for row in self.rows])
-        if self.figure is not None:
+        if self.image is not None:
             (folder / f"{self.name}.png").write_bytes(self.png)
 
 
@@ -82,7 +82,7 @@ class Section:
 
     title: str
     text: str = ""
-    exhibits: list[Exhibit] = field(default_factory=list)
+    figures: list[ReportFigure] = field(default_factory=list)
 
 
 def slug(*words: str) -> str:
