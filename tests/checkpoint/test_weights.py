@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from dynamic_dino.checkpoint.__main__ import main
-from dynamic_dino.checkpoint.weights import FROZEN_TOWERS, export_weights, load_checkpoint
+from dynamic_dino.checkpoint.weights import FROZEN_ENCODERS, export_weights, load_checkpoint
 from dynamic_dino.moe.layer import MoEFeedForward
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -53,7 +53,7 @@ def test_export_and_load(model, tmp_path):
     path = tmp_path / "new" / "folder" / "weights.safetensors"
     export_weights(model, path)
     stored = load_file(path)
-    assert not any(name.startswith(FROZEN_TOWERS) for name in stored)
+    assert not any(name.startswith(FROZEN_ENCODERS) for name in stored)
     assert {"text_encoder.proj.weight", "norm.running_mean", "ffn.linear1.bias"} <= set(stored)
     kinds = {name: value.dtype for name, value in stored.items()}
     assert kinds.pop("norm.num_batches_tracked") == torch.int64
@@ -88,7 +88,7 @@ def test_export_command(nano, tmp_path, capsys):
     main(["export", "--config-file", str(RECIPE), str(tmp_path / "model_final.pth"), str(out)])
     assert f"{out.stat().st_size / 2**20:.1f} MiB" in capsys.readouterr().out
     stored, state = load_file(out), nano.state_dict()
-    assert stored.keys() == {n for n in state if not n.startswith(FROZEN_TOWERS)}
+    assert stored.keys() == {n for n in state if not n.startswith(FROZEN_ENCODERS)}
     assert all(torch.equal(v, state[n].to(v.dtype)) for n, v in stored.items())
 
 

@@ -123,15 +123,15 @@ def _check(args: argparse.Namespace) -> int:
     status = 0
     for name in args.names:
         with quiet_transformers():
-            findings = check_dataset(
+            result = check_dataset(
                 name,
                 args.image_folder,
                 images=args.images,
                 tokenizer=args.tokenizer,
                 max_tokens=args.max_tokens,
             )
-        print(*findings.lines(), sep="\n", flush=True)
-        status |= not findings.ok
+        print(*result.lines(), sep="\n", flush=True)
+        status |= not result.ok
     return int(status)
 
 
