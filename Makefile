@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz bench gpu gpu-site docs docs-serve lint own
+.PHONY: help setup demo test fuzz bench gpu gpu-site docs docs-serve lint types own
 
 # The active environment if there is one, else .venv, which `make setup` creates.
 VENV := $(or $(VIRTUAL_ENV),.venv)
@@ -76,6 +76,10 @@ $(LINT_RUFF): constraints.txt
 	@$(or $(PYTHON),python3) -m venv .venv-lint
 	@.venv-lint/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt ruff
 	@touch $@
+
+types: $(READY)  ## check types, and that no import climbs the stair
+	@$(PY) -m mypy
+	@$(VENV)/bin/lint-imports --no-cache --no-logo
 
 # Of what pip says, print what tells a waiting person how far it is: the larger files.
 PROGRESS := { grep --line-buffered -oE -e '^ *(Downloading|Using cached) .* [MG]B\)$$' \
