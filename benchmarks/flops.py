@@ -46,11 +46,11 @@ def models(options: argparse.Namespace) -> Iterator[tuple[str, DictConfig, list[
     ffn, dense = model.decoder.layer.ffn, dense_of(model)
     if dense != model:
         yield "dense", dense, None
-    if "num_experts" not in ffn:
+    if "router" not in ffn:
         yield "recipe", model, trainable
         return
-    for number in options.experts or sorted({4, 8, 16, ffn.num_experts}):
-        ffn.num_experts = number
+    for number in options.experts or sorted({4, 8, 16, ffn.router.num_experts}):
+        ffn.router.num_experts = number
         yield f"x{number}", model, trainable
 
 

@@ -44,6 +44,7 @@ from dynamic_dino.moe.hierarchical import HierarchicalRouter
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.losses import LoadBalanceLoss, SparseGatingLoss, SquaredBalanceLoss
 from dynamic_dino.moe.part_router import PartRouter
+from dynamic_dino.moe.routers import SoftmaxRouter
 from dynamic_dino.moe.routing import Routing
 from dynamic_dino.moe.statistics import RoutingStatistics
 from dynamic_dino.moe.top_any import TopAnyRouter
@@ -146,14 +147,23 @@ def dense(width: int) -> Callable[[], nn.Module | None]:
 
 
 def softmax(
-    experts: int = 16, top_k: int = 2, gate: str = "straight_through", **options
+    experts: int = 16,
+    top_k: int = 2,
+    gate: str = "straight_through",
+    init_experts: bool = True,
+    **options,
 ) -> Callable[[], nn.Module]:
     """With the indicator gate nothing that is varied here but `experts` would reach the router."""
-    return lambda: MoEFeedForward(DIM, BASE, experts, top_k, gate, **options)
+    return lambda: MoEFeedForward(
+        DIM,
+        BASE,
+        SoftmaxRouter(DIM, experts, top_k, gate, **options),
+        init_experts=init_experts,
+    )
 
 
 def by_router(router: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    return lambda: MoEFeedForward(DIM, BASE, router=router())
+    return lambda: MoEFeedForward(DIM, BASE, router())
 
 
 def part_by_part(experts: int, parts: int) -> Callable[[], nn.Module]:
@@ -181,13 +191,13 @@ def tuning_rows() -> dict[str, Row]:
         "top4_x32": Row("x32-Top4", softmax(32, 4)),
         "renormalized": Row("x16, renormalised gate", softmax(gate="renormalized")),
         "indicator": Row("x16, indicator gate", softmax(gate="indicator")),
-        "untied": Row("x16, router rows apart", softmax(init_router=False)),
+        "untied": Row("x16, router rows apart", softmax(tied=False)),
         "without_init": Row(
-            "x16, random experts and router", softmax(init_router=False, init_experts=False)
+            "x16, random experts and router", softmax(tied=False, init_experts=False)
         ),
         "alpha_0": Row("x16, alpha 0", softmax(), []),
         "alpha_0.1": Row("x16, alpha 0.1", softmax(), [LoadBalanceLoss(0.1)]),
-        "router_std_0.2": Row("x16, router drawn with 0.2", softmax(router_std=0.2)),
+        "router_std_0.2": Row("x16, router drawn with 0.2", softmax(std=0.2)),
         "part_by_part": Row("x16, a slot for each part", part_by_part(16, 2)),
         "top1_learned": Row("x8-Top1, gradient to the router", part_by_part(8, 1)),
         "himoe_instance": Row(

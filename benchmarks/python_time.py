@@ -23,6 +23,7 @@ from collections.abc import Callable
 import torch
 from dynamic_dino.modeling.feed_forward import FeedForward
 from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.moe.routers import SoftmaxRouter
 from dynamic_dino_kernels import ms_deform_attn
 from dynamic_dino_kernels.replay import Replayed
 from lib.interleaved import interleave, quartiles
@@ -39,7 +40,7 @@ def candidates(tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], object
     """What is measured: a call each, in inference mode."""
     x = torch.randn(1, tokens, DIM).to(dtype)
     norm = nn.LayerNorm(DIM).to(dtype)
-    moe = MoEFeedForward(DIM, HIDDEN).to(dtype).eval()
+    moe = MoEFeedForward(DIM, HIDDEN, SoftmaxRouter(DIM)).to(dtype).eval()
     dense, small = FeedForward(DIM, 8), nn.LayerNorm(DIM)
     token = torch.randn(1, 1, DIM)
     value = torch.randn(1, sum(h * w for h, w in LEVELS), 8, DIM // 8).to(dtype)

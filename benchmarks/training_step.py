@@ -5,7 +5,7 @@
     python benchmarks/training_step.py --save                # ... kept in benchmarks/results/
     python benchmarks/training_step.py --device cuda --batch 8 --dtype bfloat16
     python benchmarks/training_step.py --config-file configs/moe_tuning/nano_x16_stamps.py \\
-        --size 320 model.decoder.layer.ffn.top_k=1           # another recipe, with an override
+        --size 320 model.decoder.layer.ffn.router.top_k=1         # another recipe, with an override
 
 A step is the project's own: forward, losses, backward, clipping, optimizer, on a generated batch of
 noise with random boxes. Three kinds are compared, from the recipe of a MoE-Tuning:

@@ -226,7 +226,7 @@ def empty_slots(
     for i, ((name, layer), routing) in enumerate(zip(mixtures, routings, strict=True)):
         slots = int((routing.expert_ids < 0).sum())
         if taken is not None:
-            slots = round(len(routing.expert_ids) * (layer.top_k - taken[i]))
+            slots = round(len(routing.expert_ids) * (layer.router.top_k - taken[i]))
         _, hidden, dim = layer.experts.w1.shape
         if slots:
             found[f"detector.{name}.experts"] = Counter(
@@ -299,7 +299,11 @@ def measure(
     if taken:
         mixtures = [m for m in detector.modules() if isinstance(m, MoEFeedForward)]
         parameters["active"] += sum(
-            round(sum(p.numel() for p in m.experts.parameters()) * (t - m.top_k) / m.num_experts)
+            round(
+                sum(p.numel() for p in m.experts.parameters())
+                * (t - m.router.top_k)
+                / m.router.num_experts
+            )
             for m, t in zip(mixtures, taken, strict=True)
         )
     detector.criterion = detector.denoising = None  # only training calls them

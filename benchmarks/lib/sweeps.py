@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 FFN = "model.decoder.layer.ffn"
+ROUTER = f"{FFN}.router"
 EXPERTS = ("*.ffn.experts.*", "*.ffn.router.*")
 FUSION = ("enhancer.layers.*.fusion.*",)
 HEADS = ("*.class_head.*", "*.box_head.*")
@@ -62,14 +63,14 @@ def dynamic(setting: str) -> dict[str, Row]:
     recipe = f"moe_tuning/nano_x16_{setting}"
 
     def x(experts: int, top_k: int = 2) -> tuple[str, str]:
-        return (f"{FFN}.num_experts={experts}", f"{FFN}.top_k={top_k}")
+        return (f"{ROUTER}.num_experts={experts}", f"{ROUTER}.top_k={top_k}")
 
     def trains(*patterns: str) -> tuple[str]:
         return ("train.trainable=[" + ",".join(f"'{pattern}'" for pattern in patterns) + "]",)
 
     # Only by a gradient can a router whose rows are drawn apart learn not to take a part twice.
-    straight = f"{FFN}.gate=straight_through"
-    new_experts, new_router = f"{FFN}.init_experts=false", f"{FFN}.init_router=false"
+    straight = f"{ROUTER}.gate=straight_through"
+    new_experts, new_router = f"{FFN}.init_experts=false", f"{ROUTER}.tied=false"
     weight = "model.criterion.router_losses.0.weight"
     return {
         "control": Row("dense", f"moe_tuning/nano_dense_control_{setting}"),
@@ -79,7 +80,7 @@ def dynamic(setting: str) -> dict[str, Row]:
         "parts": Row("x16, each part once (ours)", f"moe_tuning/nano_x16_parts_{setting}"),
         "top1_x8": Row("x8-Top1", recipe, x(8, 1)),
         "top4_x32": Row("x32-Top4", recipe, x(32, 4)),
-        "renormalized": Row("x16, renormalised gate", recipe, (f"{FFN}.gate=renormalized",)),
+        "renormalized": Row("x16, renormalised gate", recipe, (f"{ROUTER}.gate=renormalized",)),
         "straight_through": Row("x16, straight-through gate", recipe, (straight,)),
         "without_init": Row("... random experts, too", recipe, (straight, new_experts, new_router)),
         "untied": Row("... router rows apart", recipe, (straight, new_router)),
@@ -113,7 +114,6 @@ def dynmoe(name: str, title: str, *overrides: str) -> tuple[str, Row]:
     return name, Row(f"DynMoE, {title}", "dynmoe/nano_stamps", (*often, *overrides))
 
 
-ROUTER = f"{FFN}.router"
 STAMPS = Setting(
     "stamps",
     "nano on Stamps, MoE-Tuning of the shipped dense model",

@@ -10,6 +10,7 @@ from dynamic_dino.moe.losses import (
     SquaredBalanceLoss,
 )
 from dynamic_dino.moe.part_router import PartRouter
+from dynamic_dino.moe.routers import SoftmaxRouter
 from dynamic_dino.moe.top_any import TopAnyRouter
 
 # What trains, part by part (paper, section 3.1)
@@ -19,17 +20,21 @@ HEADS = ["*.class_head.*", "*.box_head.*"]  # detection head
 MOE_TUNING = [*FUSION, *EXPERTS, *HEADS]
 
 
-def experts(dense, num_experts: int, top_k: int = 2, **options):
-    """The MoE that takes a dense FFN's place: xE-TopK, E experts of hidden / k units each."""
-    return L(MoEFeedForward)(
-        dim=dense.dim, hidden=dense.hidden, num_experts=num_experts, top_k=top_k, **options
-    )
+def mixture(dense, router, **options):
+    """The layer that takes a dense FFN's place."""
+    return L(MoEFeedForward)(dim=dense.dim, hidden=dense.hidden, router=router, **options)
+
+
+def experts(dense, num_experts: int = 16, top_k: int = 2, **options):
+    """Dynamic-DINO: xE-TopK, E experts of hidden / k units each."""
+    router = L(SoftmaxRouter)(dim=dense.dim, num_experts=num_experts, top_k=top_k)
+    return mixture(dense, router, **options)
 
 
 def part_by_part(dense, num_experts: int = 16, parts: int = 2, **options):
     """xE-TopK of which a token takes each part once, from whichever copy."""
     router = L(PartRouter)(dim=dense.dim, num_experts=num_experts, parts=parts)
-    return L(MoEFeedForward)(dim=dense.dim, hidden=dense.hidden, router=router, **options)
+    return mixture(dense, router, **options)
 
 
 def hierarchical(dense, variant: str = "full", num_experts: int = 16, top_k: int = 2, **options):
@@ -37,9 +42,7 @@ def hierarchical(dense, variant: str = "full", num_experts: int = 16, top_k: int
     router = L(HierarchicalRouter)(
         dim=dense.dim, variant=variant, num_experts=num_experts, top_k=top_k
     )
-    return L(MoEFeedForward)(
-        dim=dense.dim, hidden=dense.hidden, router=router, response_tokens=32, **options
-    )
+    return mixture(dense, router, response_tokens=32, **options)
 
 
 def top_any(dense, num_experts: int = 8, initial_experts: int = 6, **options):
@@ -48,7 +51,7 @@ def top_any(dense, num_experts: int = 8, initial_experts: int = 6, **options):
     router = L(TopAnyRouter)(
         dim=dense.dim, num_experts=num_experts, initial_experts=initial_experts
     )
-    return L(MoEFeedForward)(dim=dense.dim, hidden=dense.hidden, router=router, **options)
+    return mixture(dense, router, **options)
 
 
 load_balance = L(LoadBalanceLoss)(weight=0.01)

@@ -9,5 +9,5 @@ from .dynamic_dino_x16_top2 import (  # noqa: F401
     train,
 )
 
-model.decoder.layer.ffn.num_experts = 8
+model.decoder.layer.ffn.router.num_experts = 8
 train.output_dir = "output/dynamic_dino_x8_top2"

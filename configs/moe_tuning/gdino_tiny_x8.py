@@ -10,5 +10,5 @@ from .gdino_tiny_x16 import (  # noqa: F401
     train,
 )
 
-model.decoder.layer.ffn.num_experts = 8
+model.decoder.layer.ffn.router.num_experts = 8
 train.output_dir = "output/gdino_tiny_x8"

@@ -45,7 +45,7 @@ def tiny():
 @pytest.fixture(scope="session")
 def x4(drawn, tiny):
     """A nano with four experts, and its config."""
-    return tiny("moe_tuning/nano_x16_drawn.py", "model.decoder.layer.ffn.num_experts=4")
+    return tiny("moe_tuning/nano_x16_drawn.py", "model.decoder.layer.ffn.router.num_experts=4")
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def table(file: Path) -> list[dict]:
 
 
 def test_one_model(drawn, run_of, tmp_path, capsys):
-    x4 = ("moe_tuning/nano_x16_drawn.py", "model.decoder.layer.ffn.num_experts=4")
+    x4 = ("moe_tuning/nano_x16_drawn.py", "model.decoder.layer.ffn.router.num_experts=4")
     run, dense = run_of("x4", *x4), run_of("dense", "pretrain/nano_drawn.py")
     output = tmp_path / "report"
     arguments = ["--run", run, "--against", dense, "--drop", "--drop-images", "2"]

@@ -12,6 +12,7 @@ from dynamic_dino.modeling.attention import DeformableAttention, MultiHeadAttent
 from dynamic_dino.modeling.feed_forward import FeedForward
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.part_router import PartRouter
+from dynamic_dino.moe.routers import SoftmaxRouter
 from dynamic_dino.moe.top_any import TopAnyRouter
 from dynamic_dino_kernels.moe import route_any
 from torch import nn
@@ -60,7 +61,7 @@ def test_dense_ffn_and_its_norm():
 @both_backends
 def test_experts_cost_a_dense_ffn_the_router_and_the_gated_sum(monkeypatch, backend):
     monkeypatch.setenv("DYNAMIC_DINO_KERNELS", backend)
-    ffn = MoEFeedForward(16, 32, num_experts=8, top_k=2)
+    ffn = MoEFeedForward(16, 32, SoftmaxRouter(16, 8, 2))
     layer = nn.ModuleDict({"ffn": ffn, "norm": nn.LayerNorm(16)})
     call = Call(layer, lambda m, x: m["ffn"](x, None, m["norm"])[0])
     counted = flop_count.count(call, torch.rand(2, 7, 16))

@@ -27,7 +27,7 @@ SMALL = (
     "--repeats 2 model.decoder.num_layers=1 model.query_selection.num_queries=4 "
     "model.denoising.num_queries=2 model.decoder.layer.image_attention.heads=1 "
     "model.decoder.layer.image_attention.points=1 model.decoder.layer.ffn.hidden=32 "
-    "model.decoder.layer.ffn.num_experts=4 model.backbone.weights=null "
+    "model.decoder.layer.ffn.router.num_experts=4 model.backbone.weights=null "
     "model.text_encoder.weights=False model.text_encoder.config={num_hidden_layers:1}"
 )
 LAYER = "--tokens 3 --dim 16 --hidden 16 --experts 2 --repeats 2"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.moe.routers import SoftmaxRouter
 from dynamic_dino_kernels import expert_ffn
 from dynamic_dino_kernels.moe.reference import sequential
 from lib.detectors import LoopedExperts, loops, use_loop
@@ -112,7 +113,13 @@ def test_the_first_call_decides_on_the_room_for_good():
 
 
 def test_all_experts_of_a_model_become_loops():
-    model = nn.ModuleList([MoEFeedForward(8, 32, 4), nn.Linear(2, 2), MoEFeedForward(8, 16, 2)])
+    model = nn.ModuleList(
+        [
+            MoEFeedForward(8, 32, SoftmaxRouter(8, 4)),
+            nn.Linear(2, 2),
+            MoEFeedForward(8, 16, SoftmaxRouter(8, 2)),
+        ]
+    )
     x, norm = torch.randn(2, 30, 8), nn.LayerNorm(8)
     with torch.no_grad():
         expected = [layer(x, norm=norm)[0] for layer in (model[0], model[2])]
@@ -126,4 +133,4 @@ def test_all_experts_of_a_model_become_loops():
         torch.testing.assert_close(with_router[0].view_as(x), expected[0], rtol=1e-4, atol=1e-5)
         assert with_router[1].gates is None
     with pytest.raises(ValueError, match="written for ReLU, but the experts' activation is 'gelu'"):
-        use_loop(nn.ModuleList([MoEFeedForward(8, 16, 2, activation="gelu")]))
+        use_loop(nn.ModuleList([MoEFeedForward(8, 16, SoftmaxRouter(8, 2), "gelu")]))

@@ -8,6 +8,7 @@ import torch
 from dynamic_dino.checkpoint.__main__ import main
 from dynamic_dino.checkpoint.weights import FROZEN_ENCODERS, export_weights, load_checkpoint
 from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.moe.routers import SoftmaxRouter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -29,7 +30,7 @@ class Model(nn.Module):
         self.text_encoder.proj = nn.Linear(4, 4)
         self.norm = nn.BatchNorm2d(3)
         if experts:
-            self.ffn = MoEFeedForward(4, hidden, experts)
+            self.ffn = MoEFeedForward(4, hidden, SoftmaxRouter(4, experts))
         else:
             self.ffn = nn.ModuleDict(
                 {"linear1": nn.Linear(4, hidden), "linear2": nn.Linear(hidden, 4)}

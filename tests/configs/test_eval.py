@@ -170,7 +170,7 @@ def test_the_model_is_the_paper_s_or_that_of_another_recipe():
     outputs = set()
     for path in configs:
         paper, nano = load_config(path), load_config(path, model=NANO)
-        assert paper.model.decoder.layer.ffn.num_experts == 16
+        assert paper.model.decoder.layer.ffn.router.num_experts == 16
         assert paper.model.backbone.name.startswith("efficientvit_l1")
         assert paper.train.init_checkpoint == "output/dynamic_dino_x16_top2/model_final.pth"
         assert not paper.train.amp.enabled

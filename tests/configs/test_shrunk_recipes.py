@@ -104,7 +104,7 @@ def test_step_and_evaluation(recipe):
 
     layers = [m for m in model.modules() if isinstance(m, MoEFeedForward)]
     routings = outputs.get("routings", [])
-    assert [r.num_experts for r in routings] == [layer.num_experts for layer in layers]
+    assert [r.num_experts for r in routings] == [layer.router.num_experts for layer in layers]
     assert {loss.name for loss in model.criterion.router_losses} <= losses.keys()
     for layer, routing in zip(layers, routings, strict=True):
         assert layer.router.weight.grad.abs().max() > 0

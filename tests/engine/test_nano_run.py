@@ -97,7 +97,7 @@ def test_closed_set_dense_then_himoe(tmp_path):
 def test_mistakes_end_with_their_message_alone(dense, tmp_path):
     recipe, output = "moe_tuning/nano_x16_drawn.py", tmp_path / "run"
     for override, message in (
-        ("model.decoder.layer.ffn.top_k=3", "top_k=3 doesn't divide the FFN's hidden size 512"),
+        ("model.decoder.layer.ffn.router.top_k=3", "num_experts=16 is not a multiple of top_k=3"),
         ("model.decoder.num_layers=2", "is of another architecture than this config"),
         ("train.init_checkpoint=nowhere.pth", "checkpoint nowhere.pth doesn't exist"),
         ("train.init_except=[fnn.*]", "nothing of the model matches 'fnn.*'"),

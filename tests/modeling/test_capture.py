@@ -251,9 +251,9 @@ def test_no_tower_stops_the_host(recipes):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: SoftmaxRouter(8, 6, 2),
-        lambda: SoftmaxRouter(8, 6, 2, gate="renormalized"),
-        lambda: SoftmaxRouter(8, 6, 2, gate="straight_through"),
+        lambda: SoftmaxRouter(8, 6, 2, tied=False),
+        lambda: SoftmaxRouter(8, 6, 2, gate="renormalized", tied=False),
+        lambda: SoftmaxRouter(8, 6, 2, gate="straight_through", tied=False),
         lambda: PartRouter(8, 6, 2),
         lambda: HierarchicalRouter(8, 6, 2, num_routes=3, active_routes=2),
         lambda: HierarchicalRouter(8, 6, 2, variant="instance"),

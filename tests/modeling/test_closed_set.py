@@ -181,8 +181,8 @@ def test_look_forward_twice(dino, draw):
 
 
 # The backbone ------------------------------------------------------------------------------------
-def test_frozen_parts_and_norms():
-    options = dict(freeze_norm=True, frozen_parts=["conv1", "layer1"])
+def test_frozen_modules_and_norms():
+    options = dict(freeze_norm=True, frozen_modules=["conv1", "layer1"])
     backbone = Backbone("resnet18", **options).train()
     trained = {n for n, p in backbone.named_parameters() if p.requires_grad}
     parts = {n.split(".")[1] for n in trained}
@@ -193,7 +193,7 @@ def test_frozen_parts_and_norms():
     maps = backbone(torch.randn(2, 3, 64, 64))
     sum(m.sum() for m in maps.values()).backward()
     with pytest.raises(ValueError, match="backbone 'resnet18' has no 'layer', only conv1, bn1"):
-        Backbone("resnet18", frozen_parts=["layer"])
+        Backbone("resnet18", frozen_modules=["layer"])
 
 
 def test_torchvision_weights(tmp_path):

@@ -10,6 +10,7 @@ from dynamic_dino.modeling.losses.boxes import cxcywh_to_xyxy
 from dynamic_dino.modeling.preprocess import canvas_size, targets_of
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.moe.routers import SoftmaxRouter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -39,8 +40,11 @@ def with_experts(config, num_experts: int):
     node.layer.ffn = L(MoEFeedForward)(
         dim=dense.dim,
         hidden=dense.hidden,
-        num_experts=num_experts,
-        gate="straight_through",  # the detection loss reaches all weights
+        router=L(SoftmaxRouter)(
+            dim=dense.dim,
+            num_experts=num_experts,
+            gate="straight_through",  # the detection loss reaches all weights
+        ),
     )
     return instantiate(node)
 

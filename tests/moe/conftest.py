@@ -11,6 +11,7 @@ from detectron2.config import LazyConfig, instantiate
 from dynamic_dino.config import load_config
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.moe.routers import SoftmaxRouter
 from torch import nn
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -89,8 +90,10 @@ class Dense:
         return model.eval()
 
 
-def experts(dense, **options):
-    return L(MoEFeedForward)(dim=dense.dim, hidden=dense.hidden, **options)
+def experts(dense, router=None, **options):
+    """`options`: of the softmax router, where no other is given"""
+    router = router or L(SoftmaxRouter)(dim=dense.dim, **options)
+    return L(MoEFeedForward)(dim=dense.dim, hidden=dense.hidden, router=router)
 
 
 @pytest.fixture(scope="session")

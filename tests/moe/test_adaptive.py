@@ -4,6 +4,7 @@ import pytest
 import torch
 from dynamic_dino.moe.adaptive import AdaptiveExperts
 from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.moe.routers import SoftmaxRouter
 from dynamic_dino.moe.routing import Routing
 from dynamic_dino.moe.top_any import TopAnyRouter
 from torch import nn
@@ -12,7 +13,10 @@ from torch import nn
 @pytest.fixture
 def model():
     """A top-any layer of 5 slots, 4 active, behind a layer of another kind."""
-    layers = [MoEFeedForward(4, 6, 2, 1), MoEFeedForward(4, 6, router=TopAnyRouter(4, 5, 4))]
+    layers = [
+        MoEFeedForward(4, 6, SoftmaxRouter(4, 2, 1)),
+        MoEFeedForward(4, 6, TopAnyRouter(4, 5, 4)),
+    ]
     for parameter in layers[1].experts.parameters():
         nn.init.normal_(parameter)
     return nn.ModuleList(layers)
@@ -89,7 +93,7 @@ def test_nobody_chosen_removes_nobody(model):
 def test_the_average_follows(model):
     """Buffers, and the weights of the new expert; the other weights stay averages."""
     average = nn.ModuleList(
-        [MoEFeedForward(4, 6, 2, 1), MoEFeedForward(4, 6, router=TopAnyRouter(4, 5, 4))]
+        [MoEFeedForward(4, 6, SoftmaxRouter(4, 2, 1)), MoEFeedForward(4, 6, TopAnyRouter(4, 5, 4))]
     )
     process = AdaptiveExperts(model)
     process.record(routings([[0, 1], [-1, -1]], torch.randn(2, 4)))

@@ -14,7 +14,7 @@ def best_of(logits, allowed, k):
 
 @pytest.mark.parametrize("gate", GATES)
 def test_softmax_router(gate):
-    router = SoftmaxRouter(6, 5, 2, gate, std=1.0)
+    router = SoftmaxRouter(6, 5, 2, gate, tied=False, std=1.0)
     x = torch.randn(2, 7, 6)
     before = router(x)
     router.dropped = (1, 3)
@@ -35,7 +35,7 @@ def test_softmax_router(gate):
 
 
 def test_slots_stay_empty_where_too_few_experts_are_left():
-    layer = MoEFeedForward(6, 8, num_experts=4, top_k=2).eval()
+    layer = MoEFeedForward(6, 8, SoftmaxRouter(6, 4, 2)).eval()
     layer.router.dropped = (0, 1, 3)
     x = torch.randn(1, 5, 6)
     y, routing = layer(x)

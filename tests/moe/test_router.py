@@ -16,7 +16,7 @@ def routing(ids, probs=None, experts=4) -> Routing:
 
 @pytest.mark.parametrize("gate", GATES)
 def test_routing_of_a_router(gate):
-    router = SoftmaxRouter(6, 5, 3, gate, std=1.0)
+    router = SoftmaxRouter(6, 5, 3, gate, tied=False, std=1.0)
     x = torch.randn(2, 7, 6)
     result = router(x)
     logits = x.flatten(0, 1) @ router.weight.T
@@ -42,7 +42,7 @@ def test_equal_rows_choose_the_first_experts(k):
 
 def test_ties_go_to_the_lowest_index():
     """Small integers, whose sums are exact, tie often."""
-    router = SoftmaxRouter(3, 32, 5)
+    router = SoftmaxRouter(3, 32, 5, tied=False)
     router.weight.data = torch.randint(-1, 2, (32, 3)).float()
     x = torch.randint(-1, 2, (1, 60, 3)).float()
     logits = (x[0] @ router.weight.T).tolist()
@@ -52,7 +52,7 @@ def test_ties_go_to_the_lowest_index():
 
 
 def test_fp32_inside_autocast():
-    router = SoftmaxRouter(256, 16, 2, "renormalized", groups=8, std=0.02)
+    router = SoftmaxRouter(256, 16, 2, "renormalized")
     x = torch.randn(1, 500, 256)
     exact = router(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -64,12 +64,13 @@ def test_fp32_inside_autocast():
     assert (rounded.expert_ids.amin(1) % 2 == 0).all()
 
 
-def test_groups():
-    router = SoftmaxRouter(6, 12, 3, groups=4)
+def test_tied_rows():
+    router = SoftmaxRouter(6, 12, 3)
     rows = router.weight.view(4, 3, 6)
     assert torch.equal(rows, rows[:, :1].expand_as(rows)) and len(rows[:, 0].unique(dim=0)) == 4
-    with pytest.raises(ValueError, match="num_experts=12 is not a multiple of groups=5"):
-        SoftmaxRouter(6, 12, 3, groups=5)
+    assert len(SoftmaxRouter(6, 12, 3, tied=False).weight.unique(dim=0)) == 12
+    with pytest.raises(ValueError, match="num_experts=12 is not a multiple of top_k=5"):
+        SoftmaxRouter(6, 12, 5)
 
 
 def test_cat():
@@ -123,7 +124,8 @@ def test_load_balance_pushes_towards_rare_experts():
 @pytest.mark.parametrize("backend", ["grouped", "triton"])
 @pytest.mark.parametrize("gate", GATES)
 def test_one_call_with_the_experts_is_router_and_experts(gate, backend):
-    layer = MoEFeedForward(40, 24, 6, 2, gate, backend=backend).eval().requires_grad_(False)
+    layer = MoEFeedForward(40, 24, SoftmaxRouter(40, 6, 2, gate), backend=backend)
+    layer.eval().requires_grad_(False)
     layer.router.weight.normal_()
     x, norm = torch.randn(2, 19, 40), torch.nn.LayerNorm(40).requires_grad_(False)
     expected, routing = layer(x, None, norm)

@@ -11,7 +11,7 @@ from dynamic_dino.config import load_config
 from dynamic_dino.modeling.feed_forward import FeedForward
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.losses import LoadBalanceLoss
-from dynamic_dino.moe.routers import GATES
+from dynamic_dino.moe.routers import GATES, SoftmaxRouter
 from torch import nn
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -108,7 +108,7 @@ def test_recipe_converts_a_dense_checkpoint(nano, tmp_path, suffix):
         load_checkpoint(model, path)  # the weights as fp16 keeps them
     config = load_config(CONFIGS / "moe_tuning/nano_x16_drawn.py").model
     moe = instantiate(config).eval()
-    assert all(layer.ffn.num_experts == 16 for layer in moe.decoder.layers)
+    assert all(layer.ffn.router.num_experts == 16 for layer in moe.decoder.layers)
     load_checkpoint(moe, path)
     output = nano.decode(moe)
     assert_same_predictions(nano.decode(model).layers, output.layers)
@@ -152,8 +152,11 @@ def test_training_a_converted_model(nano):
 
 
 # The layer ---------------------------------------------------------------------------------------
-def layer(ffn, num_experts=8, top_k=2, load=True, **options) -> MoEFeedForward:
-    moe = MoEFeedForward(ffn.dim, ffn.hidden, num_experts, top_k, **options)
+def layer(
+    ffn, num_experts=8, top_k=2, gate="indicator", tied=True, load=True, **options
+) -> MoEFeedForward:
+    router = SoftmaxRouter(ffn.dim, num_experts, top_k, gate, tied)
+    moe = MoEFeedForward(ffn.dim, ffn.hidden, router, **options)
     if load:
         assert not any(moe.load_state_dict(ffn.state))
     return moe
@@ -204,7 +207,7 @@ def test_moe_checkpoint_loads_unchanged(ffn):
 
 
 def test_loading_leaves_the_dense_state_alone(ffn):
-    model = nn.ModuleDict({"ffn": MoEFeedForward(ffn.dim, ffn.hidden, 8)})
+    model = nn.ModuleDict({"ffn": layer(ffn, load=False)})
     state = {f"ffn.{k}": v.clone() for k, v in ffn.state.items()}
     model.load_state_dict(state)
     assert state.keys() == {f"ffn.{k}" for k in ffn.state}
@@ -232,8 +235,8 @@ def test_without_init_experts(ffn):
     assert len(moe.experts.w1.flatten(1).unique(dim=0)) == 8, "every expert is drawn by itself"
 
 
-def test_without_init_router(ffn):
-    moe = layer(ffn, init_router=False, num_experts=16)
+def test_rows_drawn_apart(ffn):
+    moe = layer(ffn, tied=False, num_experts=16)
     assert len(moe.router.weight.unique(dim=0)) == 16
     torch.testing.assert_close(moe.experts.w1[0], ffn.state["linear1.weight"][:12])
     x = torch.randn(1, 200, ffn.dim)
@@ -250,7 +253,7 @@ def test_backends_agree(ffn):
     results = []
     for backend in ("sequential", "grouped"):
         torch.manual_seed(0)
-        moe = layer(ffn, gate="renormalized", init_router=False, backend=backend)
+        moe = layer(ffn, gate="renormalized", tied=False, backend=backend)
         inputs = x.clone().requires_grad_()
         y, _ = moe(inputs)
         y.square().sum().backward()
@@ -266,18 +269,18 @@ def test_backends_agree(ffn):
         (dict(top_k=3, num_experts=6), "top_k=3 doesn't divide .* hidden size 16.* 1, 2 or 4"),
         (dict(top_k=0), "top_k=0"),
         (dict(top_k=4, num_experts=6), "num_experts=6 is not a multiple of top_k=4"),
-        (dict(top_k=4, num_experts=2), "num_experts=2 is not a multiple of top_k=4"),
+        (dict(top_k=4, num_experts=2), "top_k=4 must lie between 1 and num_experts=2"),
         (dict(num_experts=0), "top_k=2 must lie between 1 and num_experts=0"),
         (dict(gate="hard"), "gate 'hard': choose one of indicator, renormalized, straight_through"),
     ],
 )
 def test_impossible_combinations(options, message):
     with pytest.raises(ValueError, match=message):
-        MoEFeedForward(8, 16, **options)
+        MoEFeedForward(8, 16, SoftmaxRouter(8, **options))
 
 
 def test_dense_ffn_of_another_size(ffn):
-    model = nn.Sequential(MoEFeedForward(ffn.dim, 32, 4))
+    model = nn.Sequential(MoEFeedForward(ffn.dim, 32, SoftmaxRouter(ffn.dim, 4)))
     with pytest.raises(ValueError, match="0.linear1.weight has 24 hidden units.* FFN 32: .*archit"):
         model.load_state_dict({f"0.{k}": v for k, v in ffn.state.items()})
 

@@ -9,6 +9,7 @@ from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances
 from dynamic_dino.checkpoint.public import import_public
 from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.moe.routers import SoftmaxRouter
 from helpers.twins import as_transformers, clear_samples, random_samples, their_inputs, their_layers
 from timm.layers import DropPath
 
@@ -144,7 +145,8 @@ def with_experts(config, experts: int):
     config = copy.deepcopy(config)
     for layer in (config.model.decoder.layer, config.model.enhancer.layer.image):
         dense = layer.ffn
-        layer.ffn = L(MoEFeedForward)(dim=dense.dim, hidden=dense.hidden, num_experts=experts)
+        router = L(SoftmaxRouter)(dim=dense.dim, num_experts=experts)
+        layer.ffn = L(MoEFeedForward)(dim=dense.dim, hidden=dense.hidden, router=router)
     return instantiate(config.model).eval()
 
 

@@ -41,9 +41,10 @@ def load(recipe: str, folder, drawn, output, *options: str):
     cfg = load_config(configs_folder() / recipe, overrides)
     ffn, cfg.model = cfg.model.decoder.layer.ffn, detector_config(read_config(folder)).model
     cfg.model.text_encoder.frozen = True
-    if "num_experts" in ffn:
+    if "router" in ffn:
         dense = cfg.model.decoder.layer.ffn
         ffn.update(dim=dense.dim, hidden=dense.hidden)
+        ffn.router.dim = dense.dim
         cfg.model.decoder.layer.ffn = ffn
     setup(cfg)
     return cfg

@@ -136,7 +136,8 @@ def small():
     model.backbone.weights, model.text_encoder.weights = None, False
     model.query_selection.num_queries, model.decoder.num_layers = 16, 2
     model.decoder.layer.image_attention.update(heads=1, points=1)
-    model.decoder.layer.ffn.update(hidden=32, num_experts=4)
+    model.decoder.layer.ffn.hidden = 32
+    model.decoder.layer.ffn.router.num_experts = 4
     return live(instantiate(model))
 
 

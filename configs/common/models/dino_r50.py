@@ -29,7 +29,7 @@ model = L(OpenVocabularyDetector)(
         name="resnet50.tv_in1k",
         weights="timm",
         freeze_norm=True,
-        frozen_parts=["conv1", "layer1"],
+        frozen_modules=["conv1", "layer1"],
     ),
     neck=L(GroupNormNeck)(in_channels=[512, 1024, 2048], dim=256, levels=4),
     text_encoder=L(class_vocabulary)(names=[c["name"] for c in COCO_CATEGORIES if c["isthing"]]),

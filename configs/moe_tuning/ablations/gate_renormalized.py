@@ -9,5 +9,5 @@ from ..dynamic_dino_x16_top2 import (  # noqa: F401
     train,
 )
 
-model.decoder.layer.ffn.gate = "renormalized"
+model.decoder.layer.ffn.router.gate = "renormalized"
 train.output_dir = "output/ablations/gate_renormalized"

@@ -9,5 +9,5 @@ from ..dynamic_dino_x16_top2 import (  # noqa: F401
     train,
 )
 
-model.decoder.layer.ffn.gate = "straight_through"
+model.decoder.layer.ffn.router.gate = "straight_through"
 train.output_dir = "output/ablations/gate_straight_through"

@@ -10,5 +10,5 @@ from ..dynamic_dino_x16_top2 import (  # noqa: F401
 )
 
 model.decoder.layer.ffn.init_experts = False
-model.decoder.layer.ffn.init_router = False
+model.decoder.layer.ffn.router.tied = False
 train.output_dir = "output/ablations/table10_without_init"

@@ -9,6 +9,6 @@ from ..dynamic_dino_x16_top2 import (  # noqa: F401
     train,
 )
 
-model.decoder.layer.ffn.num_experts = 8
-model.decoder.layer.ffn.top_k = 1
+model.decoder.layer.ffn.router.num_experts = 8
+model.decoder.layer.ffn.router.top_k = 1
 train.output_dir = "output/ablations/top1_x8"

@@ -114,7 +114,7 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 def _load_yaml(path: Path) -> DictConfig:
     """As LazyConfig does, also where an older version of this package wrote the file."""
-    content = yaml.unsafe_load(renamed.current(path.read_text()))
+    content = renamed.current_nodes(yaml.unsafe_load(renamed.current(path.read_text())))
     return OmegaConf.create(content, flags={"allow_objects": True})
 
 

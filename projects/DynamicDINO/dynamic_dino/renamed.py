@@ -1,11 +1,13 @@
 """Former names, so that the config.yaml of a run by an older version is read as it was meant.
 
-A config.yaml names classes and functions by their paths; `current` brings those up to date.
+A config.yaml names classes and functions by their paths; `current` brings those up to date, and
+`current_nodes` the arguments that they are called with.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 _MODELING = (
     "attention backbone decoder deformable_enhancer detector enhancer feed_forward heads losses "
@@ -34,3 +36,38 @@ def current_path(path: str) -> str:
     former = [old for old in PATHS if path == old or path.startswith(f"{old}.")]
     longest = max(former, key=len, default="")
     return PATHS[longest] + path.removeprefix(longest) if longest else path
+
+
+def current_nodes(content: Any) -> Any:
+    """The content of a config.yaml, its paths up to date, with the present arguments."""
+    if isinstance(content, list):
+        return [current_nodes(value) for value in content]
+    if not isinstance(content, dict):
+        return content
+    node = {key: current_nodes(value) for key, value in content.items()}
+    match node.get("_target_"):
+        case "dynamic_dino.moe.layer.MoEFeedForward":
+            return _router_apart(node)
+        case "dynamic_dino.modeling.backbone.Backbone" if "frozen_parts" in node:
+            node["frozen_modules"] = node.pop("frozen_parts")
+    return node
+
+
+# Arguments that the layer of experts had for its router -> what they are called there.
+_ROUTER_ARGUMENTS = {
+    "num_experts": "num_experts",
+    "top_k": "top_k",
+    "gate": "gate",
+    "init_router": "tied",
+    "router_std": "std",
+}
+
+
+def _router_apart(node: dict) -> dict:
+    """Of a layer whose router was its own; one that was given counted, whatever stood beside."""
+    options = {new: node.pop(old) for old, new in _ROUTER_ARGUMENTS.items() if old in node}
+    if node.get("router") is None:
+        options = {name: value for name, value in options.items() if value is not None}
+        target = "dynamic_dino.moe.routers.SoftmaxRouter"
+        node["router"] = {"_target_": target, "dim": node["dim"], **options}
+    return node

@@ -22,8 +22,8 @@ class Backbone(nn.Module):
             "package:MODULE/FILE" for a file inside an installed Python package, or a path.
         frozen: no gradients, batch norm in inference mode; then features can be cached on disk.
         freeze_norm: batch norms stay as they are, in all that they have.
-        frozen_parts: modules of the timm model that get no gradients, e.g. ``["conv1", "layer1"]``
-            of a ResNet.
+        frozen_modules: modules of the timm model that get no gradients, e.g.
+            ``["conv1", "layer1"]`` of a ResNet.
         strides: of the maps, powers of two from fine to coarse.
         out_norm: a layer norm on each map, as detectors put on Swin's.
         options: of the timm model, e.g. ``{"strict_img_size": False}``.
@@ -35,7 +35,7 @@ class Backbone(nn.Module):
     Raises:
         FileNotFoundError: the weights file or package is not there, or can't be fetched.
         ValueError: the network has no map of some stride, the weights don't fit it, or
-            `frozen_parts` names none of its parts.
+            `frozen_modules` names none of its modules.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Backbone(nn.Module):
         weights: str | None = None,
         frozen: bool = False,
         freeze_norm: bool = False,
-        frozen_parts: Sequence[str] = (),
+        frozen_modules: Sequence[str] = (),
         grad_checkpointing: bool = False,
         strides: Sequence[int] = (8, 16, 32),
         out_norm: bool = False,
@@ -85,7 +85,7 @@ class Backbone(nn.Module):
             self.requires_grad_(False)
         for norm in self._batch_norms() if freeze_norm else ():
             norm.requires_grad_(False)
-        for prefix in frozen_parts:
+        for prefix in frozen_modules:
             self._freeze(name, prefix)
         # Convolutions run two to three times faster, and 1x1 ones become plain matmuls.
         self.to(memory_format=torch.channels_last)
@@ -96,8 +96,8 @@ class Backbone(nn.Module):
     def _freeze(self, name: str, prefix: str) -> None:
         parameters = [p for n, p in self.body.named_parameters() if n.startswith(f"{prefix}.")]
         if not parameters:
-            parts = ", ".join(n for n, _ in self.body.named_children())
-            raise ValueError(f"frozen_parts: backbone {name!r} has no {prefix!r}, only {parts}")
+            names = ", ".join(n for n, _ in self.body.named_children())
+            raise ValueError(f"frozen_modules: backbone {name!r} has no {prefix!r}, only {names}")
         for parameter in parameters:
             parameter.requires_grad_(False)
 

@@ -63,7 +63,9 @@ class AdaptiveExperts:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
         for layer, part in zip(self.layers, total.split([len(f) for f in found]), strict=True):
-            activations, unrouted = part.split([layer.num_experts, len(layer.router.unrouted)])
+            activations, unrouted = part.split(
+                [layer.router.num_experts, len(layer.router.unrouted)]
+            )
             layer.router.activations += activations.long()
             layer.router.unrouted += unrouted.to(layer.router.unrouted.dtype)
 

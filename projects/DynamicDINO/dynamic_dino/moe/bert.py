@@ -26,7 +26,7 @@ class DynMoEFeedForward(MoEFeedForward):
         activation: str = "relu",
     ) -> None:
         router = TopAnyRouter(dim, num_experts, initial_experts)
-        super().__init__(dim, hidden, router=router, activation=activation)
+        super().__init__(dim, hidden, router, activation)
 
     @classmethod
     def from_linear(cls, linear1: nn.Linear, linear2: nn.Linear, **options) -> DynMoEFeedForward:

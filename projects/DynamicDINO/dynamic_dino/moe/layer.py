@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import Experts
-from .routers import Router, SoftmaxRouter
+from .routers import Router, check_copies
 from .routing import Routing
 from .tuning import split_ffn
 
@@ -16,21 +16,18 @@ DENSE_NAMES = ("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias
 class MoEFeedForward(nn.Module):
     """Takes the place of a `FeedForward(dim, hidden)`: a router chooses experts for every token.
 
-    Without a `router` it is Dynamic-DINO's layer, whose k experts cost what the dense FFN costs:
-    "xE-TopK" of the paper's Table 8 has E = `num_experts` experts of hidden / k units each, that
-    is, E / k copies of the FFN, each cut into k parts. With one, the router says into how many
-    parts a copy is cut; mostly into 1: every expert is a whole copy.
+    The router says how many experts there are, and into how many parts a copy of the FFN is cut:
+    by `SoftmaxRouter`, Dynamic-DINO's, into k, so that k experts cost what the dense FFN costs
+    ("xE-TopK" of the paper's Table 8: E experts of hidden / k units each, that is, E / k copies of
+    the FFN, each cut into k parts); mostly into 1: every expert is a whole copy.
 
     MoE-Tuning is loading: `load_state_dict` with a dense FFN's keys (linear1, linear2) under this
     module's prefix initialises the experts from it (Algorithm 1) and keeps the router as it was
     drawn; MoE keys load unchanged.
 
     Args:
-        num_experts, top_k: the router's, if there is one; else 16 and 2.
-        gate, init_router, router_std: of `SoftmaxRouter`, the router where no other is given;
-            init_router=False draws every row by itself (Table 10).
+        router: how experts are chosen, and how many there are; see `Router`.
         init_experts: False ignores the dense FFN's weights and keeps random experts (Table 10).
-        router: how experts are chosen, see `Router`.
         expert_hidden: units of an expert, if not those of its part of the FFN. There is nothing to
             initialise such experts from, so it goes with init_experts=False.
         response_tokens: of how many of its tokens, at most, each expert's mean answer is reported
@@ -38,54 +35,42 @@ class MoEFeedForward(nn.Module):
         backend, recompute: see `Experts`.
 
     Raises:
-        ValueError: k doesn't divide `hidden` or `num_experts`, or sizes contradict each other.
+        ValueError: the router's parts don't divide `hidden` or its experts, or `expert_hidden`
+            isn't the size of what the experts start as.
     """
 
     def __init__(
         self,
         dim: int,
         hidden: int,
-        num_experts: int | None = None,
-        top_k: int | None = None,
-        gate: str = "indicator",
+        router: Router,
         activation: str = "relu",
         init_experts: bool = True,
-        init_router: bool = True,
-        router_std: float = 0.02,
         backend: str = "auto",
         recompute: bool = False,
-        router: Router | None = None,
         expert_hidden: int | None = None,
         response_tokens: int = 0,
     ) -> None:
         super().__init__()
-        if router is None:
-            num_experts = 16 if num_experts is None else num_experts
-            self.parts = top_k = 2 if top_k is None else top_k
-            check_parts(hidden, num_experts, top_k)
-            groups = num_experts // top_k if init_router else None
-            router = SoftmaxRouter(dim, num_experts, top_k, gate, groups, router_std)
-        else:
-            self.parts = router.parts
-            for name, value in (("num_experts", num_experts), ("top_k", top_k)):
-                if value not in (None, getattr(router, name)):
-                    raise ValueError(
-                        f"{name}={value}, but the layer's router has "
-                        f"{name}={getattr(router, name)}: set that of the router"
-                    )
-            if self.parts > 1:
-                check_parts(hidden, router.num_experts, self.parts)
-        if expert_hidden not in (None, hidden // self.parts) and init_experts:
+        if hidden % router.parts:
             raise ValueError(
-                f"expert_hidden={expert_hidden} is not the size {hidden // self.parts} of the "
-                "dense FFN's parts, which the experts start as: leave it out, or set "
-                "init_experts=False to start from random experts"
+                f"top_k={router.top_k} doesn't divide the FFN's hidden size {hidden}: choose a "
+                "top_k that does, e.g. 1, 2 or 4"
             )
-        self.hidden, self.num_experts, self.top_k = hidden, router.num_experts, router.top_k
+        check_copies(router.num_experts, router.parts)
+        size = hidden // router.parts
+        if expert_hidden not in (None, size) and init_experts:
+            raise ValueError(
+                f"expert_hidden={expert_hidden} is not the size {size} of the dense FFN's parts, "
+                "which the experts start as: leave it out, or set init_experts=False to start "
+                "from random experts"
+            )
+        self.hidden, self.parts = hidden, router.parts
         self.init_experts, self.response_tokens = init_experts, response_tokens
         self.router = router
-        size = expert_hidden or hidden // self.parts
-        self.experts = Experts(dim, size, self.num_experts, activation, backend, recompute)
+        self.experts = Experts(
+            dim, expert_hidden or size, router.num_experts, activation, backend, recompute
+        )
         self.register_load_state_dict_pre_hook(convert_dense_ffn)
 
     def forward(
@@ -107,20 +92,6 @@ class MoEFeedForward(nn.Module):
         return y.view_as(x), routing
 
 
-def check_parts(hidden: int, num_experts: int, top_k: int) -> None:
-    """Raises ValueError unless k divides the hidden size and the number of experts."""
-    if top_k < 1 or hidden % top_k:
-        raise ValueError(
-            f"top_k={top_k} doesn't divide the FFN's hidden size {hidden}: choose a top_k "
-            "that does, e.g. 1, 2 or 4"
-        )
-    if num_experts % top_k:
-        raise ValueError(
-            f"num_experts={num_experts} is not a multiple of top_k={top_k}: experts are "
-            "whole copies of the FFN, each cut into top_k parts"
-        )
-
-
 def convert_dense_ffn(
     module: MoEFeedForward, state_dict: dict[str, Tensor], prefix: str, *_: object
 ) -> None:
@@ -134,7 +105,7 @@ def convert_dense_ffn(
             f"{module.hidden}: the checkpoint is of another architecture"
         )
     if module.init_experts:
-        experts = split_ffn(*dense, module.parts, module.num_experts // module.parts)
+        experts = split_ffn(*dense, module.parts, module.router.num_experts // module.parts)
     else:
         experts = [p.detach().clone() for p in module.experts.parameters()]
     for name, value in zip(("w1", "b1", "w2", "b2"), experts, strict=True):

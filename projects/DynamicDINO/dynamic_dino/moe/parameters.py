@@ -15,7 +15,9 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     """
     total = sum(p.numel() for p in model.parameters())
     idle = sum(
-        sum(p.numel() for p in m.experts.parameters()) * (m.num_experts - m.top_k) // m.num_experts
+        sum(p.numel() for p in m.experts.parameters())
+        * (m.router.num_experts - m.router.top_k)
+        // m.router.num_experts
         for m in model.modules()
         if isinstance(m, MoEFeedForward)
     )

@@ -63,19 +63,24 @@ class SoftmaxRouter(Router):
     (benchmarks/ABLATIONS.md); `PartRouter` learns from the detection loss without that.
 
     Args:
-        groups: rows are drawn for this many groups, and repeated for the siblings of each
-            (Algorithm 1). None draws every row (Table 10, without initialisation).
+        num_experts, top_k: E and k, the "xE-TopK" of the paper's Table 8: E / k copies of the dense
+            FFN, each cut into k parts.
+        tied: a row is drawn for each copy, and repeated for its parts (Algorithm 1). False draws
+            every row by itself (Table 10, without initialisation).
         std: standard deviation of the rows. Algorithm 1 draws N(0, 1), which saturates the softmax
             on layer-normalised tokens; a small value starts from a nearly even load.
+
+    Raises:
+        ValueError: an unknown gate, or a k that is out of range or, if tied, doesn't divide E.
     """
 
     def __init__(
         self,
         dim: int,
-        num_experts: int,
-        top_k: int,
+        num_experts: int = 16,
+        top_k: int = 2,
         gate: str = "indicator",
-        groups: int | None = None,
+        tied: bool = True,
         std: float = 0.02,
     ) -> None:
         super().__init__()
@@ -83,18 +88,18 @@ class SoftmaxRouter(Router):
             raise ValueError(f"gate {gate!r}: choose one of {', '.join(GATES)}")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
-        if groups is not None and num_experts % groups:
-            raise ValueError(f"num_experts={num_experts} is not a multiple of groups={groups}")
-        self.num_experts, self.top_k, self.gate = num_experts, top_k, gate
-        self.groups, self.std = groups, std
+        if tied:
+            check_copies(num_experts, top_k)
+        self.num_experts, self.top_k, self.parts = num_experts, top_k, top_k
+        self.gate, self.tied, self.std = gate, tied, std
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        groups = self.groups or self.num_experts
+        repeats = self.parts if self.tied else 1
         with torch.no_grad():
-            rows = torch.empty_like(self.weight[:groups]).normal_(0, self.std)
-            self.weight.copy_(rows.repeat_interleave(self.num_experts // groups, 0))
+            rows = torch.empty_like(self.weight[::repeats]).normal_(0, self.std)
+            self.weight.copy_(rows.repeat_interleave(repeats, 0))
 
     def block(self) -> dict | None:
         if self.dropped:
@@ -120,6 +125,15 @@ class SoftmaxRouter(Router):
         if barred is not None and gates is not None:
             gates = gates.masked_fill(ids < 0, 0)
         return Routing(ids, gates, probs, blocks)
+
+
+def check_copies(num_experts: int, parts: int) -> None:
+    """Raises ValueError unless the experts are whole copies of an FFN, cut into `parts` each."""
+    if num_experts % parts:
+        raise ValueError(
+            f"num_experts={num_experts} is not a multiple of top_k={parts}: experts are whole "
+            "copies of the FFN, each cut into top_k parts"
+        )
 
 
 def best_experts(logits: Tensor, top_k: int, barred: Tensor | None) -> tuple[Tensor, Tensor]:

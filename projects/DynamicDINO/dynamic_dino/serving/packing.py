@@ -87,8 +87,9 @@ def _candidates(model: nn.Module, rows: int) -> list[_Candidate]:
             found[parent] = _ffn(parent, rows)
             left.update((parent.linear1, parent.linear2))
         elif isinstance(parent, MoEFeedForward) and _can_be_packed(parent.experts):
-            few = max(1, rows * parent.top_k // parent.num_experts)
-            found[parent.experts] = _experts(parent.experts, few, few * parent.num_experts)
+            number = parent.router.num_experts
+            few = max(1, rows * parent.router.top_k // number)
+            found[parent.experts] = _experts(parent.experts, few, few * number)
         elif isinstance(parent, nn.Sequential):
             for layer, after in pairwise(parent):
                 if type(layer) is nn.Linear and type(after) in _POST_OPS:
