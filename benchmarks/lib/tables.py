@@ -88,7 +88,7 @@ def model_zoo(report: dict) -> str:
 
 def moe_layer(report: dict) -> str:
     names = list(dict.fromkeys(n for row in report["rows"] for n in row["times"]))
-    head = ["T", "experts", "dtype", "routing", "part", "pass", "dense, µs", *names[1:]]
+    head = ["T", "experts", "dtype", "routing", "what", "pass", "dense, µs", *names[1:]]
     rows = []
     for row in report["rows"]:
         times = {name: t["median_us"] for name, t in row["times"].items()}
@@ -130,8 +130,8 @@ def fps(report: dict) -> str:
     if many := report.get("many_names"):
         slow, fast = (many["results"][way]["fps"] for way in ("piece by piece", "in one call"))
         text += (
-            f"\n{many['names']} names in {many['pieces']} pieces ({many['detector']}): in one call "
-            f"{fast:.3g} images per second, {fast / slow:.2f} times as many as piece by piece.\n"
+            f"\n{many['names']} names in {many['pieces']} chunks ({many['detector']}): in one call "
+            f"{fast:.3g} images per second, {fast / slow:.2f} times as many as chunk by chunk.\n"
         )
     return text
 
@@ -187,7 +187,7 @@ def public_weights(report: dict) -> str:
             ours = [cells["ours", part, text] for text in ("encoded", "cached")]
             ours = [f"{fps:.3g} ({speedup:.2f})" for fps, speedup in ours]
             rows.append([name, part, f"{theirs:.3g}", *ours, twins])
-    head = ["weights", "part", "transformers", "ours", "ours, text cached", "same detections"]
+    head = ["weights", "what", "transformers", "ours", "ours, text cached", "same detections"]
     return text + table(head, rows)
 
 
