@@ -94,7 +94,8 @@ def load_config(
 
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Applies ``key=value`` strings in place. A key must exist in the recipe, or name a parameter
-    of the callable whose node it is in (``optimizer.betas=[0.9,0.98]``)."""
+    of the callable whose node it is in (``optimizer.betas=[0.9,0.98]``). A callable with all its
+    arguments (``model.backbone={_target_:my_module.MyBackbone,width:64}``) replaces a node."""
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -104,6 +105,8 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             )
         _check_key(cfg, key)
         before = OmegaConf.select(cfg, key, throw_on_missing=False)
+        if value.startswith("{_target_:"):  # else the former callable's arguments stay
+            OmegaConf.update(cfg, key, None, merge=False)
         try:
             LazyConfig.apply_overrides(cfg, [override])
         except Exception as error:  # hydra's grammar errors are of many types

@@ -54,8 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--protocol",
-        choices=PROTOCOLS,
-        help="default: lvis-fixed for LVIS's files, refexp for referring expressions, else coco",
+        metavar="NAME",
+        help=f"{', '.join(PROTOCOLS)}, or the import path of your own; default: lvis-fixed for "
+        "LVIS's files, refexp for referring expressions, else coco",
     )
     parser.add_argument(
         "--max-dets", type=int, help="detections that count, in place of the protocol's own number"

@@ -47,8 +47,8 @@ class DetectionEvaluator(DatasetEvaluator):
         output_dir: where predictions.json (COCO results format), results.json, results.txt and
             pictures.jpg (`results_sheet`, of images that the main process saw) go; None writes
             nothing.
-        protocol: "coco", "lvis", "lvis-fixed" or "refexp". Default: "lvis-fixed" for LVIS,
-            "refexp" for RefCOCO, "coco" for all others.
+        protocol: "coco", "lvis", "lvis-fixed", "refexp", or the import path of a `Protocol` of
+            your own. Default: "lvis-fixed" for LVIS, "refexp" for RefCOCO, "coco" for all others.
         max_dets: detections that count, per image and class ("coco": 100), per image ("lvis": 300)
             or per class ("lvis-fixed": 10,000, of which no more are kept either).
         detector: settings of the detector that belong to the protocol, such as max_phrases;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -51,7 +52,16 @@ DEFAULTS = {"lvis": "lvis-fixed", "refexp": "refexp"}
 
 
 def protocol_named(name: str) -> Protocol:
-    """Raises ValueError for an unknown name."""
-    if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}: use one of {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name]
+    """One of `PROTOCOLS`, or one of your own by its import path, "my_module.MY_PROTOCOL".
+
+    Raises ValueError for an unknown name.
+    """
+    if name in PROTOCOLS:
+        return PROTOCOLS[name]
+    found = pydoc.locate(name) if "." in name else None
+    if not isinstance(found, Protocol):
+        raise ValueError(
+            f"unknown protocol {name!r}: use one of {', '.join(PROTOCOLS)}, or the import path of "
+            "a Protocol of your own"
+        )
+    return found

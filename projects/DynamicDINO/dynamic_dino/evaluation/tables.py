@@ -19,7 +19,8 @@ def format_results(results: dict, max_classes: int | None = None) -> str:
     """
     metrics, per_class = results["metrics"], results["per_class"]
     scored = [row for row in per_class if row["objects"]]
-    columns = [k for k in metrics if k in (*_SIZES, "AR", f"AR{results['max_dets']}") or "@" in k]
+    known = (*_SIZES, "AR", f"AR{results['max_dets']}")
+    columns = [k for k in metrics if k in known or "@" in k] or list(metrics)
     counted = protocol_named(results["protocol"]).counted.format(results["max_dets"])
     objects = f"{results['objects']} objects of {len(scored)} classes" if per_class else ""
     images = f"{results['images']} {'images' if per_class else 'expressions'}"
