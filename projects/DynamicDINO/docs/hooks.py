@@ -25,6 +25,7 @@ PAGES = {
     "results.md": "benchmarks/RESULTS.md",
     "ablations.md": "benchmarks/ABLATIONS.md",
     "benchmarks.md": "benchmarks/README.md",
+    "changelog.md": "CHANGELOG.md",
 }
 LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")  # [text](relative#anchor)
 BLOCK = re.compile(r"[-*] |\d+\. |\||<!--")  # begins a list, a table or a comment
