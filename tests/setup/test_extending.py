@@ -39,7 +39,7 @@ OVERRIDES = {
 @pytest.mark.parametrize("toy", OVERRIDES)
 def test_one_file_and_an_override(toy, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(TOYS))
-    recipe = "himoe/nano_x16_drawn.py" if toy == "router" else "pretrain/nano_drawn.py"
+    recipe = "moe_tuning/nano_x16_drawn.py" if toy == "router" else "pretrain/nano_drawn.py"
     options = [
         f"train.output_dir={tmp_path}",
         "train.init_checkpoint=''",
