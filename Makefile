@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz bench gpu gpu-site docs docs-serve lint types own
+.PHONY: help setup demo test test-fast fuzz bench gpu gpu-site docs docs-serve lint types own
 
 # The active environment if there is one, else .venv, which `make setup` creates.
 VENV := $(or $(VIRTUAL_ENV),.venv)
@@ -20,14 +20,28 @@ setup: $(READY)  ## create .venv and install everything (2.5 GB of downloads, so
 demo: $(READY)  ## from a dense detector to Dynamic-DINO: tune, evaluate, detect (20 minutes)
 	@$(PY) -m dynamic_dino.demo
 
+# With BROWSER=1 it brings a browser for the analysis report's page, if there is none.
 test: $(READY)  ## run the tests, or some of them: make test TESTS="tests/moe -k router"
-	@$(if $(BROWSER),$(PY) tests/helpers/browser.py)
-	@$(PY) -m pytest -q -n auto $(TESTS)
+	@$(if $(BROWSER),$(PY) -m pip --disable-pip-version-check install -q -c constraints.txt \
+	    -e '.[browser]' && $(PY) tests/helpers/browser.py)
+	@$(PY) -m pytest -q -n auto --dist worksteal $(TESTS)
+
+# One path through everything: kernels, experts, their tuning, losses, a training step, data,
+# recipes, the loop, an evaluation, checkpoints, and detectors that load by name.
+FAST := tests/setup/test_layers.py tests/kernels/test_expert_ffn.py::test_matches_the_definition \
+	tests/moe/test_router.py tests/moe/test_tuning.py tests/modeling/losses \
+	tests/modeling/test_detector.py::test_training_step tests/data/test_mapper.py \
+	tests/data/test_datasets.py tests/engine/test_recipe_config.py tests/engine/test_trainer.py \
+	tests/evaluation/test_coco_ap.py tests/checkpoint/test_weights.py \
+	tests/serving/test_shipped_models.py
+
+test-fast: $(READY)  ## run one path through everything, in less than a minute
+	@$(PY) -m pytest -q -n auto --dist worksteal -m "not slow" $(FAST)
 
 fuzz: SEED := $(or $(SEED),$(shell od -An -N3 -tu4 /dev/urandom | tr -d ' '))
 fuzz: $(READY)  ## run the tests on other random numbers: make fuzz SEED=123 TESTS=tests/moe
 	@echo "Seed: $(SEED)"
-	@DYNAMIC_DINO_TEST_SEED=$(SEED) $(PY) -m pytest -q -n auto --hypothesis-seed=$(SEED) $(TESTS)
+	@DYNAMIC_DINO_TEST_SEED=$(SEED) $(PY) -m pytest -q -n auto --dist worksteal --hypothesis-seed=$(SEED) $(TESTS)
 
 bench: $(READY)  ## measure this machine, into benchmarks/results/<machine> (minutes)
 	@for script in flops fps profile_detector moe_layer training_step peers \

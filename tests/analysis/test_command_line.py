@@ -35,6 +35,7 @@ def table(file: Path) -> list[dict]:
         return list(csv.DictReader(lines))
 
 
+@pytest.mark.slow
 def test_one_model(drawn, run_of, tmp_path, capsys):
     x4 = ("moe_tuning/nano_x16_drawn.py", "model.decoder.layer.ffn.router.num_experts=4")
     run, dense = run_of("x4", *x4), run_of("dense", "pretrain/nano_drawn.py")
@@ -58,6 +59,7 @@ def test_one_model(drawn, run_of, tmp_path, capsys):
     check_in_browser(output / "report.html", page.images)
 
 
+@pytest.mark.slow
 def test_several_runs_on_two_data_sets(drawn, run_of, tmp_path):
     """HI-MoE and DynMoE, on the same pictures under two names: a file of annotations has none."""
     himoe = run_of(

@@ -41,6 +41,7 @@ def ap_of(collection):
     return subset_ap(collection, objects, *everything)[0]
 
 
+@pytest.mark.slow
 def test_every_expert_of_a_layer(x4, loader):
     model, _ = x4
     reference, drops = drop_experts(model, loader, "drawn_val", ["decoder 1"])

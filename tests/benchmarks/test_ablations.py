@@ -84,6 +84,7 @@ def run(*arguments: str) -> int:
     return ablations.main(["toys", "--device", "cpu", *arguments])
 
 
+@pytest.mark.slow
 def test_each_row_and_seed_is_trained_once(toy, capfd):
     assert run("--seeds", "0", "3") == 0
     files = sorted(path.name for path in (toy / "results/cpu/ablations/toy").iterdir())
@@ -149,6 +150,7 @@ def test_a_killed_runner_leaves_no_second_training(toy):
     assert job.result.exists() and len(calls(toy)) == 1
 
 
+@pytest.mark.slow
 def test_bases_are_trained_first_and_given_to_those_that_start_from_them(toy, monkeypatch, capsys):
     rows = {name: replace(row, base="base") for name, row in SETTING.rows.items()}
     rows["base"] = Row("base", "pretrain/nano_drawn", base="first")
@@ -185,6 +187,7 @@ def test_wrong_arguments(toy, capsys, arguments, message):
 # ---- what is declared ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=lambda s: s.name)
 def test_every_row_is_a_recipe_with_the_settings_test_sets(setting):
     for row in setting.rows:
@@ -196,6 +199,7 @@ def test_every_row_is_a_recipe_with_the_settings_test_sets(setting):
             assert cfg.train.init_checkpoint.endswith(f"{base}/seed0/model_final.pth")
 
 
+@pytest.mark.slow
 def test_every_sweep_shows_its_control_and_compares_runs_of_one_length():
     for sweep in SWEEPS.values():
         setting = SETTINGS[sweep.setting]

@@ -177,6 +177,7 @@ def script(tmp_path_factory):
     return done.stdout, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_parts_add_up_to_the_total(script):
     for model in script[1]["models"].values():
         counted = model["flops"]
@@ -188,6 +189,7 @@ def test_parts_add_up_to_the_total(script):
         )
 
 
+@pytest.mark.slow
 def test_the_decoder_part_by_part(script):
     n = QUERIES * LAYERS
     projections = n * D * D
@@ -207,6 +209,7 @@ def test_the_decoder_part_by_part(script):
     }
 
 
+@pytest.mark.slow
 def test_experts_add_the_router_and_the_gated_sum_and_nothing_else(script):
     dense, x16 = (script[1]["models"][name]["flops"] for name in ("dense", "x16"))
     router, gated_sum = QUERIES * LAYERS * EXPERTS * D, QUERIES * LAYERS * 2 * D
@@ -215,6 +218,7 @@ def test_experts_add_the_router_and_the_gated_sum_and_nothing_else(script):
     assert x16["routers"] == router and dense["routers"] == 0
 
 
+@pytest.mark.slow
 def test_parameters(script):
     dense, x16 = (script[1]["models"][name]["parameters"] for name in ("dense", "x16"))
     expert, router = 2 * D * HIDDEN // 2 + HIDDEN // 2 + D, EXPERTS * D
@@ -225,6 +229,7 @@ def test_parameters(script):
     assert x16["total"] > x16["active"] > x16["trainable"] > LAYERS * EXPERTS * expert
 
 
+@pytest.mark.slow
 def test_the_table_says_what_it_counts(script):
     text, report = script
     assert "nano_x16_stamps.py, 320 x 320" in text and "one multiply-add counted as one" in text

@@ -19,6 +19,7 @@ def result(tmp_path_factory):
     return json.loads((folder / "fps.json").read_text()), folder
 
 
+@pytest.mark.slow
 def test_compares_dense_with_experts_on_every_backend(result):
     report, folder = result
     assert [(r["size"], r["batch"], r["text"]) for r in report["rows"]] == [

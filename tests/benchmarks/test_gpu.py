@@ -88,6 +88,7 @@ def weights(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     os.environ.get("REHEARSE_GPU") != "1", reason="takes minutes: REHEARSE_GPU=1 asks for it"
 )
@@ -171,6 +172,7 @@ open(sys.argv[sys.argv.index("--json") + 1], "w").write(json.dumps(report))
 """
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_or_hangs_does_not_stop_the_next(fake, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "MOST", 1.0)
     lines = {
@@ -221,6 +223,7 @@ def test_results_that_cannot_be_read_are_a_failure(fake, tmp_path):
     assert state["fps"]["rc"] == gpu.UNREADABLE and state["next"]["rc"] == 0
 
 
+@pytest.mark.slow
 def test_no_time_and_missing_packages_are_told(fake, monkeypatch, capsys):
     lines = {"a": "import time; time.sleep(4); print(1)", "b": "print(2)"}
     assert fake("--seconds", "14", lines=lines, limit=10) == 0  # of 9 each step needs 6
@@ -245,6 +248,7 @@ def test_plans_with_the_time_there_is():
     assert len(limits) == len(gpu.all_steps())  # ten minutes are enough for all
 
 
+@pytest.mark.slow
 def test_killed_it_takes_its_step_along(site, tmp_path):
     run = start(tmp_path / "out", "--only", "kernels", kernels="-k one_expert --collect-only")
     children: list[str] = []
@@ -264,6 +268,7 @@ def alive(pid: int) -> bool:
     return path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks/gpu.py", "--out", tmp_path],

@@ -54,6 +54,7 @@ def test_is_small_and_leaves_weights_and_compiled_detectron2_behind(site):
     assert owners == {name.lower() for name in (*gpu_site.PURE, *gpu_site.COMPILED)}
 
 
+@pytest.mark.slow
 def test_with_it_everything_can_be_imported_and_without_it_is_missed(site):
     assert imports(site) == {}
     missing = imports()

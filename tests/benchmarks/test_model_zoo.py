@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
 from dynamic_dino.serving.inference import SHIPPED_MODELS
 from lib import tables as results
@@ -13,6 +14,7 @@ from lib import tables as results
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_evaluates_and_times_what_is_shipped(tmp_path):
     write_drawn_dataset(tmp_path, num_images=3, split="val")
     overrides = [

@@ -34,6 +34,7 @@ def result(tmp_path_factory):
     return done.stdout, json.loads(files[1].read_text()), files[3]
 
 
+@pytest.mark.slow
 def test_compares_all_candidates_in_every_case(result):
     _, report, _ = result
     rows = report["rows"]
@@ -49,6 +50,7 @@ def test_compares_all_candidates_in_every_case(result):
             assert times.get("error", 0) < 1e-5
 
 
+@pytest.mark.slow
 def test_says_where_the_numbers_come_from(result):
     text, report, _ = result
     assert report["machine"] and report["versions"]["torch"] and report["commit"]
@@ -57,6 +59,7 @@ def test_says_where_the_numbers_come_from(result):
     assert "x dense  error" in text
 
 
+@pytest.mark.slow
 def test_splits_a_layer_into_phases(result):
     for row in result[1]["rows"]:
         for name, found in row["times"].items():
@@ -94,10 +97,12 @@ def test_time_goes_to_the_phase_of_the_caller():
     assert without["routing"] == 0 < without["dispatch"] and without["experts"] > 0
 
 
+@pytest.mark.slow
 def test_draws_the_ratios(result):
     assert result[2].stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_wrong_arguments_are_explained():
     done = run("--measure", "router")
     assert done.returncode == 2 and "choose from" in done.stderr

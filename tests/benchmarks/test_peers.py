@@ -57,6 +57,7 @@ def measured(peers, path, *arguments):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_every_peer_runs_beside_ours(small, tmp_path, capsys):
     report = measured(small, tmp_path / "new" / "peers.json", "--size", "96", "128")
     assert not report["failed"]
@@ -138,6 +139,7 @@ def test_grounding_dino_is_as_large_as_published(peers):
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(172e6, rel=0.005)
 
 
+@pytest.mark.slow
 def test_the_command_names_the_models_to_choose_from():
     command = [sys.executable, ROOT / "benchmarks/peers.py", "--models", "yolo"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -47,6 +47,7 @@ def arguments(path, *more) -> list[str]:
     return [*own, "--names", "dog. traffic light.", "--json", str(path), *more]
 
 
+@pytest.mark.slow
 def test_same_detections_then_times(benchmark, tmp_path, capsys):
     path = tmp_path / "new/public_weights.json"
     assert benchmark.main(arguments(path, "--models", "tiny", "mm-tiny")) == 0
@@ -71,6 +72,7 @@ def test_same_detections_then_times(benchmark, tmp_path, capsys):
     assert str(tmp_path) not in json.dumps(report["settings"]["images"])
 
 
+@pytest.mark.slow
 def test_other_detections_end_it(benchmark, tmp_path, capsys, monkeypatch):
     load = benchmark.load_twins
 
@@ -87,6 +89,7 @@ def test_other_detections_end_it(benchmark, tmp_path, capsys, monkeypatch):
     assert "not the same, so nothing is measured" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_weights_of_ones_own_and_half_precision(benchmark, tmp_path):
     benchmark.save_random(tmp_path / "hub", *benchmark.MODELS["tiny"])
     path, weights = tmp_path / "report.json", f"hf:{tmp_path / 'hub'}"

@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
 import record_memory
 from dynamic_dino.data import datasets
 from lib import tables as results
 
 
+@pytest.mark.slow
 def test_everything_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(record_memory, "WORKERS", (0, 2))
     try:

@@ -26,6 +26,7 @@ def result(tmp_path_factory):
     return done.stdout, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_compares_all_kinds_of_step(result):
     rows = result[1]["rows"]
     assert [row["candidate"] for row in rows] == KINDS
@@ -35,6 +36,7 @@ def test_compares_all_kinds_of_step(result):
     assert rows[0]["speedup"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "kind"),
     [("nano_x16_stamps.py", KINDS[3]), ("nano_dense_control_stamps.py", KINDS[1])],
@@ -50,12 +52,14 @@ def test_trains_what_the_recipe_trains(result, recipe, kind):
     assert row["trained"] == sum(free.values()) < row["parameters"]
 
 
+@pytest.mark.slow
 def test_pre_training_frees_all_that_the_model_does(result):
     rows = result[1]["rows"]
     model = instantiate(load_config(ROOT / "configs/pretrain/nano_stamps.py").model)
     assert rows[0]["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 def test_says_what_was_scaled_down_and_where_the_numbers_come_from(result):
     text, report = result
     assert "image side 64 (recipe: 320), batch 1 (recipe: 8), names 3 (recipe: 30)" in text

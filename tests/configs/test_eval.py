@@ -128,6 +128,7 @@ def write_odinw(root, rng, name):
     written.rename(root / file)
 
 
+@pytest.mark.slow
 def test_odinw13_complete(root, evaluate, rng, caplog):
     for name in ODINW13:
         write_odinw(root, rng, name)

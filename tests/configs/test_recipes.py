@@ -145,6 +145,7 @@ def test_recipe(recipe):
         assert not mixtures and not model.criterion.router_losses
 
 
+@pytest.mark.slow
 def test_what_trains():
     """The paper's section 3.1, and the ablation of it, part by part."""
     kinds = ("fusion", "experts", "router", "class_head", "box_head", "linear1", "linear2")

@@ -84,6 +84,7 @@ def samples(phrases):
     return batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_step_and_evaluation(recipe):
     cfg = load_config(CONFIGS / recipe)

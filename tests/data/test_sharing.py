@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from dynamic_dino.data import load_datasets
 from helpers import miniatures
 from helpers.seeds import fresh_rng
 
 
+@pytest.mark.slow
 def test_processes_of_a_machine_share_the_records(tmp_path):
     file = miniatures.write_flickr30k(tmp_path, fresh_rng())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

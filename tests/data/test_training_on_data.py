@@ -43,6 +43,7 @@ def options(output: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_nano_trains_on_the_mixture(root, tmp_path):
     cfg = load_config(CONFIGS / "pretrain/nano_drawn.py", options(tmp_path / "run"))
     paper = LazyConfig.load(str(CONFIGS / "common/data/paper_mixture.py")).dataloader
@@ -59,6 +60,7 @@ def test_nano_trains_on_the_mixture(root, tmp_path):
     assert "coco/AP50" in results
 
 
+@pytest.mark.slow
 def test_a_closed_set_trains_on_coco(root, tmp_path):
     """The data of the COCO recipes, the classes of the file."""
     small = [
@@ -78,6 +80,7 @@ def test_a_closed_set_trains_on_coco(root, tmp_path):
     assert "coco/AP50" in json.loads((tmp_path / "run/results.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["detection", "grounding"])
 def test_own_data_with_others_mixed_in(root, tmp_path, kind, monkeypatch):
     """Detection: COCO JSON; grounding: ODVG JSONL; with two data sets of the paper beside it."""

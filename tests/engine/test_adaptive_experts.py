@@ -28,6 +28,7 @@ def same(a, b) -> bool:
     return a == b
 
 
+@pytest.mark.slow
 def test_interrupted_run_equals_whole_run(recipe, metrics, tmp_path):
     """Cut in a window, at a change, and behind one; checkpoints are of iterations 3, 7, 11, ..."""
     do_train(recipe("whole"))

@@ -33,6 +33,7 @@ def tmp_path(two_ranks):
     return two_ranks
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(recipe, metrics):
     do_train(recipe("single", "model.dropout=0", "model.noise=0"))
     single, double = metrics("single"), metrics("whole")
@@ -42,6 +43,7 @@ def test_two_ranks_equal_one(recipe, metrics):
             assert double[i][name] == pytest.approx(single[i][name], rel=1e-4), (i, name)
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_exactly(metrics, two_ranks):
     assert metrics("cut") == metrics("random")
     a, b = (torch.load(two_ranks / n / "model_final.pth") for n in ("cut", "random"))
@@ -51,10 +53,12 @@ def test_two_ranks_resume_exactly(metrics, two_ranks):
     )
 
 
+@pytest.mark.slow
 def test_ranks_draw_different_noise(metrics):
     assert metrics("random")[0]["total_loss"] != metrics("whole")[0]["total_loss"]
 
 
+@pytest.mark.slow
 def test_every_rank_names_the_batch_that_was_nan(two_ranks):
     errors = [(two_ranks / f"error{rank}.txt").read_text() for rank in (0, 1)]
     assert errors[0] == errors[1]
@@ -63,6 +67,7 @@ def test_every_rank_names_the_batch_that_was_nan(two_ranks):
     assert POISON in batch and len(names) == 4, "the half batch of one rank"
 
 
+@pytest.mark.slow
 def test_placement_from_torchrun():
     env = dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4")
     assert placement_from_environment(env) is None
@@ -70,6 +75,7 @@ def test_placement_from_torchrun():
     assert placement_from_environment(env) == Placement(5, 8, 1, 4, "env://")
 
 
+@pytest.mark.slow
 def test_placement_from_slurm():
     batch_script = dict(SLURM_NTASKS="16", SLURM_PROCID="0", SLURM_JOB_ID="20123")
     assert placement_from_environment(batch_script) is None
@@ -87,6 +93,7 @@ def test_placement_from_slurm():
         placement_from_environment(step | dict(SLURM_STEP_TASKS_PER_NODE="8,4"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [
@@ -101,6 +108,7 @@ def test_first_host(nodes, first):
 
 
 # DynMoE ------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_two_ranks_choose_the_same_experts(metrics, two_ranks):
     """Each rank sees half of the tokens; both end with the same experts, and so does one process
     that sees all of them."""
@@ -115,5 +123,6 @@ def test_two_ranks_choose_the_same_experts(metrics, two_ranks):
     assert sum(len(change) > 1 for change in changes) >= 1
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_across_a_change_of_experts(metrics):
     assert metrics("adaptive_cut") == metrics("adaptive_random")

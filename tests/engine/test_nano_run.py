@@ -57,6 +57,7 @@ def losses(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if "loss" in k or "moe/" in k} for row in rows]
 
 
+@pytest.mark.slow
 def test_moe_tuning_resumes_to_the_same_bits(dense, tmp_path, monkeypatch):
     recipe = ("moe_tuning/nano_x16_drawn.py", f"train.init_checkpoint={dense}", "train.max_iter=5")
     whole = train(recipe[0], tmp_path / "whole", *recipe[1:])
@@ -80,6 +81,7 @@ def test_moe_tuning_resumes_to_the_same_bits(dense, tmp_path, monkeypatch):
     assert losses(resumed) == losses(whole)
 
 
+@pytest.mark.slow
 def test_closed_set_dense_then_himoe(tmp_path):
     small = ("model.enhancer.num_layers=1", "model.decoder.num_layers=1")
     rows = train("pretrain/dino_nano_drawn.py", tmp_path / "dense", *small, "train.max_iter=2")
@@ -94,6 +96,7 @@ def test_closed_set_dense_then_himoe(tmp_path):
     assert "val/routing/layer0/load_entropy" in results
 
 
+@pytest.mark.slow
 def test_mistakes_end_with_their_message_alone(dense, tmp_path):
     recipe, output = "moe_tuning/nano_x16_drawn.py", tmp_path / "run"
     for override, message in (

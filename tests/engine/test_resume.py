@@ -62,6 +62,7 @@ def test_interrupted_run_equals_whole_run(recipe, metrics, stop_at, change):
     assert cut["ema"]["updates"] == 20 and cut["iteration"] == 19
 
 
+@pytest.mark.slow
 def test_killed_run_equals_whole_run(recipe, metrics, tmp_path):
     """kill -9 while checkpoints are written after every iteration."""
     options = ["train.max_iter=60", "train.checkpointer.period=1"]

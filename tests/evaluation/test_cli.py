@@ -26,6 +26,7 @@ def saved(tmp_path):
     return str(tmp_path / "predictions.json"), str(tmp_path / "truth.json")
 
 
+@pytest.mark.slow
 def test_the_command(saved, tmp_path):
     predictions, truth = saved
     command = [sys.executable, "-m", "dynamic_dino.evaluation", predictions, "--dataset", truth]

@@ -4,6 +4,7 @@ It is this machine's Chromium or Chrome. `BROWSER=1 make test` runs this file, w
 the environment where there is none, without root: npm's package @sparticuz/chromium.
 """
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -42,6 +43,9 @@ class Seen:
 
 
 def find_browser() -> Path | None:
+    """A browser and playwright, which steers it."""
+    if importlib.util.find_spec("playwright") is None:
+        return None
     found = [path for name in NAMES if (path := shutil.which(name))]
     found += [path] if (path := FOLDER / "chromium").is_file() else []
     return Path(found[0]) if found else None

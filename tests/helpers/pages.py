@@ -48,7 +48,7 @@ def check_page(text: str) -> Page:
 def check_in_browser(page: Path, titles: list[str]) -> None:
     """Nothing on the console, all figures loaded; wide tables and photos scroll in frames."""
     if find_browser() is None:
-        pytest.skip("no browser: install Debian's chromium, Chrome, or npm")
+        pytest.skip("no browser and playwright: BROWSER=1 make test brings both")
     for width in (390, 1200):
         seen = look_at(page, width)
         assert not seen.console

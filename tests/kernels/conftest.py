@@ -1,7 +1,16 @@
+from pathlib import Path
+
 import pytest
 import torch
 
+FOLDER = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, Triton's interpreter runs
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.is_relative_to(FOLDER):
+            item.add_marker(pytest.mark.kernels)
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ def run(*arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_kernels_fit_every_target():
     result = run("--dtypes", "float16", "float32", "--tokens", "900", "--workers", "1")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -28,6 +29,7 @@ def test_kernels_fit_every_target():
         assert {"fused_ffn", "grouped_linear", "sample_forward"} <= {x.split()[3] for x in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target, unit", [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
 def test_report_says_what_the_machine_code_does(target, unit):
     """The detector's tiles: no product is computed twice, and copies run beside the arithmetic."""
@@ -62,6 +64,7 @@ TTGIR = (
 )
 
 
+@pytest.mark.slow
 def test_main_loop_and_duplication(monkeypatch):
     """Of nested loops an inner one, with the most arithmetic; two warps do a product of 32 x 16 x
     16 in two instructions each, so that four instructions are twice as many."""
@@ -75,6 +78,7 @@ def test_main_loop_and_duplication(monkeypatch):
     assert sass.read(b"", "", "", warps=2).duplication is None
 
 
+@pytest.mark.slow
 def test_the_interpreter_has_nothing_to_compile():
     result = run(TRITON_INTERPRET="1")
     assert result.returncode == 2 and "unset it" in result.stderr

@@ -97,6 +97,7 @@ print(obstacle_to_launching(torch.device("cuda:0")))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton asks the real driver")
 def test_what_triton_really_says_without_a_compiler(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CC")}

@@ -66,11 +66,13 @@ def test_matches_the_definition(slots, activation):
     check(*draw(tokens=23, slots=slots, experts=5), activation=activation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens, slots, experts", [(1, 1, 1), (1, 3, 3), (9, 7, 7), (40, 2, 16)])
 def test_sizes_at_the_edge(tokens, slots, experts):
     check(*draw(tokens, slots, experts))
 
 
+@pytest.mark.slow
 def test_empty_slots_contribute_nothing_even_with_a_gate():
     args, ids = draw(tokens=31, slots=4, experts=6)
     ids[torch.rand(ids.shape) < 0.5] = -1
@@ -118,6 +120,7 @@ def test_the_same_expert_twice_in_a_row_counts_twice():
     check(args, ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(activation):
     args, ids = draw(tokens=5, slots=2, experts=4, dim=3, hidden=4)
@@ -195,6 +198,7 @@ def test_autocast_runs_in_the_autocast_dtype_and_returns_float32_gradients(backe
         assert run(double, ids, backend=backend).dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_backends_agree_and_repeat_themselves_bit_for_bit():
     args, ids = draw(tokens=200, slots=2, experts=16, dim=32, hidden=48, dtype=torch.float32)
     dy = torch.randn(200, 32)

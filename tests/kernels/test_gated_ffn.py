@@ -108,6 +108,7 @@ def test_a_bias_may_be_missing(activation, biases, recompute):
     check(*draw(activation, biases=biases), activation, recompute=recompute)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("biases", [(), WEIGHTS])
 @pytest.mark.parametrize(
     "tokens, slots, experts, dim, hidden",
@@ -117,6 +118,7 @@ def test_sizes_at_the_edge(tokens, slots, experts, dim, hidden, biases):
     check(*draw("swiglu", tokens, slots, experts, dim, hidden, biases=biases), "swiglu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", GATED)
 def test_gradcheck(activation):
     args, ids = draw(activation, tokens=5, experts=4, dim=3, hidden=4)
@@ -178,6 +180,7 @@ def test_the_norm_at_the_end(backend):
     torch.testing.assert_close(y, nn.functional.layer_norm(summed, (7,), *norm))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inference_gives_what_training_does(backend):
     """Where nothing is kept, the hidden layer lies elsewhere, in grouped in the gates' place."""
@@ -231,6 +234,7 @@ def traced_inputs(tokens):
     return torch.randn(tokens, 20), ids, torch.rand(tokens, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_compiles_and_exports(backend):
     experts, (x, ids, gates) = GatedExperts(backend), traced_inputs(70)

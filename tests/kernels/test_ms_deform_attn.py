@@ -50,6 +50,7 @@ def test_matches_bilinear_sampling_by_hand(sizes, backend):
     torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("model", ["grounding_dino", "deformable_detr"])
 def test_matches_transformers_forward_and_gradients(model, backend):
@@ -70,6 +71,7 @@ def test_matches_transformers_forward_and_gradients(model, backend):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @both
 def test_gradcheck(backend):
     shapes = [(4, 3), (2, 2)]
@@ -106,6 +108,7 @@ def test_backward_on_triton_says_that_it_is_not_deterministic():
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_operator_checks():
     args = draw(batch=1, queries=3, dtype=torch.float32)
     flat = [size for shape in SHAPES for size in shape]

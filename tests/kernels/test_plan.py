@@ -60,6 +60,7 @@ def list_rows(
     tl.store(slots + tile * ROWS + tl.arange(0, ROWS), tl.where(live, slot, -1))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(routings(), st.sampled_from([16, 32]))
 def test_tiles_of_sorted_blocks_are_those_of_the_plan(case, rows):

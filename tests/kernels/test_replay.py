@@ -132,6 +132,7 @@ print(*(len(replayed._recordings) for replayed in every))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_repeated_calls_launch_the_same_on_their_own_pointers(target):
     assert on_the_pretended_gpu(COMPARE.format(target=target)).split() == ["12", "8", "3", "3", "1"]
@@ -174,6 +175,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_what_cant_be_repeated_is_dispatched():
     answers = on_the_pretended_gpu(REFUSED).split()
     assert answers == ["False", "True", *["False"] * 6]

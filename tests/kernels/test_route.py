@@ -34,6 +34,7 @@ def test_matches_softmax_and_topk_in_float64(tokens, experts, k, backend):
         torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @both
 def test_siblings_tie_and_the_lowest_index_wins(backend):
     """As after MoE-Tuning's initialisation: groups of equal rows."""
@@ -78,6 +79,7 @@ def test_runs_in_float32_under_autocast(backend, device):
         assert torch.equal(a, b) and a.dtype == b.dtype
 
 
+@pytest.mark.slow
 def test_operator_checks():
     torch.library.opcheck(route_op, (*draw(tokens=9), 2))
     x, weight = draw(tokens=9, experts=4)

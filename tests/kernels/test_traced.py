@@ -30,6 +30,7 @@ class Block(nn.Module):
         return expert_ffn(x, *weights, ids, gates, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "grouped", "triton"])
 def test_compiles_without_a_graph_break(backend):
     block, x = Block(backend), torch.randn(37, DIM, requires_grad=True)
@@ -44,6 +45,7 @@ def test_compiles_without_a_graph_break(backend):
         torch.testing.assert_close(grad, want)
 
 
+@pytest.mark.slow
 def test_deformable_attention_compiles_without_a_graph_break():
     value, shapes = torch.randn(1, 20, 2, 8, requires_grad=True), [(4, 4), (2, 2)]
     locations = torch.rand(1, 3, 2, 2, 4, 2)
@@ -65,6 +67,7 @@ def test_deformable_attention_compiles_without_a_graph_break():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["grouped", "triton"])
 def test_exports_with_any_number_of_tokens(backend):
     block = Block(backend)

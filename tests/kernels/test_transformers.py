@@ -261,6 +261,7 @@ def test_what_does_not_fit_is_refused():
         own(*inputs())
 
 
+@pytest.mark.slow
 def test_transformers_is_imported_on_demand_only():
     code = """
 import sys, dynamic_dino_kernels.transformers as ours

@@ -48,6 +48,7 @@ def test_tiles_more_and_less_than_full(tokens):
         check(args, ids.clamp(min=0) * 0 + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [2, 4])
 def test_hidden_units_shared_by_several_programs(splits):
     with pinned_tiles(Tiles(rows=16, hidden=16, splits=splits)):
@@ -55,6 +56,7 @@ def test_hidden_units_shared_by_several_programs(splits):
         check(*draw(5, hidden=17))
 
 
+@pytest.mark.slow
 def test_two_gemms():
     with pinned_tiles(Tiles("two_gemms", rows=16)):
         check(*draw(21))
@@ -65,6 +67,7 @@ def test_two_gemms():
             torch.testing.assert_close(run(args, ids), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("form, splits", [("fused", 1), ("fused", 3), ("two_gemms", 1)])
 def test_gated_in_all_forms(form, splits, biases):
@@ -117,6 +120,7 @@ def test_one_expert_is_the_dense_ffn(activation):
     torch.testing.assert_close(y, dense, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_operator_checks():
     args, ids = draw(7, dtype=torch.float32)
     ids = ids.clamp(min=0)  # the hidden layer of an empty slot is never written, nor read
@@ -136,6 +140,7 @@ def test_operator_checks():
         torch.library.opcheck(expert_ffn_backward_op, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting, value, expected",
     [

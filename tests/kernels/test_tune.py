@@ -186,6 +186,7 @@ def test_needs_cuda():
             tune.main([])
 
 
+@pytest.mark.slow
 def test_compiles_for_a_gpu_that_is_not_there():
     """Triton's own compiler in two threads: what fits, what doesn't, and what is no kernel."""
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -212,6 +212,7 @@ def losses(model, maps, masks, text):
     return {**model.criterion(output, targets), **training_metrics(output.routings)}
 
 
+@pytest.mark.slow
 def test_no_recipe_stops_the_host(recipes):
     """In inference, and in training but for `ALLOWED_IN_TRAINING`."""
     expected = {"inference": Counter(), "training": Counter(ALLOWED_IN_TRAINING.keys())}
@@ -234,6 +235,7 @@ def test_no_recipe_stops_the_host(recipes):
     assert not wrong
 
 
+@pytest.mark.slow
 def test_no_tower_stops_the_host(recipes):
     """Backbone and neck as `load_detector` serves them, in half precision."""
     wrong = {}

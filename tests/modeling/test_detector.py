@@ -250,6 +250,7 @@ def test_pieces_are_merged_by_score(nano, draw):
         assert phrase in [phrases[i] for i in same.nonzero()[:, 0]]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_1203_names_in_chunks_equal_one_chunk_at_a_time(nano, draw):
     """LVIS: 31 chunks of 40 names, those of several images at once, and no cap per image."""

@@ -51,6 +51,7 @@ def test_starts_as_the_dense_encoder(minilm):
     assert any((r.expert_ids >= 0).sum(1).unique().numel() > 1 for r in routings)
 
 
+@pytest.mark.slow
 def test_learns_a_small_task_with_experts_that_come_and_go(minilm):
     bert, tokenize = minilm
     encoder = DynMoEBert(copy.deepcopy(bert)).train()

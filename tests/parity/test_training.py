@@ -55,6 +55,7 @@ def losses(output) -> list[float]:
     return [row["total_loss"] for row in rows if "total_loss" in row]
 
 
+@pytest.mark.slow
 def test_from_public_weights_to_experts(_twins, drawn, tmp_path):
     """Tuned, stopped and resumed to the same numbers, without the directory; then MoE-tuned."""
     folder = shutil.copytree(_twins["mm_gdino"].folder, tmp_path / "public")

@@ -63,6 +63,7 @@ def test_an_open_vocabulary_must_be_asked():
         Detector(torch.nn.Identity(), 32)(image())
 
 
+@pytest.mark.slow
 def test_predict(weights, tmp_path, capsys):
     Image.fromarray(image()).save(tmp_path / "a.png")
     to = ["--output", str(tmp_path / "out")]

@@ -183,6 +183,7 @@ def test_detections_equal_those_of_the_trained_model(trained):
     assert min(largest_difference() for _ in range(5)) < 1e-4
 
 
+@pytest.mark.slow
 def test_load_detector_takes_precision_and_acceleration():
     picture = torch.randint(256, (64, 80, 3), dtype=torch.uint8).numpy()
     detector = load_detector("nano-x16", device="cpu", dtype="bfloat16", accelerate="graph")
@@ -195,6 +196,7 @@ def test_load_detector_takes_precision_and_acceleration():
         load_detector(accelerate="fast")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_prompts_of_many_lengths_share_shapes_where_shapes_are_captured(trained):
     """In float64, so that two products of other lengths agree on what comes first."""

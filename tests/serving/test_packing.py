@@ -44,6 +44,7 @@ def count(model: nn.Module, *kinds: type) -> int:
     return sum(type(m) in kinds for m in model.modules())
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("model", ["nano-dense", "nano-x16"])
 def test_shipped_detectors_find_the_same(model):
@@ -77,6 +78,7 @@ def test_every_layer_of_a_random_detector_is_packed_and_none_unpacked(drawn, mon
     assert left and all(name.rsplit(".")[-1] in packing.FACTORS for name in left)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize(
     "recipe", ["dynmoe/nano_drawn.py", "himoe/nano_x16_drawn.py", "himoe/dino_nano_drawn.py"]
@@ -154,6 +156,7 @@ def test_an_explicit_backend_is_kept(drawn):
     assert count(served, PackedExperts) == 0 and count(served, PackedLinear) > 0
 
 
+@pytest.mark.slow
 def test_other_dtypes_and_ways_are_not_packed(drawn):
     for options in ({"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"mode": "compile"}):
         served = optimize_for_inference(copy.deepcopy(drawn), **options)

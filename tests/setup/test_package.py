@@ -47,6 +47,7 @@ def wheel(checkout, tmp_path_factory):
         yield file
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_source_and_data_file_and_no_stray_package(checkout, wheel):
     names = set(wheel.namelist())
     expected = {

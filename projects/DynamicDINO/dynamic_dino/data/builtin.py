@@ -74,7 +74,7 @@ def _ours() -> list[Builtin]:
             f"{family}_{split}",
             "coco",
             ((f"{family}/annotations/{split}.json", f"{family}/{pictures}"),),
-            f"python -m dynamic_dino.data.{family}",
+            f"python -m dynamic_dino.data.synthetic.{family}",
             licences[family],
         )
         for family, splits in (
