@@ -229,7 +229,7 @@ def last_line(log: Path, start: int) -> str:
     with log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - 2000))
         lines = file.read().decode(errors="replace").split("\n")
-    found = [line for line in lines if "iter " in line or "Evaluated" in line]
+    found = [line for line in lines if "iter " in line or "Inference done" in line]
     return found[-1].split("]: ")[-1].strip()[:90] if found else "starting"
 
 

@@ -70,7 +70,7 @@ def test_every_expert_of_a_layer(x4, loader):
 
 def test_a_router_that_does_not_heed(x4, loader):
     class Deaf(SoftmaxRouter):
-        def barred(self, device):
+        def masked(self, device):
             return None
 
     model = copy.deepcopy(x4[0])

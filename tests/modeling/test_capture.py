@@ -267,7 +267,7 @@ def test_no_tower_stops_the_host(recipes):
 def test_no_router_stops_the_host_even_without_some_experts(make, training):
     with torch.device("meta"):
         router: nn.Module = make().train(training)
-    router.dropped = (1, 4)
+    router.drop(1, 4)
     with fake_gpu():
         tokens, scene = torch.empty(2, 7, 8, device=CUDA), torch.empty(2, 8, device=CUDA)
         assert scan(faked(router), tokens, scene) == []

@@ -17,7 +17,7 @@ def test_softmax_router(gate):
     router = SoftmaxRouter(6, 5, 2, gate, tied=False, std=1.0)
     x = torch.randn(2, 7, 6)
     before = router(x)
-    router.dropped = (1, 3)
+    router.drop(1, 3)
     found = router(x)
     logits = (x.flatten(0, 1).double() @ router.weight.double().T).tolist()
     for t, row in enumerate(logits):
@@ -30,13 +30,13 @@ def test_softmax_router(gate):
             expected = soft if gate == "renormalized" else torch.ones(2)
             torch.testing.assert_close(found.gates[t], expected)
     assert torch.equal(found.probs, before.probs)  # what the router thinks is what it thinks
-    router.dropped = ()
+    router.drop()
     assert torch.equal(router(x).expert_ids, before.expert_ids)
 
 
 def test_slots_stay_empty_where_too_few_experts_are_left():
     layer = MoEFeedForward(6, 8, SoftmaxRouter(6, 4, 2)).eval()
-    layer.router.dropped = (0, 1, 3)
+    layer.router.drop(0, 1, 3)
     x = torch.randn(1, 5, 6)
     y, routing = layer(x)
     assert routing.expert_ids.tolist() == [[2, -1]] * 5 and routing.gates is None
@@ -50,7 +50,7 @@ def test_hierarchical_router(variant):
     router = HierarchicalRouter(6, 8, 2, num_routes=4, active_routes=2, variant=variant, std=1.0)
     tokens, scene = torch.randn(3, 5, 6), torch.randn(3, 6)
     before = router(tokens, scene)
-    router.dropped = tuple(torch.randperm(8)[:3].tolist())
+    router.drop(*torch.randperm(8)[:3].tolist())
     found = router(tokens, scene)
     for t in range(15):
         allowed = set(range(8)) - {*router.dropped}
@@ -70,9 +70,9 @@ def test_top_any_router_as_if_the_slot_were_switched_off():
     with torch.no_grad():
         router.thresholds.normal_(0, 0.3)
     x = torch.randn(2, 9, 6)
-    router.dropped = (2,)
+    router.drop(2)
     found = router(x)
-    router.dropped = ()
+    router.drop()
     router.active[2] = False
     expected = router(x)
     assert torch.equal(found.expert_ids, expected.expert_ids)

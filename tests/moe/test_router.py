@@ -134,5 +134,5 @@ def test_one_call_with_the_experts_is_router_and_experts(gate, backend):
     assert torch.equal(routed.expert_ids, routing.expert_ids)
     torch.testing.assert_close(routed.probs, routing.probs)
     assert (routed.gates is None) == (gate != "renormalized")
-    layer.router.dropped = (1,)
+    layer.router.drop(1)
     assert layer.router.block() is None

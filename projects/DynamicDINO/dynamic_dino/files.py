@@ -3,6 +3,7 @@ a file."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,13 +37,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[IO[str]]:
-    """A text file to write to; `path` changes when all is written, and only then."""
+def written_whole(path: Path, binary: bool = False) -> Iterator[IO]:
+    """A file to write to, of text (UTF-8) or bytes. `path` changes when all is on the disk, not
+    before: whoever reads it, even after a crash, sees the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with partial.open("wb") if binary else partial.open("w", encoding="utf-8") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -34,11 +34,11 @@ def without_experts(model: nn.Module, layer: str, experts: Sequence[int]) -> Ite
     its next best ones."""
     router = moe_layers(model)[layer].router
     before = router.dropped
-    router.dropped = tuple(experts)
+    router.drop(*experts)
     try:
         yield
     finally:
-        router.dropped = before
+        router.drop(*before)
 
 
 def drop_experts(
@@ -71,7 +71,7 @@ def drop_experts(
             router = type(moe_layers(model)[layer].router).__name__
             raise ValueError(
                 f"{router} gave expert {expert} to {left} tokens although it was dropped: its "
-                "forward must leave out the experts of Router.barred"
+                "forward must leave out the experts of Router.masked"
             )
         ap = _ap(found)
         change = {k: ap[k] - reference[k] for k in ap if reference[k] >= 0}

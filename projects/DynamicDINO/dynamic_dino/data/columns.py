@@ -30,6 +30,13 @@ class Columns:
     `box` [M, 4]; `crowd`.
     """
 
+    image: np.ndarray
+    key: np.ndarray
+    number: np.ndarray
+    id: np.ndarray
+    box: np.ndarray
+    crowd: np.ndarray
+
     def __init__(self) -> None:
         self.names: list[str] = []
         self.ids: list[Any] = []
@@ -65,16 +72,19 @@ class Columns:
         columns["crowd"].append(crowd)
 
     def close(self) -> None:
-        for name, column in self._open.items():
-            setattr(self, name, np.array(column))
+        """All annotations are added: their columns become arrays."""
+        self._set({name: np.array(column) for name, column in self._open.items()})
         self.box = self.box.reshape(-1, 4)
         del self._open
 
-    def select(self, good: np.ndarray) -> None:
-        """Leaves out annotations: bool [M]."""
-        if not good.all():
-            for name in _COLUMNS:
-                setattr(self, name, getattr(self, name)[good])
+    def select(self, keep: np.ndarray) -> None:
+        """Keeps the annotations where `keep`, bool [M], is True."""
+        if not keep.all():
+            self._set({name: getattr(self, name)[keep] for name in _COLUMNS})
+
+    def _set(self, columns: dict[str, np.ndarray]) -> None:
+        self.image, self.key, self.number = columns["image"], columns["key"], columns["number"]
+        self.id, self.box, self.crowd = columns["id"], columns["box"], columns["crowd"]
 
     def fit(
         self, file: Path, convention: Convention, report: Reporter, where: Callable[[int], str]

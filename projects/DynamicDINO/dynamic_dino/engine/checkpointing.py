@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from detectron2.engine import HookBase
@@ -18,6 +16,7 @@ from fvcore.common.checkpoint import Checkpointer as _Checkpointer
 from torch import nn
 
 from ..config import nearest
+from ..files import write_text, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +41,14 @@ class Checkpointer(_Checkpointer):
         state = {key: value.state_dict() for key, value in self.checkpointables.items()}
         state = {"model": self.model.state_dict(), **state, **extra}
         path = Path(self.save_dir) / f"{name}.pth"
-        _replace(path, lambda file: torch.save(state, file))
+        with written_whole(path, binary=True) as file:
+            torch.save(state, file)
         if resumable:
             self.tag_last_checkpoint(path.name)
         logger.info("Saved %s", path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        name = last_filename_basename.encode()
-        _replace(Path(self.save_dir) / "last_checkpoint", lambda file: file.write(name))
+        write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
 
     def resume(self) -> int:
         """Restores the last checkpoint, if there is one; returns the iteration to go on with.
@@ -179,8 +178,7 @@ def trim_metrics(path: Path, start_iter: int) -> None:
         rows = path.read_text().splitlines()
         kept = [row for row in rows if _iteration(row) < start_iter]
         if len(kept) < len(rows):
-            text = "".join(f"{row}\n" for row in kept).encode()
-            _replace(path, lambda file: file.write(text))
+            write_text(path, "".join(f"{row}\n" for row in kept))
 
 
 def _iteration(row: str) -> float:
@@ -188,13 +186,3 @@ def _iteration(row: str) -> float:
         return json.loads(row)["iteration"]
     except (ValueError, KeyError):  # a line cut short by a kill
         return math.inf
-
-
-def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes beside the file, to disk, and renames: readers see the old or the new one whole."""
-    partial = path.with_name("partial.tmp")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
+from detectron2.evaluation import inference_on_dataset
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from omegaconf import DictConfig
@@ -23,7 +24,8 @@ from ..config import ConfigError, accepts, input_errors, nearest
 from ..data.feature_cache import check_feature_caches
 from ..data.loader import as_sources
 from ..data.records import Mixture
-from ..evaluation import DetectionEvaluator, PredictionLog, inference_on_dataset
+from ..evaluation import DetectionEvaluator, PredictionLog
+from ..files import write_text
 from .checkpointing import last_checkpoint
 from .fingerprint import annotation_file, fingerprint
 from .trainer import amp_dtype, autocast
@@ -73,9 +75,9 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
         done: Collection = ()
         if isinstance(evaluator, DetectionEvaluator):
             evidence = fingerprint(model, loaders[name], evaluators[name], cfg.model, dtype)
-            evaluator.log = PredictionLog(folder / "unfinished", evidence)
-            done = evaluator.log.done
-            logs.append(evaluator.log)
+            logs.append(PredictionLog(folder / "unfinished", evidence))
+            evaluator.use_log(logs[-1])
+            done = logs[-1].done
         with autocast(device, dtype), adjusted(model, getattr(evaluator, "detector", {})):
             results = inference_on_dataset(model, _load_all_but(done, loaders[name]), evaluator)
         for key, value in flatten_results_dict(results).items():
@@ -85,9 +87,8 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
     if comm.is_main_process() and scores:
         scores |= means(scores, cfg.dataloader.get("means") or {})
         path = Path(cfg.train.output_dir) / "results.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         finite = {k: v if math.isfinite(v) else None for k, v in scores.items()}
-        path.write_text(json.dumps(finite, indent=2) + "\n")
+        write_text(path, json.dumps(finite, indent=2) + "\n")
         logger.info("Results, also in %s\n%s", path, results_table(scores))
     for log in logs:  # only now: who starts again after the first of 35 sets finds it done
         log.remove()
@@ -96,7 +97,11 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
 
 @contextmanager
 def adjusted(model: nn.Module, settings: Mapping[str, Any]) -> Iterator[None]:
-    """The model with other settings for a while, such as ``max_detections``: its attributes."""
+    """The model with other settings for a while, such as ``max_detections``.
+
+    They are attributes of the model, changed and put back: a protocol decides them (LVIS asks 40
+    names at a time), and a second model with the same weights would cost their memory again.
+    """
     unknown = [key for key in settings if not hasattr(model, key)]
     if unknown:
         raise ConfigError(

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..data.datasets import get_metadata, load_datasets
+from ..data.feature_cache import module_fingerprint
 
 SPEED_ONLY = ("batch_size", "num_workers")  # of a loader
 
@@ -42,7 +43,7 @@ def fingerprint(
         "data set": _hash_file(annotation_file(dataset)),
         "loader (prompts, image size)": _hash_config(settings),
         "model": _hash_config([model_config, evaluator.get("detector")]),
-        "set of weights": _hash_weights(model),
+        "set of weights": module_fingerprint(model)[:16],
         "device or precision": f"{next(model.parameters()).device.type}, {dtype or 'float32'}",
         "version of the code": _hash_code(),
     }
@@ -67,14 +68,6 @@ def _hash_config(node: Any) -> str:
         return value
 
     return _hash(json.dumps(plain(node), sort_keys=True, default=repr).encode())
-
-
-def _hash_weights(model: nn.Module) -> str:
-    result = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        result.update(name.encode())
-        result.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return result.hexdigest()[:16]
 
 
 def _hash_file(path: Path) -> str:

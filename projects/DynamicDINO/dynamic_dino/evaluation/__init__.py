@@ -1,6 +1,5 @@
 from .coco import class_groups, coco_ap
 from .evaluator import DetectionEvaluator
-from .loop import inference_on_dataset
 from .lvis import lvis_ap
 from .precision_recall import DetectionResult
 from .prediction_log import PredictionLog
@@ -18,7 +17,6 @@ __all__ = [
     "class_groups",
     "coco_ap",
     "format_results",
-    "inference_on_dataset",
     "lvis_ap",
     "refexp_precision",
 ]

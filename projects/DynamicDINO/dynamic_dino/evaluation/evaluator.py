@@ -54,11 +54,7 @@ class DetectionEvaluator(DatasetEvaluator):
         detector: settings of the detector that belong to the protocol, such as max_phrases;
             whoever runs the evaluation makes them (`dynamic_dino.engine.evaluate.do_test`).
 
-    `log`, if set before `reset`, keeps what was found and gives back what an interrupted evaluation
-    had found.
     """
-
-    log: PredictionLog | None = None
 
     def __init__(
         self,
@@ -75,6 +71,12 @@ class DetectionEvaluator(DatasetEvaluator):
         if protocol is not None:
             protocol_named(protocol)
         self.detector = dict(detector or {})
+        self._log: PredictionLog | None = None
+
+    def use_log(self, log: PredictionLog) -> None:
+        """From the next `reset` on, starts with what is in `log`, of an interrupted evaluation, and
+        adds to it what is found."""
+        self._log = log
 
     def reset(self) -> None:
         """Forgets all predictions; reads the ground truth and checks that results can be written.
@@ -99,7 +101,7 @@ class DetectionEvaluator(DatasetEvaluator):
             self._truth = self._read_truth()
             if self.output_dir:
                 writable_folder(self.output_dir, "set the evaluator's output_dir to another folder")
-        for found in self.log.earlier() if self.log else ():
+        for found in self._log.earlier() if self._log else ():
             self._add(found)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
@@ -122,8 +124,8 @@ class DetectionEvaluator(DatasetEvaluator):
             statistics.update(outputs[0]["routings"])
         counts = [len(part) for part in parts]
         found = Found(images, prompts, counts, DatasetPredictions.cat(parts), statistics.state())
-        if self.log:
-            self.log.append(found)
+        if self._log:
+            self._log.append(found)
         self._add(found)
 
     def _add(self, found: Found) -> None:

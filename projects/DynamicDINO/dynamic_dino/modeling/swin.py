@@ -32,13 +32,17 @@ class PaddedBlock(SwinTransformerBlock):
 
 def accept_any_size(model: nn.Module) -> None:
     """Makes `PaddedBlock`s of the blocks of timm's Swin, and fills up its last patches; other
-    networks stay as they are."""
+    networks stay as they are.
+
+    timm builds the blocks itself and takes no class for them, so the class of the built ones is
+    changed: their weights, and the names of these, are the same.
+    """
     swin = any(isinstance(module, SwinTransformerBlock) for module in model.modules())
     for module in model.modules():
         if swin and isinstance(module, PatchEmbed):
             module.dynamic_img_pad = True
         if type(module) is SwinTransformerBlock:
-            module.__class__ = PaddedBlock  # the weights, and their names, are the same
+            module.__class__ = PaddedBlock
             module.attn.fused_attn = True
 
 

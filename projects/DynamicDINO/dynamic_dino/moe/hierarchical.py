@@ -121,10 +121,10 @@ class HierarchicalRouter(Router):
     def choose(self, x: Tensor, pool: Tensor | None = None) -> Routing:
         """x [T, width of W_i], pool bool [T, E] or None -> Routing"""
         logits = x @ self.weight.float().T / self.temperature
-        barred = self.barred(x.device)
+        masked = self.masked(x.device)
         if pool is not None:
-            barred = ~pool if barred is None else ~pool | barred
-        ids, gates = best_experts(logits, self.top_k, barred)
+            masked = ~pool if masked is None else ~pool | masked
+        ids, gates = best_experts(logits, self.top_k, masked)
         return Routing(ids, gates, logits.softmax(-1))
 
 

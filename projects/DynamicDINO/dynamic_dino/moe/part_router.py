@@ -45,16 +45,16 @@ class PartRouter(Router):
         autocast; the first of equally probable copies is taken."""
         with torch.autocast(tokens.device.type, enabled=False):
             logits = tokens.flatten(0, 1).float() @ self.weight.float().T
-            allowed, barred = logits, self.barred(logits.device)
-            if barred is not None:
-                allowed = logits.masked_fill(barred, torch.finfo(logits.dtype).min)
+            allowed, masked = logits, self.masked(logits.device)
+            if masked is not None:
+                allowed = logits.masked_fill(masked, torch.finfo(logits.dtype).min)
             p = allowed.unflatten(1, (-1, self.parts)).softmax(1)  # [T, copies, parts]
             copy = p.detach().argmax(1, keepdim=True)
             best = p.gather(1, copy).squeeze(1)
             part = torch.arange(self.parts, device=logits.device)
             ids = copy.squeeze(1) * self.parts + part
             gates = best / best.detach()
-            if barred is not None:  # of this part there may be no copy left
-                empty = barred[ids]
+            if masked is not None:  # of this part there may be no copy left
+                empty = masked[ids]
                 ids, gates = ids.masked_fill(empty, -1), gates.masked_fill(empty, 0)
             return Routing(ids.int(), gates, logits.softmax(-1))

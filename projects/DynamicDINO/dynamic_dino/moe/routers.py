@@ -20,8 +20,7 @@ class Router(nn.Module):
         top_k: the most experts that a token can get.
         parts: how many parts each copy of the dense FFN is cut into, one expert each; 1 where
             experts are whole copies.
-        dropped: experts that no token gets, to see what they are good for. May be changed at any
-            time; not part of checkpoints.
+        dropped: experts that no token gets, see `drop`.
     """
 
     num_experts: int
@@ -29,7 +28,12 @@ class Router(nn.Module):
     parts: int = 1
     dropped: tuple[int, ...] = ()
 
-    def barred(self, device: torch.device) -> Tensor | None:
+    def drop(self, *experts: int) -> None:
+        """No token gets these experts from now on, but its next best ones, to see what they are
+        good for; without arguments, all are back. Not part of checkpoints."""
+        self.dropped = experts
+
+    def masked(self, device: torch.device) -> Tensor | None:
         """bool [E], True for the experts that are dropped; None where none is."""
         if not self.dropped:
             return None
@@ -111,10 +115,10 @@ class SoftmaxRouter(Router):
         """tokens [B, N, D] -> Routing of T = B * N tokens; `scene` is for scene-aware routers."""
         x = tokens.flatten(0, 1)
         ids, soft, probs, blocks = route(x, self.weight, self.top_k)
-        barred = self.barred(x.device)
-        if barred is not None:  # not what the kernel is for, and in no hurry
+        masked = self.masked(x.device)
+        if masked is not None:  # not what the kernel is for, and in no hurry
             logits = (x.double() @ self.weight.double().T).float()
-            ids, soft = best_experts(logits, self.top_k, barred)
+            ids, soft = best_experts(logits, self.top_k, masked)
             soft, blocks = soft * self.top_k, None
         if self.gate == "renormalized":
             gates = soft
@@ -122,7 +126,7 @@ class SoftmaxRouter(Router):
             gates = torch.ones_like(soft) + (soft - soft.detach())
         else:
             gates = None
-        if barred is not None and gates is not None:
+        if masked is not None and gates is not None:
             gates = gates.masked_fill(ids < 0, 0)
         return Routing(ids, gates, probs, blocks)
 
@@ -136,16 +140,16 @@ def check_copies(num_experts: int, parts: int) -> None:
         )
 
 
-def best_experts(logits: Tensor, top_k: int, barred: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The k best experts of each token that aren't barred, ids int32 [T, K], and the softmax over
+def best_experts(logits: Tensor, top_k: int, masked: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The k best experts of each token that aren't masked, ids int32 [T, K], and the softmax over
     them [T, K]. Where there are fewer, slots are empty: -1 and 0.
 
     Args:
         logits: [T, E]
-        barred: bool [E] or [T, E]
+        masked: bool [E] or [T, E]
     """
-    if barred is not None:
-        logits = logits.masked_fill(barred, -torch.inf)
+    if masked is not None:
+        logits = logits.masked_fill(masked, -torch.inf)
     ids = best_first(logits)[:, :top_k]
     best = logits.gather(1, ids)
     empty = best == -torch.inf

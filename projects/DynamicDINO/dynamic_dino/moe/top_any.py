@@ -72,8 +72,8 @@ class TopAnyRouter(Router):
         x = tokens.flatten(0, 1)
         forced = None if self.training else self.forced_k
         limits = self.thresholds if forced is None else torch.full_like(self.thresholds, -torch.inf)
-        barred = self.barred(x.device)
-        off = ~self.active if barred is None else ~self.active | barred
+        masked = self.masked(x.device)
+        off = ~self.active if masked is None else ~self.active | masked
         limits = limits.masked_fill(off, torch.inf)
         ids, gates, scores, counts = route_any(
             x, self.weight, limits, max_k=forced, fallback=not self.training

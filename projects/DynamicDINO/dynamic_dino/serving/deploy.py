@@ -37,6 +37,10 @@ def optimize_for_inference(
 
     In float32 the results differ from the trained model's by rounding, about 1e-5 of a logit.
 
+    Of this one detector, ``backbone.forward`` and ``detect_chunks`` are replaced by accelerated
+    functions, and ``text_encoder.pad_to`` is set: a module in the place of the backbone would
+    change the names of its weights.
+
     Args:
         mode: "eager", "compile" or "graph", see `accelerate`.
         pack: whether linear layers and experts are packed for oneDNN: "auto", "always" or "never",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import shutil
 import signal
 from collections import Counter
@@ -22,6 +21,7 @@ from pathlib import Path
 import cv2
 from tqdm import tqdm
 
+from ....files import write_text
 from .compose import SplitRecipe, compose, split_recipes
 from .library import Library
 from .vocabulary import Vocabulary
@@ -96,7 +96,7 @@ def build(
             path.write_bytes(content)
     (building / "annotations").mkdir(exist_ok=True)
     for split, document in documents.items():
-        _write_json(building / "annotations" / f"{split}.json", document)
+        write_text(building / "annotations" / f"{split}.json", json.dumps(document))
     manifest = {
         "settings": asdict(settings),
         "phrases": {
@@ -113,7 +113,7 @@ def build(
         "cutouts": len(library.cutouts),
     }
     _publish(building, folder, documents)
-    _write_json(folder / "manifest.json", manifest)
+    write_text(folder / "manifest.json", json.dumps(manifest))
     return manifest
 
 
@@ -124,7 +124,7 @@ def _discard_other_settings(building: Path, settings: Settings) -> None:
         return
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    _write_json(marker, asdict(settings))
+    write_text(marker, json.dumps(asdict(settings)))
 
 
 def _compose_all(
@@ -194,7 +194,7 @@ def _run(job: _Job) -> int:
         height, width = composite.image.shape[:2]
         objects = [[p, *box] for p, box in zip(composite.phrases, composite.boxes, strict=True)]
         records.append({"file_name": name, "height": height, "width": width, "objects": objects})
-    _write_json(_chunk_file(building, job), records)
+    write_text(_chunk_file(building, job), json.dumps(records))
     return len(records)
 
 
@@ -265,12 +265,6 @@ def _map_categories(document: dict, categories: list[dict]) -> dict:
         for annotation in document["annotations"]
     ]
     return {**document, "annotations": annotations, "categories": categories}
-
-
-def _write_json(path: Path, content: object) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.part")
-    temporary.write_text(json.dumps(content))
-    temporary.replace(path)
 
 
 def _publish(building: Path, folder: Path, splits: Iterable[str]) -> None:
