@@ -1,16 +1,21 @@
 """DynMoE in MiniLM, on telling animals from vehicles."""
 
 import copy
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
 from dynamic_dino.modeling.text import quiet_transformers
 from dynamic_dino.moe.adaptive import AdaptiveExperts
-from dynamic_dino.moe.bert import DynMoEBert, DynMoEFeedForward
 from dynamic_dino.moe.losses import SparseGatingLoss
 from dynamic_dino.sources import resolve_model
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
+
+EXAMPLE = Path(__file__).parents[2] / "projects/DynamicDINO/docs/examples/dynmoe_bert.py"
+example = runpy.run_path(str(EXAMPLE))
+DynMoEBert, DynMoEFeedForward = example["DynMoEBert"], example["DynMoEFeedForward"]
 
 ANIMALS = (
     "dog cat horse sheep cow goat wolf tiger lion rabbit deer camel mouse duck owl eagle".split()

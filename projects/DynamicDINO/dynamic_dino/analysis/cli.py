@@ -97,23 +97,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     # Imported late, so that --help and wrong arguments answer at once.
     from ..files import writable_folder
-    from .study import Contender, Options, analyse
+    from .study import Options, StudiedModel, analyse
 
     try:
         writable_folder(args.output, "choose another folder with --output")
         if args.run:
             titles = _titles(args.run)
-            contenders = [
-                Contender(title, str(run), run=run)
+            studied = [
+                StudiedModel(title, str(run), run=run)
                 for title, run in zip(titles, args.run, strict=True)
             ]
         else:
             model = args.config_file or args.model
-            contenders = [Contender(Path(model).stem, model, args.weights)]
+            studied = [StudiedModel(Path(model).stem, model, args.weights)]
         against = None
         if args.against:
             model, weights = (*args.against, None)[:2]
-            against = Contender(Path(model).stem, model, weights)
+            against = StudiedModel(Path(model).stem, model, weights)
         options = Options(
             args.dataset,
             against,
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.batch_size,
             args.device,
         )
-        page = analyse(contenders, options, args.output)
+        page = analyse(studied, options, args.output)
     except (ValueError, OSError) as error:
         args.parser.error(str(error))
     print(f"Report: {page}")

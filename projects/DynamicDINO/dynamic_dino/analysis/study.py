@@ -37,7 +37,7 @@ from .training import read_metrics, training_curves
 
 
 @dataclass
-class Contender:
+class StudiedModel:
     """A model to look at: what `load_model` takes. `run`: the folder of its training run."""
 
     title: str
@@ -59,7 +59,7 @@ class Options:
     """
 
     datasets: list[str] = field(default_factory=list)
-    against: Contender | None = None
+    against: StudiedModel | None = None
     max_images: int | None = None
     names: str | int | None = None
     drop: str | None = None
@@ -68,7 +68,7 @@ class Options:
     device: str | None = None
 
 
-def analyse(contenders: list[Contender], options: Options, output: str | Path) -> Path:
+def analyse(studied: list[StudiedModel], options: Options, output: str | Path) -> Path:
     """Writes a report on one model, or on several runs, into the folder `output`: report.html,
     every figure as PNG, its numbers as CSV, and numbers.json. Returns the page.
 
@@ -81,33 +81,31 @@ def analyse(contenders: list[Contender], options: Options, output: str | Path) -
     for dataset in datasets:
         load_datasets(dataset)  # what is wrong with it shows now, not after the first data set
     before = load_model(other.model, other.weights, options.device) if other else None
-    for contender in contenders:
-        model, cfg = load_model(contender.model, contender.weights, options.device)
+    for one in studied:
+        model, cfg = load_model(one.model, one.weights, options.device)
         if not moe_layers(model):
             raise ValueError(
-                f"{contender.title} has no MoE layer, so there is nothing to see of its experts: "
+                f"{one.title} has no MoE layer, so there is nothing to see of its experts: "
                 "name a MoE checkpoint, and a dense one with --against"
             )
         datasets = datasets or list(test_datasets(cfg))[:1]
         if not datasets:
-            raise ValueError(
-                f"the recipe of {contender.title} tests on no data set: give --dataset"
-            )
+            raise ValueError(f"the recipe of {one.title} tests on no data set: give --dataset")
         for dataset in datasets:
-            prefix = _prefix(contender.title, contenders, dataset, datasets)
+            prefix = _prefix(one.title, studied, dataset, datasets)
             collection, section, found = study(model, cfg, dataset, options, prefix)
-            section.title = f"{contender.title} on {dataset}"
-            collections.setdefault(dataset, {})[contender.title] = collection
-            numbers.setdefault(dataset, {})[contender.title] = found
+            section.title = f"{one.title} on {dataset}"
+            collections.setdefault(dataset, {})[one.title] = collection
+            numbers.setdefault(dataset, {})[one.title] = found
             parts.append(section)
     if before:
-        parts += compare(contenders[0].title, collections, *before, options)
-    title = f"Experts of {', '.join(c.title for c in contenders)}"
+        parts += compare(studied[0].title, collections, *before, options)
+    title = f"Experts of {', '.join(c.title for c in studied)}"
     text = " ".join(
         f"{dataset}: {len(next(iter(models.values())).files)} images."
         for dataset, models in collections.items()
     )
-    sections = [*overview(contenders, collections, numbers), *parts]
+    sections = [*overview(studied, collections, numbers), *parts]
     page = write_report(output, title, text, sections)
     write_text(page.with_name("numbers.json"), json.dumps(numbers, indent=1) + "\n")
     return page
@@ -172,24 +170,24 @@ def compare(
 
 
 def overview(
-    contenders: list[Contender],
+    studied: list[StudiedModel],
     collections: Mapping[str, Mapping[str, Collection]],
     numbers: Mapping[str, Mapping[str, dict[str, float]]],
 ) -> list[Section]:
     """What concerns several runs or data sets, and training."""
     figures = []
     several = len(collections) > 1
-    for dataset, models in collections.items() if len(contenders) > 1 else ():
+    for dataset, models in collections.items() if len(studied) > 1 else ():
         prefix = dataset if several else ""
         figures.append(side_by_side(numbers[dataset], prefix))
         if len({tuple(len(layer.load) for layer in c.layers) for c in models.values()}) == 1:
             figures.append(spread_figure(models, prefix))
     if several:
-        for contender in contenders:
-            prefix = contender.title if len(contenders) > 1 else ""
-            of_model = [models[contender.title] for models in collections.values()]
+        for one in studied:
+            prefix = one.title if len(studied) > 1 else ""
+            of_model = [models[one.title] for models in collections.values()]
             figures.append(stability_figure(of_model, prefix))
-    logs = {c.title: read_metrics(c.run) for c in contenders if c.run}
+    logs = {c.title: read_metrics(c.run) for c in studied if c.run}
     figures.append(training_curves(logs))
     figures = [f for f in figures if f is not None]
     return [Section("Overview", figures=figures)] if figures else []
@@ -202,5 +200,5 @@ def _loaders(
     return loader_of(cfg, dataset, names, max_images, options.batch_size)
 
 
-def _prefix(title: str, contenders: list, dataset: str, datasets: list[str]) -> str:
-    return slug(title if len(contenders) > 1 else "", dataset if len(datasets) > 1 else "")
+def _prefix(title: str, studied: list, dataset: str, datasets: list[str]) -> str:
+    return slug(title if len(studied) > 1 else "", dataset if len(datasets) > 1 else "")

@@ -16,7 +16,9 @@ from transformers import (
 )
 
 from ..files import configs_folder
+from ..modeling.deformable_enhancer import DeformableEnhancer
 from ..modeling.detector import OpenVocabularyDetector
+from ..modeling.feed_forward import FeedForward
 
 FAMILIES = {"grounding-dino": "gdino", "mm-grounding-dino": "mm_gdino"}
 # Values that no public model departs from, and that ours has built in.
@@ -159,9 +161,6 @@ def transformers_config(model: OpenVocabularyDetector) -> PretrainedConfig:
     Raises:
         ValueError: transformers has no such model.
     """
-    from ..modeling.deformable_enhancer import DeformableEnhancer
-    from ..modeling.feed_forward import FeedForward
-
     layers = [*getattr(model.enhancer, "layers", []), *model.decoder.layers]
     ffns = [layer.image.ffn if hasattr(layer, "image") else layer.ffn for layer in layers]
     if not isinstance(model.enhancer, DeformableEnhancer) or not model.backbone.out_norm:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..sources import resolve_model
 from .builtin import Builtin
 from .datasets import get_metadata, load_file, locate_dataset
 from .images import read_image
@@ -162,9 +163,7 @@ def _check_captions(
         ]
     if not long:
         return
-    from transformers import AutoTokenizer
-
-    from ..sources import resolve_model
+    from transformers import AutoTokenizer  # takes seconds, and few data sets have long captions
 
     encode = AutoTokenizer.from_pretrained(resolve_model(tokenizer))
     for where, text in tqdm(long, desc="long captions", delay=1, disable=None):

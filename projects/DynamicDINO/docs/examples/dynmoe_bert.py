@@ -1,17 +1,17 @@
 """DynMoE in a Hugging Face BERT encoder: how these layers take the place of any transformer's FFN.
 
 DynMoE (arXiv 2405.14297) tunes BERT this way on GLUE. Its experts are parts of the FFN, found by
-clustering (MoEfication); ours are whole copies, so that the encoder starts as it was.
+clustering (MoEfication); ours are whole copies, so that the encoder starts as it was. An example,
+not a part of the package: nothing in the detectors needs it. tests/moe/test_bert.py trains it.
 """
 
 from __future__ import annotations
 
 import torch
+from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.moe.routing import Routing
+from dynamic_dino.moe.top_any import TopAnyRouter
 from torch import Tensor, nn
-
-from .layer import MoEFeedForward
-from .routing import Routing
-from .top_any import TopAnyRouter
 
 
 class DynMoEFeedForward(MoEFeedForward):
