@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from dynamic_dino import files
 from dynamic_dino.config import ConfigError
 from dynamic_dino.engine import checkpointing, trainer
 from dynamic_dino.engine.checkpointing import last_checkpoint
@@ -89,16 +91,17 @@ def test_death_while_saving_leaves_a_good_checkpoint(
     recipe, metrics, monkeypatch, victim, survivor
 ):
     do_train(recipe("whole"))
-    replace = checkpointing._replace
+    written_whole = files.written_whole
 
-    def dies(path, write):
-        if path.name == victim and last_checkpoint(path.parent) is not None:
-            with pytest.raises(KeyError):  # half a file, and then nothing
-                replace(path, lambda file: (file.write(b"PK\3\4 half"), {}["dead"]))
-            raise KeyboardInterrupt
-        replace(path, write)
+    @contextmanager
+    def dies(path, **options):
+        with written_whole(path, **options) as file:
+            yield file
+            if path.name == victim and last_checkpoint(path.parent) is not None:
+                raise KeyboardInterrupt  # the bytes are there, but not yet in their place
 
-    monkeypatch.setattr(checkpointing, "_replace", dies)
+    for module in (files, checkpointing):
+        monkeypatch.setattr(module, "written_whole", dies)
     with pytest.raises(KeyboardInterrupt):
         do_train(recipe("cut"))
     monkeypatch.undo()

@@ -55,8 +55,8 @@ class ConfigError(ValueError):
 
 @contextmanager
 def input_errors() -> Iterator[None]:
-    """What a recipe's values or files break while things are built is the user's to mend: it ends
-    the run with its message alone. What fails later keeps its traceback."""
+    """Turns a ValueError or FileNotFoundError into `ConfigError`, which the commands print without
+    a traceback: while things are built, a value or a file of the recipe is wrong, not the code."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:

@@ -22,7 +22,7 @@ def resolve(spec: str | Path, what: str = "weights") -> Path:
     """The existing file or directory that a specification names, see the head of this module.
 
     Args:
-        what: it is, for the message where there is none.
+        what: a noun for error messages, such as "weights" or "tokenizer".
 
     Raises:
         FileNotFoundError: it isn't there; the message says what to install, download or correct.

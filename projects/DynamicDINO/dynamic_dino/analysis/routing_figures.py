@@ -11,7 +11,7 @@ from .collect import Collection
 from .coselection import concentration, correlation, partner_shares
 from .figure import ReportFigure, plot, slug
 
-BLUE, ORANGE, GREEN, GREY = "#3b6fb6", "#d9822b", "#3a9a5b", "#8a8a8a"
+BLUE, ORANGE, GREEN = "#3b6fb6", "#d9822b", "#3a9a5b"
 
 
 def load_figure(collection: Collection, prefix: str) -> ReportFigure:

@@ -194,4 +194,4 @@ def _register(
     DatasetCatalog.register(name, load)
 
 
-register_builtin()
+register_builtin()  # on import, as Detectron2 does: configs and evaluators name data sets by string

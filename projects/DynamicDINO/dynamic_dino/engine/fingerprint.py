@@ -1,4 +1,7 @@
-"""What the predictions of an evaluation depend on, as a few hashes."""
+"""What the predictions of an evaluation depend on, as a few hashes.
+
+Kept with `evaluation.prediction_log`, for the reason given there.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,8 @@ def fingerprint(
     model_config: DictConfig,
     dtype: torch.dtype | None,
 ) -> dict[str, str]:
-    """Name -> hash, the names as a message can list them; {} in other processes than the main one.
+    """{what predictions depend on, in words for a message: its hash}; {} in processes other than
+    the main one.
 
     Not in it: how many processes, workers and images a batch, what is done with the predictions.
     """
@@ -50,7 +54,7 @@ def fingerprint(
 
 
 def annotation_file(dataset: str) -> Path:
-    """That of a registered name, without reading it, or of a path."""
+    """The annotation file of a registered data set, without reading it, or of a path."""
     file = MetadataCatalog.get(dataset).get("json_file")
     return Path(get_metadata(dataset).json_file if file is None else file)
 

@@ -1,4 +1,8 @@
-"""The command line of train_net.py, and the start of its processes."""
+"""The command line of train_net.py, and the start of its processes.
+
+Slurm's variables are read here, although `srun torchrun` would do: with one task a GPU, plain srun
+needs no port, no number of nodes and no second launcher in the job script.
+"""
 
 from __future__ import annotations
 

@@ -142,8 +142,8 @@ class DetectionEvaluator(DatasetEvaluator):
             self._routing = RoutingStatistics.merged([self._routing, part])
 
     def _kept(self, parts: list[DatasetPredictions]) -> DatasetPredictions:
-        """In the order of the images, so that of equal scores the same ones are kept however the
-        images were divided between processes and runs."""
+        """All predictions, sorted by image: which of equally scored ones count then doesn't depend
+        on how the images were divided between processes and runs."""
         predictions = DatasetPredictions.cat(parts)
         predictions = predictions[np.argsort(predictions.image_ids, kind="stable")]
         return self._protocol.keep(predictions, self._most)

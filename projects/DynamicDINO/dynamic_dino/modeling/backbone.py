@@ -21,7 +21,7 @@ class Backbone(nn.Module):
         weights: None for random, "timm" for timm's pretrained weights (Hugging Face hub),
             "package:MODULE/FILE" for a file inside an installed Python package, or a path.
         frozen: no gradients, batch norm in inference mode; then features can be cached on disk.
-        freeze_norm: batch norms stay as they are, in all that they have.
+        freeze_norm: batch norms keep their weights and running statistics.
         frozen_modules: modules of the timm model that get no gradients, e.g.
             ``["conv1", "layer1"]`` of a ResNet.
         strides: of the maps, powers of two from fine to coarse.
@@ -51,7 +51,7 @@ class Backbone(nn.Module):
         options: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
-        plain = {  # a recipe's lists are no lists
+        plain = {  # timm wants tuples, not OmegaConf's lists
             key: tuple(value)
             if isinstance(value, Sequence) and not isinstance(value, str)
             else value

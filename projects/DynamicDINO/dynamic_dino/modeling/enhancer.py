@@ -74,7 +74,16 @@ class EnhancerLayer(nn.Module):
     def forward(
         self, x: Tensor, text: TextFeatures, position: Tensor, mask: Tensor, *geometry: object
     ) -> tuple[Tensor, Tensor, Routing | None]:
-        """`geometry`: what a `DeformableImageLayer` asks for besides."""
+        """One layer over image tokens and text.
+
+        Args:
+            x: [B, N, D], image tokens; position [1 or B, N, D] and mask bool [B, N] alike.
+            text: prompts, of L tokens.
+            geometry: further arguments of the image layer; see `DeformableImageLayer.forward`.
+
+        Returns image tokens [B, N, D], text tokens [B, L, D], the Routing of the image layer's FFN
+        (None where it is dense).
+        """
         tokens = text.tokens
         if self.fusion is not None:
             x, tokens = self.fusion(x, tokens, mask, text.mask)
@@ -94,7 +103,7 @@ def run_layers(
     """Cross-modal layers one after the other.
 
     Args:
-        geometry: position encoding, mask, and what else the image layers ask for.
+        geometry: position encoding, mask, and further arguments of `EnhancerLayer.forward`.
         recompute: activations are computed once more in the backward pass instead of kept.
     """
     position, *rest = geometry

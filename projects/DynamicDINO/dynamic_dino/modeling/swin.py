@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class PaddedBlock(SwinTransformerBlock):
-    """Fills the map up to whole windows and shifts it then, as the original code for detection.
+    """Pads the map to whole windows and shifts it then, as the original code for detection does.
 
-    timm shifts first, which gives other windows where the map is no multiple of them. The zeros
-    that fill it up are attended to, in both.
+    timm shifts first, which gives other windows where the map is no multiple of them. Both attend
+    to the zeros of the padding.
     """
 
     def _attn(self, x: Tensor) -> Tensor:
@@ -31,8 +31,8 @@ class PaddedBlock(SwinTransformerBlock):
 
 
 def accept_any_size(model: nn.Module) -> None:
-    """Makes `PaddedBlock`s of the blocks of timm's Swin, and fills up its last patches; other
-    networks stay as they are.
+    """Makes `PaddedBlock`s of the blocks of timm's Swin, and lets it pad images to whole patches;
+    other networks stay as they are.
 
     timm builds the blocks itself and takes no class for them, so the class of the built ones is
     changed: their weights, and the names of these, are the same.
@@ -55,11 +55,11 @@ def window_places(
     device: torch.device,
     inference: bool,
 ) -> tuple[Tensor, int]:
-    """Where each cell of a map is when windows stand one after the other, int64 [height * width],
-    and how many cells these have.
+    """int64 [height * width], the index of each cell of a map in the concatenation of all windows;
+    and the number of cells that the windows have together.
 
-    Made once for each size, and not to be written to. `inference` keeps tensors of inference mode,
-    which autograd refuses, apart from others.
+    Cached for each combination of arguments, so it must not be written to. `inference`: whether
+    torch.inference_mode is on; its tensors, which autograd refuses, are cached apart.
     """
     rows, columns = (-(-size // w) * w for size, w in zip((height, width), window, strict=True))
     cells = torch.arange(rows * columns, device=device).view(1, rows, columns, 1)
@@ -78,8 +78,8 @@ def shift_mask(
     dtype: torch.dtype,
     inference: bool,
 ) -> Tensor:
-    """Parts the cells that only the cyclic shift brought into one window: 0 or -100, in one window
-    of N cells after the other [windows, N, N]. See `window_places`."""
+    """The attention bias of each window of N cells, [windows, N, N]: -100 between cells that only
+    the cyclic shift brought together, else 0. Cached as `window_places`."""
 
     def parts(size: int, window: int, shift: int) -> Tensor:
         size += -size % window

@@ -36,9 +36,9 @@ class Block:
 
 
 class Cache(OrderedDict):
-    """Forgets the oldest entry when it is full, and all of them when the weights have changed."""
+    """A dict of at most `size` entries that forgets the oldest, and all if weights have changed."""
 
-    def __init__(self, size: int = 0) -> None:  # copies are made without arguments
+    def __init__(self, size: int = 0) -> None:  # OrderedDict.copy() gives no arguments
         super().__init__()
         self.size = size
         self._weights: list[tuple[int, int]] = []
@@ -49,8 +49,8 @@ class Cache(OrderedDict):
             self.popitem(last=False)
 
     def drop_if_changed(self, parameters: Iterable[Tensor]) -> None:
-        """A load, a move, or the step of an average of models changes the version that torch
-        counts, or the address, of some parameter."""
+        """Empties the cache if a parameter isn't the one of the last call: loading, moving and
+        optimizer steps change its address or the version that torch counts."""
         weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
         if weights != self._weights:
             self.clear()

@@ -21,8 +21,8 @@ class Routing:
     gates         float [T, K], weight of each slot, 0 where empty; None: 1 in every filled slot
     probs         float [T, E], what the router thinks of every expert: a distribution, or the
                   scores of a top-any router
-    blocks        the slots of each block of tokens sorted by expert, see `expert_ffn`; None where
-                  the router's kernel didn't, or where these are no longer the router's tokens
+    blocks        int32, the slots of each block of tokens sorted by expert, as the router's kernel
+                  leaves them for `expert_ffn`; None if there are none for just these tokens
 
     What only some routers and layers tell, else None:
 

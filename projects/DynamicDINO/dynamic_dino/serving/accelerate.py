@@ -18,7 +18,8 @@ from ..moe.routing import Routing
 
 logger = logging.getLogger(__name__)
 
-for structure in (TextFeatures, Detections, Routing):  # so that their tensors are seen
+# On import, once for the process: PyTorch then sees the tensors inside these dataclasses.
+for structure in (TextFeatures, Detections, Routing):
     torch.export.register_dataclass(
         structure, serialized_type_name=f"dynamic_dino.{structure.__name__}"
     )
@@ -170,11 +171,11 @@ class _Captured:
 
 
 def _kind(leaf: object) -> Hashable:
-    """What a graph is made for: a tensor's shape and type, the value of anything else."""
+    """A leaf's part of a graph's key: shape, type and strides of a tensor, else the value."""
     return (leaf.shape, leaf.dtype, leaf.stride()) if isinstance(leaf, Tensor) else leaf
 
 
 def _unfit(tensors: list[Tensor]) -> bool:
-    """Whether gradients are wanted, or a capture is under way."""
+    """Whether no graph can be captured: gradients are wanted, or another capture is going on."""
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return wanted or torch.cuda.is_current_stream_capturing()

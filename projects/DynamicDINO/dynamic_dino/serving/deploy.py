@@ -74,7 +74,7 @@ def optimize_for_inference(
 
 
 def _convolve(detector: OpenVocabularyDetector) -> None:
-    """Passes a small image through all that has batch norms."""
+    """Runs the backbone and the convolutions of the enhancer on a small image."""
     features = detector.backbone(torch.zeros(1, 3, 64, 64, device=detector.device))
     if not isinstance(detector.enhancer, EdgeEnhancer):
         return
@@ -97,8 +97,8 @@ def fold_batch_norms(model: nn.Module, run: Callable[[], object]) -> int:
 
 
 def fuse_gelu(model: nn.Module, run: Callable[[], object]) -> int:
-    """Lets convolutions apply the GELU that reads their output, and makes the one that reads a
-    linear layer's work in place; returns how many there were.
+    """Fuses each GELU with the convolution before it, or makes it overwrite the output of the
+    linear layer before it; returns how many GELUs there were.
 
     Args:
         run: a forward pass, see `_readers`.
@@ -181,7 +181,7 @@ def _readers(
     run: Callable[[], object],
     sources: type | tuple[type, ...] = nn.Conv2d,
 ) -> dict[nn.Module, nn.Module]:
-    """Modules of some kinds, and the convolution (or other source) whose output each reads.
+    """{module of one of the `kinds`: the convolution (or other source) whose output it reads}.
 
     Names and order of modules differ from network to network, so `run`, a forward pass, shows which
     it is: both run once, and one's output is the other's input.
@@ -228,7 +228,7 @@ def merge_branches(model: nn.Module) -> int:
 
 
 def replace_modules(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> None:
-    """Puts modules in the places of others, wherever these are, shared ones too."""
+    """Replaces modules, {old: new}, in every place where the model has them."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() leaves repetitions out
             if child in replaced:

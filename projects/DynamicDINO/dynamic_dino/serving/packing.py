@@ -32,7 +32,7 @@ FACTORS = ("image_query", "image_value", "image_out")  # of BiAttention, which r
 
 
 def packed_modules(model: nn.Module, rows: int, pack: str = "auto") -> dict[nn.Module, nn.Module]:
-    """Modules of a detector and what shall take their places; what was chosen is logged.
+    """{module of a detector: its packed replacement}; logs what was chosen.
 
     Args:
         model: on a CPU, in float32; anything else can't be packed.
