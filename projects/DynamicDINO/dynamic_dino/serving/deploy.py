@@ -4,6 +4,10 @@ Batch norms become part of the convolutions before them, as GELU does on a CPU, 
 layer works in place; the branches of RepVGG blocks become one convolution (arXiv 2101.03697,
 section 3.3); weights are cast once, and on a CPU packed for oneDNN where that is faster. It can't
 be trained after.
+
+GELU is fused here and not left to torch.compile, since that needs a C++ compiler and compiles each
+shape anew: it is a tenth of the backbone's time (EfficientViT-L1 at 320 pixels, one thread with
+AVX2: 0.46 s instead of 0.50 s).
 """
 
 from __future__ import annotations
