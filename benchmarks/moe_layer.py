@@ -261,7 +261,7 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
         for j, kind in enumerate(kinds):
             axis = axes[i][j]
             axis.axhline(1, color="black", linewidth=1)
-            for setting, style in zip(settings, cycle(("-", "--", ":", "-."))):  # noqa: B905
+            for setting, style in zip(settings, cycle(("-", "--", ":", "-."))):
                 for number, name in enumerate(names):
                     points = [
                         (

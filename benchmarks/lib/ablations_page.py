@@ -13,8 +13,8 @@ from lib.sweeps import MEMORY_NOTE, SETTINGS, SWEEPS, Setting, Sweep
 from lib.tables import BENCHMARKS, RESULTS, table
 
 matplotlib.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402  after the choice of the back-end
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 PAGE = BENCHMARKS / "ABLATIONS.md"
 Runs = Mapping[str, Mapping[int, dict]]  # row -> seed -> result

@@ -97,7 +97,7 @@ def any_by_definition(x, weight, thresholds, max_k, fallback):
     scores, limits = cosine.sigmoid(), thresholds.double().sigmoid()
     ids, gates = [], torch.zeros(len(x), max_k, dtype=torch.float64)
     for t in range(len(x)):
-        best_first = sorted(range(len(weight)), key=lambda e: (-cosine[t, e].item(), e))  # noqa: B023
+        best_first = sorted(range(len(weight)), key=lambda e: (-cosine[t, e].item(), e))
         chosen = [e for e in best_first if scores[t, e] > limits[e]]
         if fallback and not chosen:
             chosen = [e for e in best_first if thresholds[e] < torch.inf][:1]

@@ -28,7 +28,7 @@ from .files import configs_folder
 from .serving.inference import Detector, load_detector
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  after the choice of the back-end
+from matplotlib import pyplot as plt
 
 # Columns of the final table: names that training has seen, rare ones, and names that it hasn't.
 COLUMNS = {

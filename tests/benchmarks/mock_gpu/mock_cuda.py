@@ -20,10 +20,10 @@ import types
 
 os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is defined
 
-import torch  # noqa: E402
-from torch.overrides import TorchFunctionMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 NAME = "NVIDIA H100 (pretended)"
 CAPABILITY = (9, 0)

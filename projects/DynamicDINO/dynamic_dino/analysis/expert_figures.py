@@ -28,6 +28,10 @@ NAMES_SHOWN = 16
 def expert_table_figure(rows: Sequence[ExpertRow], prefix: str) -> list[ReportFigure]:
     """HI-MoE's Table 8, and its Figure 2."""
     routed = any(row.route is not None for row in rows)
+    return [_expert_table(rows, prefix, routed), _expert_bars(rows, prefix, routed)]
+
+
+def _expert_table(rows: Sequence[ExpertRow], prefix: str, routed: bool) -> ReportFigure:
     subsets = [s for s in SUBSETS if s != "all"]
     head = [
         "expert",
@@ -54,8 +58,11 @@ def expert_table_figure(rows: Sequence[ExpertRow], prefix: str) -> list[ReportFi
     )
     if routed:
         reading += " Scene route: the most frequent one among the expert's own tokens."
-    table = ReportFigure(slug(prefix, "experts"), "AP of every expert", reading, head, cells)
+    return ReportFigure(slug(prefix, "experts"), "AP of every expert", reading, head, cells)
 
+
+def _expert_bars(rows: Sequence[ExpertRow], prefix: str, routed: bool) -> ReportFigure:
+    subsets = [s for s in SUBSETS if s != "all"]
     experts = [row for row in rows if row.expert is not None]
     figure, axes = plot(3 + routed, height=1.5)
     for axis, subset in zip(axes[:, 0], subsets, strict=False):
@@ -75,7 +82,7 @@ def expert_table_figure(rows: Sequence[ExpertRow], prefix: str) -> list[ReportFi
         axes[-1, 0].bar_label(bars, routes, fontsize=6, rotation=90, padding=2)
         axes[-1, 0].set(title="dominant scene route", ylabel="share, %", ylim=(0, 150))
     axes[-1, 0].set_xlabel("expert")
-    picture = ReportFigure(
+    return ReportFigure(
         slug(prefix, "experts-figure"),
         "Experts on small, occluded and rare objects",
         "The table above as bars; the dashed line is the whole model. Bars that differ more than "
@@ -93,7 +100,6 @@ def expert_table_figure(rows: Sequence[ExpertRow], prefix: str) -> list[ReportFi
         ],
         figure,
     )
-    return [table, picture]
 
 
 def drop_figure(reference: dict[str, float], drops: Sequence[Drop], prefix: str) -> ReportFigure:

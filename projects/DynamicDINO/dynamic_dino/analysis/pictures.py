@@ -167,6 +167,7 @@ def before_after(
     """
     mine, its = verdicts(after, objects), verdicts(before, objects)
     change = {i: sum(mine[i].found) - sum(its[i].found) for i in mine if i in its}
+    better, worse = (sum(sign * c > 0 for c in change.values()) for sign in (1, -1))
     by_image = objects_by_image(objects)
     novel = {c["id"] for c in after.truth["categories"] if c.get("novel")}
     special = {
@@ -174,17 +175,8 @@ def before_after(
         for i in change
         if any(objects.tail[k] or objects.category_ids[k] in novel for k in by_image[i])
     }
-    order = {i: n for n, i in enumerate(change)}
-    better = sorted((i for i in change if change[i] > 0), key=lambda i: (-change[i], order[i]))
-    worse = sorted((i for i in change if change[i] < 0), key=lambda i: (change[i], order[i]))
-    rare = [i for i in (*better, *worse) if i in special]
-    rare.sort(key=lambda i: (-abs(change[i]), -change[i], order[i]))
-    kinds: dict = {}
-    for kind, images in (("better", better), ("worse", worse), ("rare or unseen name", rare)):
-        fresh = [i for i in images if i not in kinds]
-        kinds |= dict.fromkeys(fresh[:count], kind)
     pictures, captions, rows = [], [], []
-    for image_id, kind in kinds.items():
+    for image_id, kind in most_different(change, special, count).items():
         image = read_or_none(after.files[image_id])
         if image is None:
             continue
@@ -217,13 +209,32 @@ def before_after(
         "Left the objects; then, of each model, as many of its best detections as there are "
         "objects: green ones find an object, red ones are mistakes. First the photos that the "
         "second model does better, then those that it does worse, then others with rare or unseen "
-        f"names. Of {len(change)} photos {len(better)} are better, {len(worse)} worse, the others "
+        f"names. Of {len(change)} photos {better} are better, {worse} worse, the others "
         "equal.",
         ["image", "kind", "model", "name", "score", "x0", "y0", "x1", "y1", "right"],
         rows,
         contact_sheet(pictures, 3, captions, SHEET),
         shown=0,
     )
+
+
+def most_different(change: dict, special: set, count: int) -> dict:
+    """{image id: "better", "worse" or "rare or unseen name"}, at most `count` images of each.
+
+    Args:
+        change: {image id: objects found more, or fewer}.
+        special: ids of images with objects of rare or unseen names.
+    """
+    order = {i: n for n, i in enumerate(change)}
+    better = sorted((i for i in change if change[i] > 0), key=lambda i: (-change[i], order[i]))
+    worse = sorted((i for i in change if change[i] < 0), key=lambda i: (change[i], order[i]))
+    rare = [i for i in (*better, *worse) if i in special]
+    rare.sort(key=lambda i: (-abs(change[i]), -change[i], order[i]))
+    kinds: dict = {}
+    for kind, images in (("better", better), ("worse", worse), ("rare or unseen name", rare)):
+        fresh = [i for i in images if i not in kinds]
+        kinds |= dict.fromkeys(fresh[:count], kind)
+    return kinds
 
 
 def objects_by_image(objects: Objects) -> dict[int | str, list[int]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.evaluation import inference_on_dataset
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from omegaconf import DictConfig
@@ -67,22 +67,14 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
     scores: dict[str, float] = {}
     logs: list[PredictionLog] = []
     for name in names:
-        folder = Path(cfg.train.output_dir) / "evaluation" / name
-        options: dict[str, Any] = dict(evaluators[name])
-        if accepts(options, "output_dir") and not options.get("output_dir"):
-            options["output_dir"] = str(folder)
-        evaluator = instantiate(options)
-        done: Collection = ()
-        if isinstance(evaluator, DetectionEvaluator):
-            evidence = fingerprint(model, loaders[name], evaluators[name], cfg.model, dtype)
-            logs.append(PredictionLog(folder / "unfinished", evidence))
-            evaluator.use_log(logs[-1])
-            done = logs[-1].done
+        evaluator, log = _evaluator(cfg, name, model, dtype)
+        loader = _load_all_but(log.done if log else (), loaders[name])
         with autocast(device, dtype), adjusted(model, getattr(evaluator, "detector", {})):
-            results = inference_on_dataset(model, _load_all_but(done, loaders[name]), evaluator)
+            results = inference_on_dataset(model, loader, evaluator)
         for key, value in flatten_results_dict(results).items():
             if isinstance(value, Real):
                 scores[f"{name}/{key}"] = float(value)
+        logs += [log] if log else []
         comm.synchronize()
     if comm.is_main_process() and scores:
         scores |= means(scores, cfg.dataloader.get("means") or {})
@@ -93,6 +85,24 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
     for log in logs:  # only now: who starts again after the first of 35 sets finds it done
         log.remove()
     return scores
+
+
+def _evaluator(
+    cfg: DictConfig, name: str, model: nn.Module, dtype: torch.dtype | None
+) -> tuple[DatasetEvaluator, PredictionLog | None]:
+    """The evaluator of a test set; one of ours keeps a log in the set's output folder."""
+    folder = Path(cfg.train.output_dir) / "evaluation" / name
+    node = cfg.dataloader.evaluator[name]
+    options: dict[str, Any] = dict(node)
+    if accepts(options, "output_dir") and not options.get("output_dir"):
+        options["output_dir"] = str(folder)
+    evaluator = instantiate(options)
+    if not isinstance(evaluator, DetectionEvaluator):
+        return evaluator, None
+    evidence = fingerprint(model, cfg.dataloader.test[name], node, cfg.model, dtype)
+    log = PredictionLog(folder / "unfinished", evidence)
+    evaluator.use_log(log)
+    return evaluator, log
 
 
 @contextmanager
