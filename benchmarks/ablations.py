@@ -167,9 +167,9 @@ def train(run: Run, launcher: Sequence[str], gpu: int, say: Progress) -> bool:
     """Trains and evaluates, or goes on with it; keeps the numbers. False where it failed."""
     folder = ROOT / run.folder
     folder.mkdir(parents=True, exist_ok=True)
-    with claimed(folder, say) as claim:
+    with locked(folder, say) as lock:
         while phase := next_phase(folder):
-            if execute(run, phase, launcher, gpu, claim, say):
+            if execute(run, phase, launcher, gpu, lock, say):
                 say(f"failed, see {folder / LOG}", final=True)
                 return False
         write_json(run.result, report := summarise(run))
@@ -179,16 +179,16 @@ def train(run: Run, launcher: Sequence[str], gpu: int, say: Progress) -> bool:
 
 
 @contextmanager
-def claimed(folder: Path, say: Progress) -> Iterator[IO]:
+def locked(folder: Path, say: Progress) -> Iterator[IO]:
     """The folder for this process and the ones that inherit the file: where a runner was killed,
     its training may still go on."""
-    with (folder / "claim").open("w") as claim:
+    with (folder / "lock").open("w") as lock:
         try:
-            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say("waits for the process that trains it already", final=True)
-            fcntl.flock(claim, fcntl.LOCK_EX)
-        yield claim
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
 
 
 def next_phase(folder: Path) -> list[str] | None:
@@ -201,7 +201,7 @@ def next_phase(folder: Path) -> list[str] | None:
 
 
 def execute(
-    run: Run, phase: list[str], launcher: Sequence[str], gpu: int, claim: IO, say: Progress
+    run: Run, phase: list[str], launcher: Sequence[str], gpu: int, lock: IO, say: Progress
 ) -> int:
     """Runs train_net.py; returns its exit status."""
     environment = dict(os.environ)
@@ -214,7 +214,7 @@ def execute(
     with log.open("ab") as file:
         start = file.tell()
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=file, pass_fds=[claim.fileno()]
+            command, cwd=ROOT, env=environment, stdout=file, stderr=file, pass_fds=[lock.fileno()]
         )
         try:
             while process.poll() is None:

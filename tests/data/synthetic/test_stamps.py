@@ -340,7 +340,7 @@ def test_annotations_are_valid_coco_with_one_list_of_categories(tmp_path, librar
 def test_command_line_skips_a_complete_set(tmp_path, library, vocabulary, monkeypatch, capsys):
     arguments = ["--out", str(tmp_path), "--num-train", "3", "--num-val", "2"]
     arguments += ["--num-val-novel", "2", "--workers", "1", "--seed", "7", "--sheet"]
-    monkeypatch.setattr(cli, "locate", lambda *_: {})
+    monkeypatch.setattr(cli, "find_packages", lambda *_: {})
     monkeypatch.setattr(cli, "load_vocabulary", lambda: vocabulary)
     monkeypatch.setattr(cli, "load_library", lambda *_: (library, {}))
     real = tmp_path / "real.json"
@@ -351,7 +351,7 @@ def test_command_line_skips_a_complete_set(tmp_path, library, vocabulary, monkey
     first = contents(tmp_path / "stamps")
     assert "train" in capsys.readouterr().out and "sheet_train.png" in first
 
-    monkeypatch.setattr(cli, "locate", lambda *_: pytest.fail("fetched again"))
+    monkeypatch.setattr(cli, "find_packages", lambda *_: pytest.fail("fetched again"))
     assert cli.main(arguments) == 0
     assert "complete" in capsys.readouterr().out
     assert contents(tmp_path / "stamps") == first
@@ -437,16 +437,16 @@ def test_a_wrong_file_is_named_with_both_hashes_and_a_remedy(tmp_path):
     path = tmp_path / package.file_name
     path.write_bytes(b"whole pack")
     with pytest.raises(sources.SourceError) as error:
-        sources.locate((package,), [path], tmp_path / "packages")
+        sources.find_packages((package,), [path], tmp_path / "packages")
     message = str(error.value)
     assert str(path) in message and package.sha256 in message and "10 bytes" in message
     assert hashlib.sha256(b"whole pack").hexdigest() in message and "Delete" in message
     path.write_bytes(b"whole package")
-    assert sources.locate((package,), [path], tmp_path) == {"drawn-shapes": path}
+    assert sources.find_packages((package,), [path], tmp_path) == {"drawn-shapes": path}
     with pytest.raises(sources.SourceError, match="other_1.deb"):
-        sources.locate((package,), [path, tmp_path / "other_1.deb"], tmp_path)
+        sources.find_packages((package,), [path, tmp_path / "other_1.deb"], tmp_path)
     with pytest.raises(sources.SourceError, match="no such file"):
-        sources.locate((package,), [tmp_path / "gone" / package.file_name], tmp_path)
+        sources.find_packages((package,), [tmp_path / "gone" / package.file_name], tmp_path)
 
 
 def test_without_apt_it_says_what_to_download(tmp_path, monkeypatch, capsys):
