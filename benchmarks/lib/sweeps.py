@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-FFN = "model.decoder.layer.ffn"
-ROUTER = f"{FFN}.router"
-EXPERTS = ("*.ffn.experts.*", "*.ffn.router.*")
-FUSION = ("enhancer.layers.*.fusion.*",)
-HEADS = ("*.class_head.*", "*.box_head.*")
+from dynamic_dino.config import variants
+
+VARIANTS = variants(Path(__file__).parents[2] / "configs")
 
 
 @dataclass(frozen=True)
@@ -58,37 +57,37 @@ class Sweep:
     note: str = ""
 
 
+def variant(title: str, name: str, *overrides: str) -> Row:
+    """One of configs/variants.py, such as "himoe/dino:x16_top1", and what else is changed."""
+    return Row(title, name.partition(":")[0], (*VARIANTS[name][1], *overrides))
+
+
 def dynamic(setting: str) -> dict[str, Row]:
     """Dynamic-DINO and what varies of it, with its control."""
     recipe = f"moe_tuning/nano_x16_{setting}"
 
-    def x(experts: int, top_k: int = 2) -> tuple[str, str]:
-        return (f"{ROUTER}.num_experts={experts}", f"{ROUTER}.top_k={top_k}")
+    def of(title: str, name: str) -> Row:
+        return variant(title, f"{recipe}:{name}")
 
-    def trains(*patterns: str) -> tuple[str]:
-        return ("train.trainable=[" + ",".join(f"'{pattern}'" for pattern in patterns) + "]",)
-
-    # Only by a gradient can a router whose rows are drawn apart learn not to take a part twice.
-    straight = f"{ROUTER}.gate=straight_through"
-    new_experts, new_router = f"{FFN}.init_experts=false", f"{ROUTER}.tied=false"
-    weight = "model.criterion.router_losses.0.weight"
+    # Only by a gradient can a router whose rows are drawn apart learn not to take a part twice:
+    # Table 10 is compared by the straight-through gate.
     return {
         "control": Row("dense", f"moe_tuning/nano_dense_control_{setting}"),
         "x16": Row("x16-Top2", recipe),
-        "x8": Row("x8-Top2", recipe, x(8)),
-        "x4": Row("x4-Top2", recipe, x(4)),
+        "x8": of("x8-Top2", "x8"),
+        "x4": of("x4-Top2", "x4"),
         "parts": Row("x16, each part once (ours)", f"moe_tuning/nano_x16_parts_{setting}"),
-        "top1_x8": Row("x8-Top1", recipe, x(8, 1)),
-        "top4_x32": Row("x32-Top4", recipe, x(32, 4)),
-        "renormalized": Row("x16, renormalised gate", recipe, (f"{ROUTER}.gate=renormalized",)),
-        "straight_through": Row("x16, straight-through gate", recipe, (straight,)),
-        "without_init": Row("... random experts, too", recipe, (straight, new_experts, new_router)),
-        "untied": Row("... router rows apart", recipe, (straight, new_router)),
-        "alpha_0": Row("x16, alpha 0", recipe, (f"{weight}=0.0",)),
-        "alpha_0.1": Row("x16, alpha 0.1", recipe, (f"{weight}=0.1",)),
-        "only_experts": Row("x16, experts alone train", recipe, trains(*EXPERTS)),
-        "without_heads": Row("x16, heads don't train", recipe, trains(*EXPERTS, *FUSION)),
-        "without_fusion": Row("x16, fusion doesn't train", recipe, trains(*EXPERTS, *HEADS)),
+        "top1_x8": of("x8-Top1", "top1_x8"),
+        "top4_x32": of("x32-Top4", "top4_x32"),
+        "renormalized": of("x16, renormalised gate", "gate_renormalized"),
+        "straight_through": of("x16, straight-through gate", "gate_straight_through"),
+        "without_init": of("... random experts, too", "untied_without_init"),
+        "untied": of("... router rows apart", "untied"),
+        "alpha_0": of("x16, alpha 0", "alpha_0"),
+        "alpha_0.1": of("x16, alpha 0.1", "alpha_0.1"),
+        "only_experts": of("x16, experts alone train", "trains_experts"),
+        "without_heads": of("x16, heads don't train", "trains_experts_fusion"),
+        "without_fusion": of("x16, fusion doesn't train", "trains_experts_heads"),
     }
 
 
@@ -101,17 +100,12 @@ DYNAMIC = {
     "gates": ("The three gates", ("x16", "renormalized", "straight_through", "parts")),
     "k": ("Active experts, of equal size together", ("top1_x8", "x16", "top4_x32")),
     "alpha": ("Weight of the load balance", ("alpha_0", "x16", "alpha_0.1")),
-    "parts": ("What trains", ("only_experts", "without_heads", "without_fusion", "x16")),
+    "trained": ("What trains", ("only_experts", "without_heads", "without_fusion", "x16")),
 }
 
 
-def himoe(name: str, title: str, *overrides: str) -> tuple[str, Row]:
-    return f"himoe_{name}", Row(f"HI-MoE, {title}", "himoe/nano_x16_stamps", overrides)
-
-
-def dynmoe(name: str, title: str, *overrides: str) -> tuple[str, Row]:
-    often = ("train.adaptive_experts.period=50", "train.adaptive_experts.window=50")
-    return name, Row(f"DynMoE, {title}", "dynmoe/nano_stamps", (*often, *overrides))
+HIMOE, DYNMOE = "himoe/nano_x16_stamps", "dynmoe/nano_stamps"
+OFTEN = ("train.adaptive_experts.period=50", "train.adaptive_experts.window=50")
 
 
 STAMPS = Setting(
@@ -121,25 +115,19 @@ STAMPS = Setting(
     {
         **dynamic("stamps"),
         "encoder": Row("x16 in the encoder too", "moe_tuning/nano_encoder_decoder_stamps"),
-        "token_moe": Row("Token-MoE (image tokens)", "himoe/nano_token_moe_stamps"),
-        "himoe_instance": Row("HI-MoE, instance only", "himoe/nano_instance_only_stamps"),
-        "himoe_scene": Row("HI-MoE, scene only", "himoe/nano_scene_only_stamps"),
+        "token_moe": variant("Token-MoE (image tokens)", "himoe/nano_encoder_stamps:token_moe"),
+        "himoe_instance": variant("HI-MoE, instance only", f"{HIMOE}:instance_only"),
+        "himoe_scene": variant("HI-MoE, scene only", f"{HIMOE}:scene_only"),
         "himoe_both": Row("HI-MoE, encoder and decoder", "himoe/nano_encoder_decoder_stamps"),
         "himoe_encoder": Row("HI-MoE, encoder", "himoe/nano_encoder_stamps"),
-        **dict(
-            [
-                himoe("x16", "16 experts, K = 2"),
-                himoe("top1", "16 experts, K = 1", f"{ROUTER}.top_k=1"),
-                himoe("top4", "16 experts, K = 4", f"{ROUTER}.top_k=4"),
-                himoe("x8", "8 experts, K = 2", f"{ROUTER}.num_experts=8"),
-                himoe("x4", "4 experts, K = 2", f"{ROUTER}.num_experts=4"),
-                dynmoe("dynmoe", "6 of at most 8 experts at the start"),
-                dynmoe(
-                    "dynmoe_fixed", "8 experts that stay", "train.adaptive_experts.enabled=false"
-                ),
-                dynmoe("dynmoe_max16", "at most 16", f"{ROUTER}.num_experts=16"),
-            ]
-        ),
+        "himoe_x16": Row("HI-MoE, 16 experts, K = 2", HIMOE),
+        "himoe_top1": variant("HI-MoE, 16 experts, K = 1", f"{HIMOE}:x16_top1"),
+        "himoe_top4": variant("HI-MoE, 16 experts, K = 4", f"{HIMOE}:x16_top4"),
+        "himoe_x8": variant("HI-MoE, 8 experts, K = 2", f"{HIMOE}:x8_top2"),
+        "himoe_x4": variant("HI-MoE, 4 experts, K = 2", f"{HIMOE}:x4_top2"),
+        "dynmoe": Row("DynMoE, 6 of at most 8 experts at the start", DYNMOE, OFTEN),
+        "dynmoe_fixed": variant("DynMoE, 8 experts that stay", f"{DYNMOE}:fixed"),
+        "dynmoe_max16": variant("DynMoE, at most 16", f"{DYNMOE}:max16", *OFTEN),
     },
     # 10,000 images * 0.1 epochs / 8 images = 125 iterations
     overrides=("train.max_iter=125", "train.checkpointer.period=50", "train.eval_period=0"),
@@ -157,7 +145,7 @@ GLYPHS = Setting(
             f"ffn_{width}": Row(
                 f"FFN of {width} units" if width else "without FFN",
                 "pretrain/nano_glyphs",
-                (f"{FFN}.hidden={width}",),
+                (f"model.decoder.layer.ffn.hidden={width}",),
                 base="described",
             )
             for width in WIDTHS
@@ -189,7 +177,7 @@ iterations. The default is the paper's 0.01.""",
     "glyphs_k": """
 With the paper's gate the parts of a copy stay together, and it makes no difference how many they
 are.""",
-    "glyphs_parts": """
+    "glyphs_trained": """
 The gain is that of the experts: alone they gain as much (one seed). The default is the paper's, all
 three.""",
     "stamps_gates": """

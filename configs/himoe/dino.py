@@ -2,7 +2,7 @@
 
 Each decoder FFN is 16 experts of its size; of 4 scene routes 2 are kept, of their 8 experts 2 per
 query. The paper's Tables 3, 4 and 5 call this 282 GFLOPs, which whole experts in the decoder come
-close to, and 52M parameters, which is dino_small_experts.py.
+close to, and 52M parameters, which is the variant small_experts.
 """
 
 from ..common.moe import diversity, hierarchical, squared_balance

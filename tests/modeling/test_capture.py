@@ -118,7 +118,7 @@ def recipes():
     return {
         str(path.relative_to(CONFIGS)): load_config(path)
         for path in sorted(CONFIGS.rglob("*.py"))
-        if path.relative_to(CONFIGS).parts[0] not in ("common", "eval")
+        if path.relative_to(CONFIGS).parts[0] not in ("common", "eval", "variants.py")
     }
 
 

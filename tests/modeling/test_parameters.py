@@ -59,11 +59,11 @@ def test_active_is_as_much_as_dense(models, recipe):
     ("recipe", "size"),
     {
         "pretrain/dino_r50_coco_12ep.py": 47,  # DINO's code prints 47M; HI-MoE's Table 3 says 50M
-        "himoe/dino_dense.py": 47,
-        "himoe/dino_small_experts.py": 49,  # Table 3: 2M more
+        "pretrain/dino_r50_coco_50ep.py": 47,
+        "himoe/dino.py:small_experts": 49,  # Table 3: 2M more
         "himoe/dino.py": 47 + 15 * 6 * 1.051,  # the other reading: 16 whole FFNs
-        "himoe/dino_x8_top2.py": 47 + 7 * 6 * 1.051,
-        "himoe/dino_x4_top2.py": 47 + 3 * 6 * 1.051,
+        "himoe/dino.py:x8_top2": 47 + 7 * 6 * 1.051,
+        "himoe/dino.py:x4_top2": 47 + 3 * 6 * 1.051,
         "himoe/dino_encoder_decoder.py": 47 + 15 * 12 * 1.051,
     }.items(),
 )

@@ -83,7 +83,7 @@ def test_from_public_weights_to_experts(_twins, drawn, tmp_path):
     output = tmp_path / "moe"
     init = f"train.init_checkpoint={whole / 'model_final.pth'}"
     folder = _twins["mm_gdino"].folder
-    cfg = load("moe_tuning/gdino_tiny_x4.py", folder, drawn, output, init, "train.max_iter=1")
+    cfg = load("moe_tuning/gdino_tiny_x16.py:x4", folder, drawn, output, init, "train.max_iter=1")
     moe = do_train(cfg)
     assert len(losses(output)) == 1 and np.isfinite(losses(output)).all()
     trained = {name for name, p in moe.named_parameters() if p.requires_grad}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import runpy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,12 +69,15 @@ def load_config(
 ) -> DictConfig:
     """Loads a LazyConfig file, fills in `TRAIN_DEFAULTS` and applies ``key=value`` overrides.
 
+    A path that ends in ``:NAME``, such as ``configs/himoe/dino.py:x16_top1``, is that of a variant:
+    the recipe with the overrides of variants.py, and an output folder named after it.
+
     `model` is another recipe, whose detector, input size and last weights take the place of those
     of the file, before the overrides are applied.
 
     Raises `ConfigError` for a missing file, an unknown key, or a value of the wrong kind.
     """
-    path = Path(path)
+    path, variant = split_variant(path)
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist{_near_files(path)}")
     cfg = LazyConfig.load(str(path)) if path.suffix == ".py" else _load_yaml(path)
@@ -85,11 +89,57 @@ def load_config(
     _drop_helpers(cfg)
     _check_train_keys(cfg.get("train", {}), path)
     cfg.train = OmegaConf.merge(TRAIN_DEFAULTS, cfg.get("train", {}))
+    if variant:
+        output = f"train.output_dir={cfg.train.output_dir}_{variant}"
+        apply_overrides(cfg, [*_variant(path, variant), output])
     if model is not None:
         other = load_config(model)
         cfg.model, cfg.inference = other.model, other.inference
         cfg.train.init_checkpoint = f"{other.train.output_dir}/model_final.pth"
     return apply_overrides(cfg, overrides)
+
+
+def variants(folder: Path) -> dict[str, tuple[str, list[str]]]:
+    """The variants of a folder of recipes, by its variants.py: "himoe/dino:x16_top1" -> what it is,
+    and the overrides of the recipe himoe/dino.py that it stands for."""
+    return runpy.run_path(str(folder / "variants.py"))["VARIANTS"]
+
+
+def variants_table(folder: Path) -> str:
+    """All variants as a Markdown table; those of several recipes are one line."""
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for key, (title, overrides) in variants(folder).items():
+        recipe, _, name = key.partition(":")
+        changes = ", ".join(f"`{override}`" for override in overrides)
+        lines.setdefault((name, title, changes), []).append(f"`{recipe}`")
+    text = "| variant | of | what it is | overrides |\n|---|---|---|---|\n"
+    for (name, title, changes), recipes in lines.items():
+        text += f"| `{name}` | {', '.join(recipes)} | {title} | {changes} |\n"
+    return text
+
+
+def split_variant(path: str | Path) -> tuple[Path, str]:
+    """ "recipe.py:name" -> the recipe's path and the name, which is empty for a recipe itself."""
+    recipe, _, name = str(path).rpartition(".py:")
+    return (Path(f"{recipe}.py"), name) if recipe else (Path(path), "")
+
+
+def _variants_folder(path: Path) -> Path | None:
+    return next((f for f in path.absolute().parents if (f / "variants.py").is_file()), None)
+
+
+def _variant(path: Path, name: str) -> list[str]:
+    """Its overrides; the table is that of the nearest folder above the recipe that has one."""
+    folder = _variants_folder(path)
+    if folder is None:
+        raise ConfigError(f"{path}:{name}: no folder above the recipe has a variants.py")
+    table = variants(folder)
+    recipe = path.absolute().relative_to(folder).with_suffix("").as_posix()
+    if f"{recipe}:{name}" in table:
+        return table[f"{recipe}:{name}"][1]
+    names = [key.partition(":")[2] for key in table if key.startswith(f"{recipe}:")]
+    hint = suggestion(name, names) or f"; it has {', '.join(names) or 'none'}"
+    raise ConfigError(f"{path.name} has no variant {name!r}{hint}")
 
 
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -225,6 +275,9 @@ def _near_files(path: Path) -> str:
     depth = len(path.parent.relative_to(root).parts)
     found = {str(file): None for file in sorted(root.glob("*/" * depth + "*.py"))}
     by_name = {Path(file).name: file for file in found}
+    if folder := _variants_folder(path):
+        for recipe, _, name in (key.partition(":") for key in variants(folder)):
+            by_name[f"{Path(recipe).name}_{name}.py"] = f"{folder / recipe}.py:{name}"
     near = [by_name[name] for name in nearest(path.name, by_name)]
     if depth:  # a folder is wrong: the file's name alone says too little
         near = nearest(str(path), found) or near

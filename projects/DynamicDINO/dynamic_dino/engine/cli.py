@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ..config import ConfigError, load_config
+from ..config import ConfigError, load_config, variants_table
 from ..files import configs_folder
 from .evaluate import do_test, load_for_evaluation
 from .launch import argument_parser, launch
@@ -20,10 +20,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Exits with status 2 and one line for a mistake in the recipe, 1 for a loss that diverged."""
     parser = argument_parser(configs_folder() / DEFAULT_RECIPE)
     args = parser.parse_args(argv)
+    if args.variants:
+        print(variants_table(configs_folder()), end="")
+        return
     if args.model and not args.eval_only:
         parser.error(
             "--model goes with --eval-only; to train a model on other data, write a recipe"
         )
+    if args.variant:
+        recipe, colon, name = args.variant.rpartition(":")
+        if colon and args.config_file != parser.get_default("config_file"):
+            parser.error(f"--variant {args.variant} names its recipe: leave out --config-file")
+        file = configs_folder() / f"{recipe}.py" if colon else args.config_file
+        args.config_file = f"{file}:{name}"
     try:
         # Loaded here as well, so that a mistake is reported once, not by every process.
         load_config(args.config_file, args.opts, args.model)

@@ -38,6 +38,9 @@ examples:
   and started again, it goes on where it stopped, unless weights, recipe, data or code have changed
     train_net.py --eval-only --config-file configs/eval/coco.py train.init_checkpoint=model.pth
     train_net.py --eval-only --config-file configs/eval/coco.py --model RECIPE
+  a variant of a recipe, one of configs/variants.py; --variants shows them all
+    train_net.py --config-file configs/himoe/dino.py --variant x16_top1
+    train_net.py --variant himoe/dino:x16_top1
   change anything of the recipe; wrong names are reported with the nearest right one
     train_net.py --config-file CONFIG train.output_dir=out optimizer.lr=2e-4 train.amp.enabled=true
   two machines (started once on each)
@@ -73,7 +76,15 @@ def argument_parser(default_config: str | Path) -> argparse.ArgumentParser:
         "--model",
         metavar="RECIPE",
         help="with --eval-only: evaluate the model of this recipe, by default with the last "
-        "weights of its run, on the test sets of --config-file",
+        "weights of its run, on the test sets of --config-file; of a variant: RECIPE:NAME",
+    )
+    parser.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="a variant of the recipe (NAME), or of another (himoe/dino:NAME); see --variants",
+    )
+    parser.add_argument(
+        "--variants", action="store_true", help="print a table of all variants of recipes, and exit"
     )
     parser.set_defaults(config_file=os.path.relpath(default_config), num_gpus=None)
     help_texts = {

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..checkpoint.public import import_public
 from ..checkpoint.weights import load_checkpoint
-from ..config import load_config
+from ..config import load_config, split_variant
 from ..data.images import Size, load_image, resize_transform, to_tensor
 from ..engine.checkpointing import last_checkpoint
 from ..files import PACKAGE, configs_folder
@@ -239,7 +239,7 @@ def _recipe(model: str | Path, weights: str | Path | None) -> tuple[DictConfig, 
                 f"{model} has no {'config.yaml' if weights else 'checkpoint'}, so it isn't the "
                 "train.output_dir of a run"
             )
-    elif Path(model).suffix in (".py", ".yaml", ".yml"):
+    elif split_variant(model)[0].suffix in (".py", ".yaml", ".yml"):
         config = Path(model)
         if weights is None:
             raise ValueError(

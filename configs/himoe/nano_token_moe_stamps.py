@@ -1,9 +1,0 @@
-"""Flat routing of nano's image tokens, in the enhancer's FFN."""
-
-from ..common.moe import diversity, hierarchical, squared_balance
-from ..pretrain.nano_stamps import model  # dense
-from .nano_x16_stamps import dataloader, inference, lr_multiplier, optimizer, train  # noqa: F401
-
-model.enhancer.layer.image.ffn = hierarchical(model.enhancer.layer.image.ffn, "instance")
-model.criterion.router_losses = [squared_balance, diversity]
-train.output_dir = "output/himoe/nano_token_moe_stamps"
