@@ -25,6 +25,7 @@ PAGES = {
     "results.md": "benchmarks/RESULTS.md",
     "ablations.md": "benchmarks/ABLATIONS.md",
     "benchmarks.md": "benchmarks/README.md",
+    "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
 LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")  # [text](relative#anchor)
