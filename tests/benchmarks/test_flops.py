@@ -1,10 +1,8 @@
 """What flops.py counts, against closed forms worked out by hand, and as a user starts it."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import flops
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,11 +13,9 @@ from dynamic_dino.moe.part_router import PartRouter
 from dynamic_dino.moe.routers import SoftmaxRouter
 from dynamic_dino.moe.top_any import TopAnyRouter
 from dynamic_dino_kernels.moe import route_any
+from helpers.scripts import run_script
+from lib import flop_count, tables
 from torch import nn
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-import flops  # noqa: E402
-from lib import flop_count  # noqa: E402
 
 no_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for CUDA")
 both_backends = pytest.mark.parametrize(
@@ -167,14 +163,9 @@ CELLS = 40 * 40 + 20 * 20 + 10 * 10
 def script(tmp_path_factory):
     path = tmp_path_factory.mktemp("flops") / "new" / "flops.json"
     arguments = "--config-file configs/moe_tuning/nano_x16_stamps.py --size 320 320 --experts 16"
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "flops.py", *arguments.split(), "--depth", "1"]
-        + ["--names", "dog. cat. cup.", "--json", path, f"model.decoder.num_layers={LAYERS}"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(path.read_text())
+    more = ["--names", "dog. cat. cup.", "--json", path, f"model.decoder.num_layers={LAYERS}"]
+    text = run_script(flops.main, *arguments.split(), "--depth", "1", *more)
+    return text, json.loads(path.read_text())
 
 
 @pytest.mark.slow
@@ -245,4 +236,4 @@ def test_a_wrong_override_ends_with_its_message():
 
 
 def test_saves_beside_the_other_results():
-    assert flops.parse(["--save"]).json == BENCHMARKS / "results" / "cpu" / "flops.json"
+    assert flops.parse(["--save"]).json == tables.RESULTS / "cpu" / "flops.json"

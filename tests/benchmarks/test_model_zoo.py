@@ -1,22 +1,29 @@
 """The shipped models are evaluated and timed, here on a few drawn shapes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import model_zoo
 import pytest
+from dynamic_dino.data.datasets import register_builtin
 from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
 from dynamic_dino.serving.inference import SHIPPED_MODELS
+from helpers.scripts import run_script
 from lib import tables as results
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
-def test_evaluates_and_times_what_is_shipped(tmp_path):
+@pytest.fixture
+def drawn(tmp_path):
     write_drawn_dataset(tmp_path, num_images=3, split="val")
+    register_builtin(tmp_path)
+    yield
+    register_builtin()
+
+
+@pytest.mark.slow
+def test_evaluates_and_times_what_is_shipped(drawn, tmp_path):
     overrides = [
         f"dataloader.{key}=drawn_val"
         for name in ("val", "val_novel", "val_real")
@@ -26,15 +33,9 @@ def test_evaluates_and_times_what_is_shipped(tmp_path):
             f"evaluator.{name}.dataset_name",
         )
     ]
-    command = [sys.executable, ROOT / "benchmarks/model_zoo.py", "--device", "cpu"]
     output = tmp_path / "zoo.json"
-    done = subprocess.run(
-        [*command, "--repeats", "2", "--json", output, *overrides],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"DETECTRON2_DATASETS": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = ["--device", "cpu", "--repeats", "2", "--json", output]
+    text = run_script(model_zoo.main, *arguments, *overrides)
     report = json.loads(output.read_text())
     assert list(report["models"]) == list(SHIPPED_MODELS)
     dense, experts = report["models"].values()
@@ -43,7 +44,7 @@ def test_evaluates_and_times_what_is_shipped(tmp_path):
     for model in (dense, experts):
         assert 0 <= model["scores"]["val/AP50"] <= 100 and model["times"]["median_ms"] > 0
         assert (ROOT / model["config"]).is_file()
-    assert results.model_zoo(report) in done.stdout
+    assert results.model_zoo(report) in text
 
 
 def test_the_model_cards_name_every_shipped_model():

@@ -1,27 +1,13 @@
 """The benchmark runs as a user starts it, at a size that Triton's interpreter can bear."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import moe_layer
 import pytest
 import torch
+from helpers.scripts import run_script
 from lib.phases import ROUTING, peak_bytes, time_by_phase
 from torch.profiler import record_function
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks/moe_layer.py"
-
-
-def run(*arguments):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "DYNAMIC_DINO_KERNELS": ""}
-    return subprocess.run(
-        [sys.executable, SCRIPT, "--device", "cpu", *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +15,10 @@ def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     small = "--tokens 9 --dim 16 --hidden 32 --experts 4 --layers 1 --repeats 2".split()
     files = ["--json", folder / "new" / "report.json", "--plot", folder / "plot.png"]
-    done = run(*small, "--routing", "uniform", "zipf", *files)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(files[1].read_text()), files[3]
+    text = run_script(
+        moe_layer.main, "--device", "cpu", *small, "--routing", "uniform", "zipf", *files
+    )
+    return text, json.loads(files[1].read_text()), files[3]
 
 
 @pytest.mark.slow
@@ -102,7 +89,7 @@ def test_draws_the_ratios(result):
     assert result[2].stat().st_size > 10_000
 
 
-@pytest.mark.slow
-def test_wrong_arguments_are_explained():
-    done = run("--measure", "router")
-    assert done.returncode == 2 and "choose from" in done.stderr
+def test_wrong_arguments_are_explained(capsys):
+    with pytest.raises(SystemExit):
+        moe_layer.main(["--measure", "router"])
+    assert "choose from" in capsys.readouterr().err

@@ -1,14 +1,14 @@
 """The benchmark runs as a user starts it, with the nano recipe and few pixels."""
 
 import json
-import subprocess
-import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import training_step
 from detectron2.config import instantiate
 from dynamic_dino.config import load_config
+from helpers.scripts import run_script
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "configs/moe_tuning"
@@ -20,10 +20,8 @@ def result(tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "new" / "report.json"
     small = "--size 64 --batch 1 --names 3 --boxes 2 --repeats 2".split()
     recipe = ["--config-file", RECIPES / "nano_x16_stamps.py", "--device", "cpu"]
-    command = [sys.executable, ROOT / "benchmarks/training_step.py", *recipe, *small]
-    done = subprocess.run([*command, "--json", path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(path.read_text())
+    text = run_script(training_step.main, *recipe, *small, "--json", path)
+    return text, json.loads(path.read_text())
 
 
 @pytest.mark.slow
@@ -77,10 +75,7 @@ def test_says_what_was_scaled_down_and_where_the_numbers_come_from(result):
         (["--repeats", 1], "quartiles"),
     ],
 )
-def test_mistakes_are_explained(arguments, message, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import training_step
-
+def test_mistakes_are_explained(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         training_step.main(["--device", "cpu", *map(str, arguments)])
     assert stop.value.code
