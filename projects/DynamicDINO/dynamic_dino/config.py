@@ -111,7 +111,7 @@ def variants_table(folder: Path) -> str:
     for key, (title, overrides) in variants(folder).items():
         recipe, _, name = key.partition(":")
         changes = ", ".join(f"`{override}`" for override in overrides)
-        lines.setdefault((name, title, changes), []).append(f"`{recipe}`")
+        lines.setdefault((name, title, changes), []).append(f"`{recipe}.py`")
     text = "| variant | of | what it is | overrides |\n|---|---|---|---|\n"
     for (name, title, changes), recipes in lines.items():
         text += f"| `{name}` | {', '.join(recipes)} | {title} | {changes} |\n"
