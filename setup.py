@@ -44,9 +44,9 @@ setup(
         "dynamic_dino_kernels": "kernels/dynamic_dino_kernels",
     },
     package_data={
-        "dynamic_dino": ["weights/*", "**/*.json", "**/*.txt"],
+        "dynamic_dino": ["py.typed", "weights/*", "**/*.json", "**/*.txt"],
         "dynamic_dino.configs": ["**/*.py", "**/*.md"],
-        "dynamic_dino_kernels": ["moe/tuned.json"],
+        "dynamic_dino_kernels": ["py.typed", "moe/tuned.json"],
     },
     entry_points={
         "console_scripts": [

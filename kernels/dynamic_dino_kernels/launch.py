@@ -61,7 +61,7 @@ def _query(device: torch.device) -> GPU:
     return GPU(
         f"sm_{properties.major}{properties.minor}",
         properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # not in the stub
         properties.name,
     )
 

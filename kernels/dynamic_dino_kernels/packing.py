@@ -8,6 +8,7 @@ isn't for the maker's name to say: `gain` measures it.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -23,7 +24,7 @@ POST_OPS = {
     "gelu_tanh": ("gelu", "tanh"),
     "silu": ("swish", ""),
 }
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": torch.relu_,
     "gelu": torch.ops.aten.gelu_,
@@ -86,7 +87,7 @@ def applies(*inputs: Tensor) -> bool:
         all(x.is_cpu and x.dtype == torch.float32 for x in inputs)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Replayed:
             example; it must be hashable.
     """
 
-    def __init__(self, function: Callable, state: Callable[[Tensor], object] | None = None) -> None:
+    def __init__(self, function: Callable, state: Callable[[Any], object] | None = None) -> None:
         self.function, self.state = function, state
         self._recordings: dict[tuple, _Recording | None] = {}
 
@@ -56,11 +57,12 @@ class Replayed:
         if not possible():
             return None
         device = driver.active.get_current_device()
-        pointers, key = [], [device, constants]
+        pointers: list[int] = []
+        seen: list[object] = [device, constants]
         for t in tensors:
             if t is None:
                 pointers.append(0)
-                key.append(None)
+                seen.append(None)
                 continue
             if type(t) not in _PLAIN or t.get_device() != device or not t.is_contiguous():
                 return None
@@ -68,14 +70,16 @@ class Replayed:
             if pointer == 0 or pointer % ALIGNMENT:
                 return None
             pointers.append(pointer)
-            key.append(t.shape)
-            key.append(t.dtype)
+            seen.append(t.shape)
+            seen.append(t.dtype)
         if self.state is not None:
-            key.append(self.state(tensors[0]))
-        key = tuple(key)
+            seen.append(self.state(tensors[0]))
+        key = tuple(seen)
         if key in self._recordings:
             recording = self._recordings[key]
-            return recording and Call(self, key, tensors, constants, pointers, recording)
+            if recording is None:
+                return None
+            return Call(self, key, tensors, constants, pointers, recording)
         return Call(self, key, tensors, constants, pointers, None)
 
     def record(self, key: tuple, tensors: tuple[Tensor | None, ...], constants: tuple):
@@ -147,7 +151,9 @@ class _Recording:
             raise _CantReplay(f"it also ran {', '.join(sorted(allocations.other))}")
         single = not isinstance(result, tuple)
         results = (result,) if single else result
-        bases = {}  # storage -> (number of its pointer, bytes before it)
+        bases: dict[
+            int, tuple[int, int]
+        ] = {}  # storage -> (number of its pointer, bytes before it)
         given = [t for t in tensors if t is not None]
         for number, t in enumerate(tensors):
             if t is not None:
@@ -165,12 +171,12 @@ class _Recording:
             if storage not in bases:
                 bases[storage] = (last, end)
                 end += -(-size // 256) * 256
-        known = [_known_launch(*launch, bases) for launch in launches]
+        known = [_known_launch(bases, *launch) for launch in launches]
         shapes = [None if t is None else (t.shape, t.dtype) for t in results]
         return cls(known, shapes, single, end, given[0].device)
 
     def replay(self, pointers: list[int], device: int):
-        results = []
+        results: list[Tensor | None] = []
         for shape in self.results:
             if shape is None:
                 results.append(None)
@@ -193,7 +199,7 @@ class _Recording:
         return results[0] if self.single else tuple(results)
 
 
-def _known_launch(compiled, grid, names, args, meta, bases) -> _Launch:
+def _known_launch(bases: dict, compiled, grid, names, args, meta) -> _Launch:
     values = [*args, *(meta.get(name) for name in names[len(args) :])]
     addresses = []
     for position, value in enumerate(values):
@@ -263,4 +269,4 @@ def _storage(t: Tensor) -> int:
 
 
 def _offset(t: Tensor) -> int:
-    return t.storage_offset() * t.element_size()
+    return int(t.storage_offset()) * t.element_size()

@@ -14,6 +14,7 @@ it first runs. Only `register` imports transformers.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def register(name: str = "dynamic_dino") -> None:
 
 
 def experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """What transformers calls as the forward of its experts.
 
@@ -82,19 +83,21 @@ def experts_forward(
     b2 = self.down_proj_bias if self.has_bias else None
     if self._is_expert_parallel:
         top_k_index = torch.where(top_k_index < len(w1), top_k_index, -1)
+    activation = _activation(self)
+    assert activation is not None  # `_obstacles` has found none
     return expert_ffn(
-        hidden_states, w1, b1, w2, b2, top_k_index, top_k_weights, activation=_activation(self)
+        hidden_states, w1, b1, w2, b2, top_k_index, top_k_weights, activation=activation
     )
 
 
-def _activation(experts: nn.Module) -> str | None:
+def _activation(experts: Any) -> str | None:
     """Ours for the experts' act_fn; None if there is none."""
     act = getattr(experts, "act_fn", None)
     plain = PLAIN.get(type(act).__name__ if isinstance(act, nn.Module) else act)
-    return GATED.get(plain) if experts.has_gate else plain
+    return GATED.get(plain) if plain is not None and experts.has_gate else plain
 
 
-def _obstacles(experts: nn.Module) -> Iterator[str]:
+def _obstacles(experts: Any) -> Iterator[str]:
     """Why `expert_ffn` would compute something else."""
     if experts.is_transposed:
         yield "its weights are transposed, [E, D, 2H] and [E, H, D]"

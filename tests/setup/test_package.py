@@ -16,7 +16,7 @@ SOURCES = {  # where a folder of the checkout lands in the wheel
     "configs": "dynamic_dino/configs",
     "kernels/dynamic_dino_kernels": "dynamic_dino_kernels",
 }
-DATA = {".py", ".json", ".safetensors"}
+DATA = {".py", ".json", ".safetensors", ".typed"}
 
 
 @pytest.fixture(scope="module")

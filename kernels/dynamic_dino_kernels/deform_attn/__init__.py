@@ -56,7 +56,12 @@ def ms_deform_attn(
         return implementation(value, shapes, *tensors[1:])
 
 
-def _check_arguments(value, shapes, sampling_locations, attention_weights) -> None:
+def _check_arguments(
+    value: Tensor,
+    shapes: list[tuple[int, int]],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> None:
     if value.dim() != 4:
         raise ValueError(
             f"value must be [B, S, heads, head_dim], but its shape is {tuple(value.shape)}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def route(tokens: Tensor, weight: Tensor, top_k: int, *, backend: str = "auto") 
         ValueError: shapes that don't fit, or k out of range; the message names them.
     """
     checks.check_router(tokens, weight, top_k, "top_k")
-    implementation = reference.route
+    implementation: Callable[..., tuple] = reference.route
     if resolve_backend(backend, tokens.device) == "triton":
         from .router import triton_route as implementation  # imports Triton
     with torch.autocast(tokens.device.type, enabled=False):
@@ -97,7 +97,7 @@ def route_any(
         raise ValueError(
             f"thresholds must be [E={len(weight)}], but its shape is {tuple(thresholds.shape)}"
         )
-    implementation = reference.route_any
+    implementation: Callable[..., tuple] = reference.route_any
     if resolve_backend(backend, tokens.device) == "triton":
         from .router import triton_route_any as implementation  # imports Triton
     with torch.autocast(tokens.device.type, enabled=False):
@@ -167,8 +167,8 @@ def expert_ffn(
     device_type, residual = x.device.type, x
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        weights = (w if w is None else cast_weight(w, dtype) for w in (w1, b1, w2, b2))
-        x, w1, b1, w2, b2 = cast_weight(x, dtype), *weights
+        x, w1, w2 = (cast_weight(t, dtype) for t in (x, w1, w2))
+        b1, b2 = (b if b is None else cast_weight(b, dtype) for b in (b1, b2))
     checks.check_one_dtype(x, w1, b1, w2, b2)
     if call is not None:
         return call()
@@ -252,7 +252,7 @@ def warmup(
     top_k: int,
     tokens: Iterable[int],
     train: bool = False,
-    **options,
+    **options: Any,
 ) -> None:
     """Compiles what `expert_ffn` will launch for these weights and numbers of tokens.
 
@@ -260,11 +260,16 @@ def warmup(
     can't be done while a CUDA graph is captured. `options` are those of `expert_ffn`; with `train`
     the backward pass is run as well. Results and gradients are thrown away.
     """
-    weights = [w if w is None else w.detach().requires_grad_(train) for w in (w1, b1, w2, b2)]
+
+    def leaf(weight: Tensor) -> Tensor:
+        return weight.detach().requires_grad_(train)
+
+    w1, w2 = leaf(w1), leaf(w2)
+    b1, b2 = (b if b is None else leaf(b) for b in (b1, b2))
     for count in tokens:
         x = w1.new_zeros(count, w1.shape[2]).requires_grad_(train)
         ids = torch.arange(top_k, device=w1.device, dtype=torch.int32).expand(count, top_k)
         with torch.set_grad_enabled(train):
-            y = expert_ffn(x, *weights, ids, w1.new_ones(count, top_k), **options)
+            y = expert_ffn(x, w1, b1, w2, b2, ids, w1.new_ones(count, top_k), **options)
         if train:
-            torch.autograd.grad(y.sum(), [t for t in (x, *weights) if t is not None])
+            torch.autograd.grad(y.sum(), [t for t in (x, w1, b1, w2, b2) if t is not None])

@@ -6,6 +6,8 @@ Deterministic: results return to their tokens by a gather and a sum over K, neve
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,7 @@ from .activations import GATED
 _aten = torch.ops.aten
 # name -> (function that writes to `out`, gradient of the loss at its input given that at its output
 # and the input)
-_PLAIN = {
+_PLAIN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "relu": (
         lambda pre, out: torch.clamp_min(pre, 0, out=out),
         lambda grad, pre: _aten.threshold_backward(grad, pre, 0),

@@ -47,8 +47,8 @@ def triton_ffn(
     blocks: the router's, see plan.py.
     """
     tensors = [_contiguous(t) for t in (x, w1, b1, w2, b2, expert_ids, gates, blocks)]
-    *tail, eps = norm or (None, None, None, 0.0)
-    tail = [_contiguous(t) for t in tail]
+    residual, weight, bias, eps = norm or (None, None, None, 0.0)
+    tail = [_contiguous(t) for t in (residual, weight, bias)]
     save = needs_grad(*tensors, *tail)
     return expert_ffn_op(*tensors, *tail, eps, activation, save, save and not recompute)[0]
 
@@ -79,10 +79,10 @@ def _run_block(
     x, rows, w1, b1, w2, b2, norm_weight, norm_bias, top_k, weighted, eps, activation
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     gates, probs, ids, blocks = router.forward(x, rows, top_k)
-    gates = gates if weighted else None
-    experts = (w1, b1, w2, b2, ids, gates, blocks)
+    weights = gates if weighted else None
+    experts = (w1, b1, w2, b2, ids, weights, blocks)
     y = _run_ffn(x, *experts, norm_weight, norm_bias, eps, activation)
-    return y, ids, gates, probs
+    return y, ids, weights, probs
 
 
 def _state(x: Tensor) -> tuple:
@@ -123,25 +123,28 @@ def forward(
     call = _Call(x, w1, expert_ids, activation)
     if blocks is None:
         blocks = sort_in_blocks(expert_ids, call.experts)
-    elif blocks.shape != blocks_shape(*expert_ids.shape, call.experts):
+    elif blocks.shape != blocks_shape(len(x), call.top_k, call.experts):
         raise ValueError(
             f"blocks {list(blocks.shape)} were made for other ids than these of T={len(x)} tokens, "
             f"K={call.top_k} slots and E={call.experts} experts"
         )
     z = x.new_empty(call.n if save_hidden else 0, call.width)
 
-    def run(tiles: Tiles) -> tuple[Plan | None, Tensor]:
-        fused = tiles.form == "fused"
-        direct = fused and not save and len(blocks) <= MOST_BLOCKS
-        plan = None if direct else make_plan(blocks, call.n, call.experts)
-        form = _fused if fused else _two_gemms
-        return plan, form(call, tiles, plan or blocks, x, w1, b1, w2, b2, z)
+    def run(tiles: Tiles) -> tuple[Plan, Tensor]:
+        if tiles.form == "fused" and not save and len(blocks) <= MOST_BLOCKS:
+            nothing = Plan(blocks.new_empty(0), blocks.new_empty(0))
+            return nothing, _fused(call, tiles, blocks, x, w1, b1, w2, b2, z)
+        plan = make_plan(blocks, call.n, call.experts)
+        form = _fused if tiles.form == "fused" else _two_gemms
+        return plan, form(call, tiles, plan, x, w1, b1, w2, b2, z)
 
     plan, rows = run_fitting(call.problem(), x.device, run)
-    norm = None if residual is None else Norm(residual, norm_weight, norm_bias, eps)
-    y, *of_norm = _combine(rows, expert_ids, gates, x, norm, save)
-    kept = plan if save else (blocks.new_empty(0), blocks.new_empty(0))
-    return y, *kept, z, *of_norm
+    norm = None
+    if residual is not None and norm_weight is not None and norm_bias is not None:
+        norm = Norm(residual, norm_weight, norm_bias, eps)
+    y, summed, stats = _combine(rows, expert_ids, gates, x, norm, save)
+    slots, offsets = plan if save else (blocks.new_empty(0), blocks.new_empty(0))
+    return y, slots, offsets, z, summed, stats
 
 
 def backward(
@@ -189,7 +192,7 @@ def backward(
     dx = _combine(dx_rows, expert_ids, None, x)[0]
     # Empty slots have no row: what is at their place was never written.
     dgates = dgates.sum(0)
-    if gated:
+    if gates is not None:
         dgates = dgates.view_as(gates).masked_fill(expert_ids < 0, 0).to(gates.dtype)
 
     grads = _empty_grads(w1, b1, w2, b2, weights)
@@ -203,7 +206,8 @@ def backward(
             BLOCK_D=block, BLOCK_H=block,
             ROWS=max(SMALLEST, block // 2), num_warps=4, num_stages=2,
         )  # fmt: skip
-    return dx, *grads, dgates
+    dw1, db1, dw2, db2 = grads
+    return dx, dw1, db1, dw2, db2, dgates
 
 
 expert_ffn_op = torch.library.custom_op("dynamic_dino::expert_ffn", forward, mutates_args=())

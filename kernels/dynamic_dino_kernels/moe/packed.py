@@ -51,14 +51,18 @@ class PackedExperts:
     ) -> Tensor:
         """Arguments, result and errors as those of `expert_ffn`."""
         if not applies(x, *(() if gates is None else (gates,))):
-            weights = [w if w is None else w.to(x.device) for w in self.dense()]
-            return expert_ffn(x, *weights, expert_ids, gates, activation=self.activation, norm=norm)
+            w1, b1, w2, b2 = self.dense()
+            w1, w2 = w1.to(x.device), w2.to(x.device)
+            b1, b2 = (b if b is None else b.to(x.device) for b in (b1, b2))
+            return expert_ffn(
+                x, w1, b1, w2, b2, expert_ids, gates, activation=self.activation, norm=norm
+            )
         checks.check_experts(x, *self._like, self.activation, norm)
         checks.check_routing(x, self._like[0], expert_ids, gates)
         x_rows, sizes, slots, _ = expert_rows(x, expert_ids, len(self.w1))
         rows = [
-            multiply(multiply(x_e, w1, b1, self.activation), w2, b2, "none")
-            for x_e, w1, b1, w2, b2 in zip(
+            multiply(multiply(x_e, w1_e, b1_e, self.activation), w2_e, b2_e, "none")
+            for x_e, w1_e, b1_e, w2_e, b2_e in zip(
                 x_rows.split(sizes),
                 self.w1,
                 unbind(self.b1, len(self.w1)),

@@ -13,7 +13,9 @@ from .plan import TOKENS, blocks_shape
 from .tiles import block_size
 
 
-def triton_route(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, ...]:
+def triton_route(
+    tokens: Tensor, weight: Tensor, top_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `dynamic_dino_kernels.moe.route`, which has checked the arguments."""
     tensors = tokens.contiguous(), weight.contiguous()
     gates, probs, ids, blocks = _call(route_op, _route, tensors, (top_k,))
@@ -22,7 +24,7 @@ def triton_route(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, ..
 
 def triton_route_any(
     tokens: Tensor, weight: Tensor, thresholds: Tensor, max_k: int, fallback: bool
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `dynamic_dino_kernels.moe.route_any`, which has checked the arguments."""
     tensors = tuple(t.contiguous() for t in (tokens, weight, thresholds))
     gates, scores, ids, blocks = _call(route_any_op, _route_any, tensors, (max_k, fallback))
@@ -57,7 +59,9 @@ def forward_any(
     return outputs
 
 
-def _empty_outputs(tokens: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, ...]:
+def _empty_outputs(
+    tokens: Tensor, weight: Tensor, top_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count, experts = tokens.shape[0], len(weight)  # len() of a traced tensor would fix T
     return (
         tokens.new_empty(count, top_k, dtype=torch.float32),

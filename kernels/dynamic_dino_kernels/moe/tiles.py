@@ -152,7 +152,6 @@ def _is_unfit(gpu: GPU, problem: Problem, tiles: Tiles) -> bool:
 @cache
 def _estimate(problem: Problem, gpu: GPU) -> Tiles:
     """The first of `ways` that should fit, and didn't fail to; its splits fill the GPU."""
-    tiles = None
     for tiles in ways(problem, gpu):
         fits = shared_memory(problem, tiles, gpu) <= gpu.shared_memory
         if fits and not _is_unfit(gpu, problem, tiles):

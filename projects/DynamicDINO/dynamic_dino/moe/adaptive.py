@@ -63,11 +63,10 @@ class AdaptiveExperts:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
         for layer, part in zip(self.layers, total.split([len(f) for f in found]), strict=True):
-            activations, unrouted = part.split(
-                [layer.router.num_experts, len(layer.router.unrouted)]
-            )
-            layer.router.activations += activations.long()
-            layer.router.unrouted += unrouted.to(layer.router.unrouted.dtype)
+            router = router_of(layer)
+            activations, unrouted = part.split([router.num_experts, len(router.unrouted)])
+            router.activations += activations.long()
+            router.unrouted += unrouted.to(router.unrouted.dtype)
 
     @torch.no_grad()
     def adapt(self, optimizer: torch.optim.Optimizer | None = None) -> list[Change]:
@@ -80,7 +79,7 @@ class AdaptiveExperts:
         """
         changes = []
         for i, layer in enumerate(self.layers):
-            router = layer.router
+            router = router_of(layer)
             chosen = router.active & (router.activations > 0)
             removed = router.active & ~chosen & chosen.any()
             router.active &= ~removed
@@ -115,9 +114,16 @@ def top_any_layers(model: nn.Module) -> list[MoEFeedForward]:
     return [layer for layer in layers if isinstance(layer.router, TopAnyRouter)]
 
 
+def router_of(layer: MoEFeedForward) -> TopAnyRouter:
+    """The router of one of `top_any_layers`."""
+    assert isinstance(layer.router, TopAnyRouter)
+    return layer.router
+
+
 def counts_and_sum(routing: Routing) -> tuple[Tensor, Tensor]:
     """R_E [E] and R_S [D] of one forward pass, in float64, which counts exactly and which sums
     the same whatever the number of ranks to well within float32"""
+    assert routing.tokens is not None  # in training mode, `record` says
     none = (routing.expert_ids < 0).all(1).double()
     counts = expert_counts(routing.expert_ids, routing.num_experts)
     return counts.double(), none @ routing.tokens.double()
@@ -127,13 +133,14 @@ def add_expert(
     layer: MoEFeedForward, slot: int, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
     """Fills and activates a slot of a top-any layer; see `AdaptiveExperts.adapt`."""
-    router = layer.router
+    router = router_of(layer)
     for stacked in layer.experts.parameters():
         stacked[slot] = stacked[router.active].mean(0)
     router.weight[slot] = router.unrouted / router.unrouted.norm()
     router.thresholds[slot] = 0
     router.active[slot] = True
-    for parameter in layer.parameters() if optimizer else ():
-        for state in optimizer.state.get(parameter, {}).values():
+    states = optimizer.state if optimizer else {}
+    for parameter in layer.parameters():
+        for state in states.get(parameter, {}).values():
             if isinstance(state, Tensor) and state.shape == parameter.shape:
                 state[slot] = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from dynamic_dino_kernels.moe import expert_ffn, moe_block
 from torch import Tensor, nn
@@ -54,14 +56,14 @@ class Experts(nn.Module):
             routing.expert_ids,
             routing.gates,
             activation=self.activation,
-            norm=norm and (norm.weight, norm.bias, norm.eps),
+            norm=None if norm is None else (norm.weight, norm.bias, norm.eps),
             blocks=routing.blocks,
             recompute=self.recompute,
             backend=self.backend,
         )
 
     def with_router(
-        self, x: Tensor, norm: nn.LayerNorm | None = None, **router
+        self, x: Tensor, norm: nn.LayerNorm | None = None, **router: Any
     ) -> tuple[Tensor, Routing]:
         """`forward` after routing by the arguments of `Router.block`, in one call."""
         y, routed = moe_block(
@@ -71,7 +73,7 @@ class Experts(nn.Module):
             w2=self.w2,
             b2=self.b2,
             activation=self.activation,
-            norm=norm and (norm.weight, norm.bias, norm.eps),
+            norm=None if norm is None else (norm.weight, norm.bias, norm.eps),
             recompute=self.recompute,
             backend=self.backend,
             **router,

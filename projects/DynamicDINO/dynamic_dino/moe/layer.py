@@ -98,16 +98,18 @@ def convert_dense_ffn(
     """Load-state-dict pre-hook: replaces a dense FFN's entries by the experts made of it."""
     if not all(prefix + name in state_dict for name in DENSE_NAMES):
         return
-    dense = [state_dict.pop(prefix + name) for name in DENSE_NAMES]
-    if dense[0].shape[0] != module.hidden:
+    w1, b1, w2, b2 = (state_dict.pop(prefix + name) for name in DENSE_NAMES)
+    if len(w1) != module.hidden:
         raise ValueError(
-            f"{prefix}linear1.weight has {dense[0].shape[0]} hidden units, this model's FFN "
+            f"{prefix}linear1.weight has {len(w1)} hidden units, this model's FFN "
             f"{module.hidden}: the checkpoint is of another architecture"
         )
+    experts: tuple[Tensor, ...]
     if module.init_experts:
-        experts = split_ffn(*dense, module.parts, module.router.num_experts // module.parts)
+        copies = module.router.num_experts // module.parts
+        experts = split_ffn(w1, b1, w2, b2, module.parts, copies)
     else:
-        experts = [p.detach().clone() for p in module.experts.parameters()]
+        experts = tuple(p.detach().clone() for p in module.experts.parameters())
     for name, value in zip(("w1", "b1", "w2", "b2"), experts, strict=True):
         state_dict[f"{prefix}experts.{name}"] = value
     for name, value in module.router.state_dict().items():

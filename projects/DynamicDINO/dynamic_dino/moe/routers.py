@@ -115,17 +115,17 @@ class SoftmaxRouter(Router):
         """tokens [B, N, D] -> Routing of T = B * N tokens; `scene` is for scene-aware routers."""
         x = tokens.flatten(0, 1)
         ids, soft, probs, blocks = route(x, self.weight, self.top_k)
+        assert soft is not None  # which only `moe_block` may leave out
         masked = self.masked(x.device)
         if masked is not None:  # not what the kernel is for, and in no hurry
             logits = (x.double() @ self.weight.double().T).float()
             ids, soft = best_experts(logits, self.top_k, masked)
             soft, blocks = soft * self.top_k, None
+        gates: Tensor | None = None
         if self.gate == "renormalized":
             gates = soft
         elif self.gate == "straight_through" and soft.requires_grad:
             gates = torch.ones_like(soft) + (soft - soft.detach())
-        else:
-            gates = None
         if masked is not None and gates is not None:
             gates = gates.masked_fill(ids < 0, 0)
         return Routing(ids, gates, probs, blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class Routing:
         return Routing(**rows, **{name: getattr(self, name) for name in OF_LAYER})
 
 
-def _map_tokens(function: Callable[..., Tensor], *routings: Routing) -> dict[str, Tensor | None]:
+def _map_tokens(function: Callable[..., Tensor], *routings: Routing) -> dict[str, Any]:
     """function of each field with one row for each token; None where it isn't told."""
     fields = {name: [getattr(r, name) for r in routings] for name in PER_TOKEN}
     return {name: None if rows[0] is None else function(*rows) for name, rows in fields.items()}

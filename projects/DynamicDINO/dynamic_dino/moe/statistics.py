@@ -8,6 +8,7 @@ part"). Where experts are whole copies there are no siblings.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class RoutingStatistics:
                     mine += its
         return total
 
-    def state(self) -> list[dict[str, list | int]]:
+    def state(self) -> list[dict[str, Any]]:
         """All of it as plain data, one dict per layer; `of` gives the statistics back."""
         columns = (self.counts, self.taken, self.sums, self.active, self.parts)
         names = ("counts", "taken", "sums", "active", "parts")
@@ -73,7 +74,7 @@ class RoutingStatistics:
         ]
 
     @classmethod
-    def of(cls, state: list[dict[str, list | int]]) -> RoutingStatistics:
+    def of(cls, state: list[dict[str, Any]]) -> RoutingStatistics:
         result = cls()
         for layer in state:
             for name in ("counts", "taken", "sums", "active"):
@@ -81,7 +82,7 @@ class RoutingStatistics:
             result.parts.append(layer["parts"])
         return result
 
-    def summary(self) -> list[dict[str, float | list[float]]]:
+    def summary(self) -> list[dict[str, Any]]:
         """Per layer: load [E], load_entropy in [0, 1], siblings and same_part shares of tokens (-1
         where experts are whole copies), how many experts are active, and of those rare (< 1% of the
         load) or dead (no token at all); experts_per_token, and its distribution [K + 1]."""
@@ -143,7 +144,7 @@ def normalised_entropy(load: Tensor, active: Tensor | None = None) -> Tensor:
 
 def training_metrics(routings: list[Routing]) -> dict[str, Tensor]:
     """Scalars for the training log, per layer, from one batch's matching queries."""
-    metrics = {}
+    metrics: dict[str, Tensor] = {}
     for i, routing in enumerate(routings):
         with torch.no_grad():
             load, on = expert_load(routing), active_experts(routing)
