@@ -57,11 +57,11 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """q [B, N, D], k and v [B, M, D], mask [B|1, N|1, M] -> [B, N, D]"""
-        heads = [
+        q, k, v = (
             split_heads(proj(x), self.heads)
             for proj, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
-        ]
-        out = attend(*heads, mask=None if mask is None else mask.unsqueeze(1))
+        )
+        out = attend(q, k, v, mask=None if mask is None else mask.unsqueeze(1))
         return self.dropout(self.out_proj(merge_heads(out)))
 
 
@@ -220,7 +220,13 @@ def _widths_and_heights(shapes: list[tuple[int, int]], like: Tensor) -> Tensor:
 def clone_layers(layer: nn.Module, n: int) -> nn.ModuleList:
     """n copies of a layer, each freshly initialised (children first, then their parents)."""
     layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(n))
-    return layers.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+    return layers.apply(_reset_parameters)
+
+
+def _reset_parameters(module: nn.Module) -> None:
+    reset = getattr(module, "reset_parameters", None)
+    if callable(reset):
+        reset()
 
 
 def sine_encoding(positions: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:

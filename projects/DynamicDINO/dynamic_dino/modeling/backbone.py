@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import timm
 import torch
@@ -48,17 +49,17 @@ class Backbone(nn.Module):
         grad_checkpointing: bool = False,
         strides: Sequence[int] = (8, 16, 32),
         out_norm: bool = False,
-        options: Mapping[str, object] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        plain = {  # timm wants tuples, not OmegaConf's lists
+        plain: dict[str, Any] = {  # timm wants tuples, not OmegaConf's lists
             key: tuple(value)
             if isinstance(value, Sequence) and not isinstance(value, str)
             else value
             for key, value in (options or {}).items()
         }
         try:
-            self.body = timm.create_model(
+            body: Any = timm.create_model(
                 name, features_only=True, pretrained=weights == "timm", **plain
             )
         except OSError as error:
@@ -67,6 +68,7 @@ class Backbone(nn.Module):
                 "can't be reached; download them where there is internet and set "
                 f"model.backbone.weights=/path/to/them ({error})"
             ) from error
+        self.body = body
         accept_any_size(self.body)
         info = self.body.feature_info
         if not set(strides) <= set(info.reduction()):
@@ -88,7 +90,7 @@ class Backbone(nn.Module):
         for prefix in frozen_modules:
             self._freeze(name, prefix)
         # Convolutions run two to three times faster, and 1x1 ones become plain matmuls.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stub
 
     def _batch_norms(self) -> list[nn.Module]:
         return [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

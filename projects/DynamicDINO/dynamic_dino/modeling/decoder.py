@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -52,7 +50,7 @@ class DecoderLayer(nn.Module):
         """x, position [B, N, D], boxes [B, N, 4]; attention_mask bool [1, N, N], True = attend"""
         q = x + position
         x = self.norm1(x + self.self_attention(q, q, x, attention_mask))
-        if self.text_attention is not None:
+        if self.text_attention is not None and self.norm2 is not None:
             x = self.norm2(
                 x + self.text_attention(x + position, text.tokens, text.tokens, text.mask[:, None])
             )
@@ -75,7 +73,9 @@ class PositionMLP(nn.Module):
 
     def forward(self, boxes: Tensor) -> Tensor:
         encoding = box_encoding(boxes, self.dim // 2)
-        return self.layers(encoding.to(self.layers[0].bias.dtype))
+        bias = self.layers[0].bias  # the weight may be packed
+        assert isinstance(bias, Tensor)
+        return self.layers(encoding.to(bias.dtype))
 
 
 class Decoder(nn.Module):
@@ -108,10 +108,12 @@ class Decoder(nn.Module):
         self.layers = clone_layers(layer, num_layers)
         self.norm = nn.LayerNorm(dim)
         self.position = PositionMLP(dim)
-        self.class_head, self.box_head = class_head, BoxHead(dim)
+        box_head = BoxHead(dim)
+        self.class_head: nn.Module = class_head
+        self.box_head: nn.Module = box_head
         if separate_heads:
-            self.class_head = clone_layers(self.class_head, num_layers)
-            self.box_head = clone_layers(self.box_head, num_layers)
+            self.class_head = clone_layers(class_head, num_layers)
+            self.box_head = clone_layers(box_head, num_layers)
         self.refine_normed, self.canvas_positions = refine_normed, canvas_positions
         self.look_forward_twice = look_forward_twice
         self.grad_checkpointing = grad_checkpointing
@@ -148,9 +150,9 @@ class Decoder(nn.Module):
             start = refined if self.look_forward_twice and self.training else boxes
         return output
 
-    def _heads(self) -> list[Sequence[nn.Module]]:
+    def _heads(self) -> list[list[nn.Module]]:
         """Class and box heads, one for each layer."""
         return [
-            head if isinstance(head, nn.ModuleList) else [head] * len(self.layers)
+            list(head) if isinstance(head, nn.ModuleList) else [head] * len(self.layers)
             for head in (self.class_head, self.box_head)
         ]

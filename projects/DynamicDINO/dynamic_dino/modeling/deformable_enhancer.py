@@ -75,7 +75,7 @@ class DeformableEnhancer(nn.Module):
     ) -> tuple[ImageMemory, TextFeatures, list[Routing]]:
         """features {"p3", ..., "p6"} of [B, D, H, W], masks alike of bool [B, H, W]."""
         names = sorted(features)
-        shapes = [tuple(features[n].shape[-2:]) for n in names]
+        shapes = [(features[n].shape[-2], features[n].shape[-1]) for n in names]
         x = torch.cat([features[n].flatten(2).transpose(1, 2) for n in names], 1)
         mask = torch.cat([masks[n].flatten(1) for n in names], 1)
         valid_ratios = torch.stack([valid_ratio(masks[n]) for n in names], 1)

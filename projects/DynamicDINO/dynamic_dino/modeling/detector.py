@@ -76,6 +76,9 @@ class OpenVocabularyDetector(nn.Module):
             `detect`.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self,
         backbone: Backbone,
@@ -181,7 +184,7 @@ class OpenVocabularyDetector(nn.Module):
     def extract_features(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
         """uint8 images [3, h, w] of any sizes -> backbone features {name: [B, C, H, W]} of their
         common canvas. Raises ValueError for an image that is larger than `canvas`."""
-        sizes = [tuple(image.shape[-2:]) for image in images]
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         canvas = canvas_size(sizes, self.canvas, self.size_divisor)
         padded = padded_images(images, canvas, self.pixel_mean, self.pixel_std)
         return self.backbone(padded.to(self.backbone.dtype))
@@ -193,7 +196,7 @@ class OpenVocabularyDetector(nn.Module):
         if self.pad_images or self.training or len(groups) == 1:
             return self._features_on_canvas(batch)
         found = [self._features_on_canvas([batch[i] for i in rows]) for rows in groups]
-        features, masks = zip(*found, strict=True)
+        features, masks = [f for f, _ in found], [m for _, m in found]
         return merge_maps(groups, features), merge_maps(groups, masks)
 
     def _features_on_canvas(self, batch: list[dict]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -232,14 +235,14 @@ class OpenVocabularyDetector(nn.Module):
         for start in range(0, len(chunks), self.chunk_batch):
             together = chunks[start : start + self.chunk_batch]
             rows = [i for i, _ in together]
-            chosen = [features, masks]
+            seen, where = features, masks
             if rows != list(range(len(batch))):
-                chosen = [
+                seen, where = (
                     {n: torch.stack([x[i] for i in rows]) for n, x in maps.items()}
-                    for maps in chosen
-                ]
+                    for maps in (features, masks)
+                )
             text = self.text_encoder([chunk.prompt for _, chunk in together])
-            best, routed = self.detect_chunks(*chosen, text, self.return_routings)
+            best, routed = self.detect_chunks(seen, where, text, self.return_routings)
             routings.append(routed)
             for row, (i, chunk) in enumerate(together):
                 found[i].append(best.of_image(row, chunk, start + row))

@@ -94,7 +94,7 @@ class EnhancerLayer(nn.Module):
 
 
 def run_layers(
-    layers: Iterable[EnhancerLayer],
+    layers: Iterable[nn.Module],
     x: Tensor,
     text: TextFeatures,
     geometry: tuple,

@@ -71,8 +71,10 @@ class BoxHead(nn.Module):
 
     def reset_parameters(self) -> None:
         """The last layer starts at zero: boxes start as their references."""
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor, reference: Tensor) -> Tensor:
         """x [B, Q, D], reference [B, Q, 4] in (0, 1) -> refined boxes [B, Q, 4], fp32"""

@@ -30,6 +30,7 @@ class GroupNormNeck(nn.Module):
         )
         for convolution in convolutions:
             nn.init.xavier_uniform_(convolution.weight)
+            assert convolution.bias is not None
             nn.init.zeros_(convolution.bias)
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:

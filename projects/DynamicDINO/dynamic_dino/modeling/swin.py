@@ -40,10 +40,10 @@ def accept_any_size(model: nn.Module) -> None:
     swin = any(isinstance(module, SwinTransformerBlock) for module in model.modules())
     for module in model.modules():
         if swin and isinstance(module, PatchEmbed):
-            module.dynamic_img_pad = True
+            module.dynamic_img_pad = True  # type: ignore[misc]  # final in timm, see above
         if type(module) is SwinTransformerBlock:
             module.__class__ = PaddedBlock
-            module.attn.fused_attn = True
+            module.attn.fused_attn = True  # type: ignore[misc]  # likewise
 
 
 @lru_cache(maxsize=16)

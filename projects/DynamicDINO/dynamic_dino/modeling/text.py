@@ -315,7 +315,7 @@ class TextEncoder(nn.Module):
 
     def _ids(self, text: str) -> list[int]:
         if text in (self.tokenizer.cls_token, self.tokenizer.sep_token):
-            return [self.tokenizer.convert_tokens_to_ids(text)]
+            return [self.tokenizer.convert_tokens_to_ids(text)]  # type: ignore[list-item]  # one
         return self._tokenize(text)["input_ids"]
 
 

@@ -76,10 +76,10 @@ class ClassVocabulary(nn.Module):
         for phrase in phrases:
             if phrase not in self._ids:
                 near = difflib.get_close_matches(phrase, self._ids, n=1)
-                near = f"did you mean {near[0]!r}?" if near else f"such as {self.names[0]!r}"
+                hint = f"did you mean {near[0]!r}?" if near else f"such as {self.names[0]!r}"
                 raise ValueError(
                     f"{phrase!r} is none of the {len(self.names)} classes of this closed-set "
-                    f"detector, {near}"
+                    f"detector, {hint}"
                 )
         return [self._ids[phrase] for phrase in phrases]
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from .routing import Routing
+
+
+class RouterLoss(Protocol):
+    """What `Criterion` asks of a loss on routers."""
+
+    name: str  # in the log
+
+    def __call__(self, routings: list[Routing]) -> Tensor:
+        """The weighted loss, a scalar, of the routings of a forward pass, one of each MoE layer."""
 
 
 class LoadBalanceLoss:

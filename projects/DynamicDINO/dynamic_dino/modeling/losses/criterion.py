@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
+from ...moe.losses import RouterLoss
 from ..structures import DenoisingQueries, DetectorOutput, Predictions, Target
 from .boxes import cxcywh_to_xyxy, generalized_box_iou
 from .matcher import Assignment
@@ -27,7 +28,7 @@ class Criterion(nn.Module):
         matcher: see `HungarianMatcher`.
         weight_class, weight_bbox, weight_giou: loss weights; Grounding DINO trains with 2, 5, 2.
         focal_alpha, focal_gamma: of the focal loss (arXiv 1708.02002, equation 5).
-        router_losses: objects with a `name` that map the list of `Routing` to a weighted loss.
+        router_losses: see `RouterLoss`.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Criterion(nn.Module):
         weight_giou: float = 2.0,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
-        router_losses: Sequence[Callable] = (),
+        router_losses: Sequence[RouterLoss] = (),
     ) -> None:
         super().__init__()
         self.matcher = matcher

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -42,7 +44,7 @@ class Denoising(nn.Module):
         self.num_queries = num_queries
         self.label_noise = label_noise
         self.box_noise = box_noise
-        self.content = nn.Linear(embed_dim, embed_dim)
+        self.content: nn.Module = nn.Linear(embed_dim, embed_dim)
 
     def forward(
         self, targets: list[Target], text: TextFeatures, num_matching_queries: int
@@ -118,7 +120,7 @@ class ClassDenoising(Denoising):
     DINO's "100 denoising queries" are 100 positives, and as many negatives.
     """
 
-    def __init__(self, num_classes: int, embed_dim: int = 256, **options: float) -> None:
+    def __init__(self, num_classes: int, embed_dim: int = 256, **options: Any) -> None:
         super().__init__(embed_dim, **options)
         self.content = nn.Embedding(num_classes, embed_dim)
 
@@ -126,7 +128,9 @@ class ClassDenoising(Denoising):
         return self.content(text.phrase_map.argmax(-1))
 
 
-def _attention_mask(groups: int, group_size: int, num_matching: int, device) -> Tensor:
+def _attention_mask(
+    groups: int, group_size: int, num_matching: int, device: torch.device
+) -> Tensor:
     """bool [M + Q, M + Q], True where the query of the row must not see that of the column."""
     group = torch.arange(groups, device=device).repeat_interleave(group_size)
     noisy = len(group)
