@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data.datasets import get_metadata
+from ..data.ground_truth import ground_truth
 from ..engine.evaluate import adjusted
 from ..evaluation.coco import read_ground_truth
 from ..evaluation.evaluator import category_ids_of, predictions_of
@@ -150,7 +151,7 @@ class Collector:
         metadata = get_metadata(self.dataset)
         truth, names = {"images": [], "annotations": [], "categories": []}, {}
         if self.category_ids is not None:
-            truth = read_ground_truth(metadata.json_file)
+            truth = read_ground_truth(ground_truth(self.dataset))
             truth["images"] = [i for i in truth["images"] if i["id"] in self.files]
             truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in self.files]
             names = dict(zip(self.category_ids, metadata.thing_classes, strict=True))

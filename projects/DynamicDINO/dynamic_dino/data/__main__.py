@@ -1,8 +1,9 @@
-"""Command line: list, check, show and convert data sets."""
+"""Command line: list, check, show, convert and split data sets."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from ..modeling.text import quiet_transformers
 from .builtin import BUILTIN
 from .catalog import dataset_root
 from .check import MAX_TOKENS, TOKENIZER, check_dataset
-from .convert import convert_dataset
+from .convert import convert_dataset, write_split
+from .datasets import parts_named
+from .formats.recognise import TITLES
 from .show import draw_samples
+from .split import VAL
 
 EXAMPLES = """examples:
   python -m dynamic_dino.data list --all
@@ -19,9 +23,16 @@ EXAMPLES = """examples:
   python -m dynamic_dino.data check mine/train.json --image-folder mine/images --images all
   python -m dynamic_dino.data show odinw_Raccoon_train --out raccoons.jpg
   python -m dynamic_dino.data convert gqa_train gqa.jsonl --to odvg
+  python -m dynamic_dino.data check voc_or_yolo_or_labelme_folder
+  python -m dynamic_dino.data convert roboflow_export:val val.json --to coco
+  python -m dynamic_dino.data split cvat/annotations.xml --val 0.2 --out mine
+
+A path is a file or a folder in the format of COCO, MDETR, ODVG, Pascal VOC, YOLO, LabelMe, CVAT,
+Label Studio, Roboflow or CSV, recognised by what is in it. PATH:train, PATH:val and PATH:test are
+its parts; where it has none, the first two are drawn by seed. docs/data.md says what is read.
 
 Built-in data sets lie under $DETECTRON2_DATASETS (default: datasets); see datasets/README.md."""
-FORMATS = ("coco", "mdetr", "odvg")
+FORMATS = ("coco", "mdetr", "odvg")  # that are written
 
 
 def _count(text: str) -> int | None:
@@ -36,14 +47,13 @@ def _count(text: str) -> int | None:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dynamic_dino.data",
-        description="List, check, look at and convert data sets: built-in names, or paths of COCO "
-        "JSON, MDETR JSON and ODVG JSONL files.",
+        description="List, check, look at, convert and split data sets: built-in names, or paths.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    name = "built-in name or path of an annotation file"
-    folder = "folder of a path's images (default: that of the file)"
+    name = "built-in name or path of a file or folder"
+    folder = "folder of a path's images (default: the folder, or that of the file)"
 
     listing = commands.add_parser("list", help="built-in names, and which are there")
     listing.add_argument("--all", action="store_true", help="also the 35 sets of ODinW")
@@ -80,14 +90,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     conversion = commands.add_parser(
         "convert",
-        help="between COCO JSON, MDETR JSON and ODVG JSONL",
-        description="Detection goes between coco and odvg, grounding between mdetr and odvg.",
+        help="from any format to COCO JSON, MDETR JSON or ODVG JSONL",
+        description="Detection goes to coco and odvg, grounding to mdetr and odvg.",
     )
     conversion.add_argument("source", metavar="IN", help=name)
     conversion.add_argument("target", metavar="OUT", type=Path, help="file to write")
     conversion.add_argument("--to", choices=FORMATS, required=True)
     conversion.add_argument(
-        "--from", dest="source_format", choices=FORMATS, help="default: what the file looks like"
+        "--from",
+        dest="source_format",
+        choices=tuple(TITLES),
+        help="format of the source (default: what is in it)",
     )
     conversion.add_argument(
         "--bad-boxes",
@@ -95,6 +108,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default="error",
         help="what happens to boxes that can't be right (default: %(default)s)",
     )
+    conversion.add_argument("--image-folder", type=Path, help=folder)
+
+    split = commands.add_parser(
+        "split",
+        help="draw a validation part by seed",
+        description="Writes train.json and val.json, COCO JSON. Every name has the same share of "
+        "its images in both; a name of one image is trained.",
+    )
+    split.add_argument("source", metavar="SOURCE", help=name)
+    split.add_argument("--val", type=float, default=VAL, help="share (default: %(default)s)")
+    split.add_argument("--seed", type=int, default=0, help="another one draws others")
+    split.add_argument("--out", type=Path, help="folder to write (default: SOURCE_split)")
+    split.add_argument("--image-folder", type=Path, help=folder)
     return parser.parse_args(arguments)
 
 
@@ -121,7 +147,7 @@ def _list(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     status = 0
-    for name in args.names:
+    for name in (part for given in args.names for part in parts_named(given)):
         with quiet_transformers():
             result = check_dataset(
                 name,
@@ -136,22 +162,44 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    draw_samples(args.name, args.out, args.image_folder, count=args.count, seed=args.seed)
+    source = draw_samples(args.name, args.out, args.image_folder, count=args.count, seed=args.seed)
+    print(f"{args.name}: {source}")
     print(args.out)
     return 0
 
 
 def _convert(args: argparse.Namespace) -> int:
     counts = convert_dataset(
-        args.source, args.target, args.to, args.source_format, bad_boxes=args.bad_boxes
+        args.source,
+        args.target,
+        args.to,
+        args.source_format,
+        bad_boxes=args.bad_boxes,
+        image_folder=args.image_folder,
     )
+    print(f"{args.source}: {counts['source']}")
     print(f"{args.target}: {counts['images']:,} images, {counts['boxes']:,} boxes")
     if counts["crowds"]:
         print(f"left out {counts['crowds']:,} boxes of crowds, which ODVG can't hold")
     return 0
 
 
-COMMANDS = {"list": _list, "check": _check, "show": _show, "convert": _convert}
+def _split(args: argparse.Namespace) -> int:
+    out = args.out or Path(re.sub(r"[:.].*$", "", Path(args.source).name) + "_split")
+    counts = write_split(args.source, out, args.val, args.seed, args.image_folder)
+    print(f"{args.source}: {counts['source']}")
+    for part in ("train", "val"):
+        print(f"{out / part}.json: {counts[part]:,} images")
+    return 0
+
+
+COMMANDS = {
+    "list": _list,
+    "check": _check,
+    "show": _show,
+    "convert": _convert,
+    "split": _split,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from .odinw import ODINW35, PROMPTS, files_of, splits_of
 
-Format = Literal["coco", "mdetr", "odvg"]
+Format = Literal["coco", "mdetr", "odvg", "voc", "yolo", "labelme", "cvat", "labelstudio", "csv"]
 
 
 @dataclass(frozen=True)

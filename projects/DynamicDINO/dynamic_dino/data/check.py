@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..sources import resolve_model
 from .builtin import Builtin
-from .datasets import get_metadata, load_file, locate_dataset
+from .datasets import describe, get_metadata, load_file, locate_dataset
 from .images import read_image
 from .problems import BOX_KINDS, DataError
 from .records import Record, Records
@@ -33,11 +33,13 @@ class CheckResult:
 
     Itself a reporter: called with each `DataError`.
 
-    notes   kinds that are no reason for an exit status of 1
+    recognised  what the data set is, and how many images, boxes and names it has
+    notes       kinds that are no reason for an exit status of 1
     """
 
     name: str
     file: Path | None = None
+    recognised: str = ""
     images: int = 0
     boxes: int = 0
     names: int = 0
@@ -58,7 +60,7 @@ class CheckResult:
     def lines(self) -> Iterator[str]:
         """The report, to be printed."""
         yield f"{self.name}: {self.file or ''}"
-        yield f"  {self.images:,} images, {self.boxes:,} boxes, {self.names:,} names"
+        yield f"  {self.recognised or 'nothing could be read'}"
         for kind, count in sorted(self.counts.items(), key=lambda item: item[0] in self.notes):
             note = " (no reason to refuse the data)" if kind in self.notes else ""
             yield f"  {kind}: {count:,}{note}"
@@ -80,8 +82,8 @@ def check_dataset(
     """Reads the whole data set and looks at some of its images.
 
     Args:
-        name: a built-in name or the path of an annotation file.
-        image_folder: of a path; default: the folder of the file.
+        name: a built-in name or a path, see `datasets.locate_dataset`.
+        image_folder: of a path; default: the folder, or that of the file.
         images: how many images are opened, drawn at random; None: all.
         tokenizer, max_tokens: those of the text encoder, which captions must fit.
     """
@@ -98,7 +100,7 @@ def check_dataset(
         return result
     classes = get_metadata(place.name).thing_classes
     result.images, result.boxes = len(records), len(records.boxes)
-    result.names = len(classes)
+    result.names, result.recognised = len(classes), describe(place, records)
     for problem in (
         *_check_counts(result, entry),
         *_check_units(place.file, records),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,9 @@ def load_coco_json(
     report = report or (dropped if bad_boxes == "drop" else refuse)
     file = CocoFile(json_file, remedy, report, _read_image, _read_category)
     categories = _check_categories(json_file, file.categories, report)
+    groups = group_names(categories, file.keys)
+    notes = [f"left out the name {c['name']!r}, of a group without boxes" for c in groups]
+    categories = [category for category in categories if category not in groups]
     if clean_names:
         categories = [{**c, "name": clean_name(c["name"])} for c in categories]
     if not novel:
@@ -68,7 +71,7 @@ def load_coco_json(
         categories = [{**c, "name": names.get(c["id"], c["name"])} for c in categories]
     contiguous = {category["id"]: i for i, category in enumerate(categories)}
     metadata = _metadata(json_file, image_root, categories, contiguous, report)
-    replace_metadata(name, **metadata, evaluator_type=evaluator_type)
+    replace_metadata(name, **metadata, evaluator_type=evaluator_type, notes=notes)
 
     class_of = np.array([contiguous.get(key, -1) for key in file.keys] + [-1])
     file.leave_out(
@@ -92,6 +95,20 @@ def clean_name(name: str) -> str:
     spaces and spaces at the ends survive; the text encoders' tokenizers ignore them.
     """
     return " ".join(re.sub(r"\(.*?\)", "", name).replace("_", " ").lower().split()) or name
+
+
+def group_names(categories: Sequence[dict], used: Iterable[Hashable]) -> list[dict]:
+    """The categories that stand for a group, not for things: Roboflow's exports begin with one that
+    is the "supercategory" of others, has none itself and no box. `used`: ids that have boxes."""
+    used = set(used)
+    above = [(c["id"], c.get("supercategory")) for c in categories]
+    return [
+        c
+        for c in categories
+        if c.get("supercategory") == "none"
+        and c["id"] not in used
+        and any(name == c.get("name") and id != c["id"] for id, name in above)
+    ]
 
 
 class CocoFile:

@@ -1,13 +1,15 @@
-"""Converting between COCO JSON, MDETR JSON and ODVG JSONL.
+"""Converting to COCO JSON, MDETR JSON and ODVG JSONL, from these and from tools' formats.
 
-Detection goes between COCO and ODVG, grounding between MDETR and ODVG. A class isn't a phrase of a
+Detection goes to COCO and ODVG, grounding to MDETR and ODVG. A class isn't a phrase of a
 caption, so that nothing else can be converted. Images, boxes, classes or captions with their
 phrases are kept; ids of annotations, areas and polygons, which no reader here uses, aren't.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -17,9 +19,10 @@ from tqdm import tqdm
 
 from ..files import written_whole
 from .builtin import Format
-from .datasets import get_metadata, load_file, locate_dataset
+from .datasets import describe, get_metadata, load_file, locate_dataset
 from .problems import BadBoxes
-from .records import Record, Records
+from .records import Record, Records, Texts
+from .split import VAL, split_rows
 
 _ONE_LINE = {"separators": (",", ":"), "ensure_ascii": False}
 
@@ -31,15 +34,18 @@ def convert_dataset(
     source_format: Format | None = None,
     *,
     bad_boxes: BadBoxes = "error",
-) -> dict[str, int]:
+    image_folder: Path | None = None,
+) -> dict[str, Any]:
     """Writes the data set `source`, a path or a built-in name, to `target`, all of it or nothing.
 
     Memory is that of `Records`, about a quarter of a kilobyte per image. Returns counts: "images",
-    "boxes", and "crowds", boxes of crowds that ODVG can't hold and that are left out.
+    "boxes", and "crowds", boxes of crowds that ODVG can't hold and that are left out; and "source",
+    a line that says what the source is. File names of images stay as they are in COCO, MDETR and
+    ODVG; those of other formats become relative to the folder of `target`.
 
     Raises ValueError for what the target can't hold, and what the readers raise.
     """
-    place = locate_dataset(source, source_format=source_format)
+    place = locate_dataset(source, image_folder, source_format)
     records = load_file(place, bad_boxes=bad_boxes)
     metadata = get_metadata(place.name)
     grounding = records.extra is not None and any("caption" in record for record in records[:1])
@@ -54,6 +60,9 @@ def convert_dataset(
             "'coco'"
         )
     counts = {"images": len(records), "boxes": len(records.boxes), "crowds": 0}
+    line = describe(place, records)
+    if place.found is not None:
+        records = beside(records, target)
     with written_whole(target) as file:
         if to == "odvg":
             counts["crowds"] = int(records.crowd.sum())
@@ -61,10 +70,43 @@ def convert_dataset(
             for record, name in _with_names(records, target.name):
                 file.write(json.dumps(_odvg_line(record, name, metadata), **_ONE_LINE) + "\n")
         elif to == "coco":
-            _write_coco(file, records, metadata, target.name)
+            write_coco(file, records, metadata, target.name)
         else:
             _write_mdetr(file, records, target.name)
+    return counts | {"source": line}
+
+
+def write_split(
+    source: str,
+    folder: Path,
+    val: float = VAL,
+    seed: int = 0,
+    image_folder: Path | None = None,
+) -> dict[str, Any]:
+    """Writes train.json and val.json, COCO JSON with file names relative to `folder`, into it; see
+    `split_rows`. Returns counts: "train", "val", and "source", a line that says what it is.
+
+    Raises ValueError for data that have parts already or no classes, and what the readers raise.
+    """
+    place = locate_dataset(source, image_folder)
+    records = load_file(place)
+    metadata = get_metadata(place.name)
+    counts: dict[str, Any] = {"source": describe(place, records)}
+    for part, rows in zip(("train", "val"), split_rows(records, val, seed), strict=True):
+        target = folder / f"{part}.json"
+        with written_whole(target) as file:
+            write_coco(file, beside(records.select(rows), target), metadata, target.name)
+        counts[part] = len(rows)
     return counts
+
+
+def beside(records: Records, target: Path) -> Records:
+    """The same records, with the names of their images relative to the folder of `target`."""
+    root, folder = os.path.abspath(records.image_root), os.path.abspath(target.parent)
+    names = [os.path.relpath(os.path.join(root, name), folder) for name in records.names]
+    moved = copy.copy(records)
+    moved.names, moved.image_root = Texts.of(Path(name).as_posix() for name in names), folder
+    return moved
 
 
 def _with_names(records: Records, title: str) -> Iterator[tuple[Record, str]]:
@@ -99,7 +141,7 @@ def _odvg_line(record: Record, name: str, metadata: Any) -> dict:
     return line | {"grounding": {"caption": caption, "regions": regions}}
 
 
-def _write_coco(file: IO[str], records: Records, metadata: Any, title: str) -> None:
+def write_coco(file: IO[str], records: Records, metadata: Any, title: str) -> None:
     """Category ids are those of a COCO source, else they count from 1."""
     ids = metadata.get("thing_dataset_id_to_contiguous_id") or {
         i + 1: i for i in range(len(metadata.thing_classes))

@@ -134,6 +134,25 @@ class Records(Sequence[Record]):
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))
 
+    def select(self, rows: np.ndarray) -> Records:
+        """Some of the records, int [K], in this order."""
+        parts = [np.arange(self.first[i], self.first[i + 1]) for i in rows.tolist()]
+        counts = [len(part) for part in parts]
+        boxes = np.concatenate([*parts, np.zeros(0, np.int64)]).astype(np.int64)
+        ids = self.ids[rows] if isinstance(self.ids, np.ndarray) else [self.ids[i] for i in rows]
+        return Records(
+            self.dataset_name,
+            self.image_root,
+            Texts.of(self.names[i] for i in rows.tolist()),
+            ids,
+            self.sizes[rows],
+            np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
+            self.boxes[boxes],
+            self.classes[boxes],
+            self.crowd[boxes],
+            None if self.extra is None else Texts.of(self.extra[i] for i in rows.tolist()),
+        )
+
     def with_objects(self) -> np.ndarray:
         """bool [N]: the records that have a box of no crowd."""
         objects = np.concatenate([[0], np.cumsum(~self.crowd)])

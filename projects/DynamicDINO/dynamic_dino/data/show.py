@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .datasets import get_metadata, load_file, locate_dataset
+from .datasets import describe, get_metadata, load_file, locate_dataset
 from .images import read_image
 from .records import Record
 from .visualization import contact_sheet, draw_boxes
@@ -22,9 +22,9 @@ def draw_samples(
     *,
     count: int = 12,
     seed: int = 0,
-) -> None:
+) -> str:
     """Writes a sheet of `count` images drawn at random: each with its boxes, labelled by class or
-    phrase, and under it its caption or its file's name."""
+    phrase, and under it its caption or its file's name. Returns what the data set is, a line."""
     place = locate_dataset(name, image_folder)
     records = load_file(place)
     if not len(records):
@@ -44,6 +44,7 @@ def draw_samples(
         captions.append(record.get("caption") or Path(record["file_name"]).name)
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(contact_sheet(pictures, COLUMNS, captions)).save(out)
+    return describe(place, records)
 
 
 def phrases_of(record: Record, names: list[str]) -> list[str]:

@@ -27,7 +27,7 @@ from ..data.records import Mixture
 from ..evaluation import DetectionEvaluator, PredictionLog
 from ..files import write_text
 from .checkpointing import last_checkpoint
-from .fingerprint import annotation_file, fingerprint
+from .fingerprint import annotation_files, fingerprint
 from .trainer import amp_dtype, autocast
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
             )
     names = list(loaders)
     if cfg.dataloader.get("skip_missing"):
-        names = [name for name in names if annotation_file(evaluators[name].dataset_name).is_file()]
+        names = [name for name in names if not _missing_file(evaluators[name].dataset_name)]
         _report_missing(cfg, [name for name in loaders if name not in names])
     with input_errors():
         check_feature_caches([loaders[name] for name in names], model)
@@ -150,11 +150,15 @@ def means(scores: Mapping[str, float], groups: Mapping[str, Sequence[str]]) -> d
     return result
 
 
+def _missing_file(dataset: str) -> Path | None:
+    return next((file for file in annotation_files(dataset) if not file.is_file()), None)
+
+
 def _report_missing(cfg: DictConfig, missing: list[str]) -> None:
     evaluators = cfg.dataloader.evaluator
     if not missing:
         return
-    lines = [f"  {name}: {annotation_file(evaluators[name].dataset_name)}" for name in missing]
+    lines = [f"  {name}: {_missing_file(evaluators[name].dataset_name)}" for name in missing]
     text = f"{len(missing)} of {len(cfg.dataloader.test)} test sets are missing:\n" + "\n".join(
         lines
     )

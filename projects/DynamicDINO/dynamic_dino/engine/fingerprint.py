@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..data.datasets import get_metadata, load_datasets
+from ..data.datasets import load_datasets, locate_dataset
 from ..data.feature_cache import module_fingerprint
 
 SPEED_ONLY = ("batch_size", "num_workers")  # of a loader
@@ -38,13 +38,13 @@ def fingerprint(
     Not in it: how many processes, workers and images a batch, what is done with the predictions.
     """
     dataset = evaluator["dataset_name"]
-    if not annotation_file(dataset).is_file():
+    if not all(file.is_file() for file in annotation_files(dataset)):
         load_datasets(dataset)  # raises in every process, with the remedy, unless it has come since
     if not comm.is_main_process():
         return {}
     settings = {key: value for key, value in loader.items() if key not in SPEED_ONLY}
     return {
-        "data set": _hash_file(annotation_file(dataset)),
+        "data set": _hash_files(annotation_files(dataset)),
         "loader (prompts, image size)": _hash_config(settings),
         "model": _hash_config([model_config, evaluator.get("detector")]),
         "set of weights": module_fingerprint(model)[:16],
@@ -53,10 +53,10 @@ def fingerprint(
     }
 
 
-def annotation_file(dataset: str) -> Path:
-    """The annotation file of a registered data set, without reading it, or of a path."""
+def annotation_files(dataset: str) -> list[Path]:
+    """The annotation files of a registered data set, or of a path, without reading them."""
     file = MetadataCatalog.get(dataset).get("json_file")
-    return Path(get_metadata(dataset).json_file if file is None else file)
+    return locate_dataset(dataset).annotation_files if file is None else [Path(file)]
 
 
 def _hash_config(node: Any) -> str:
@@ -74,11 +74,12 @@ def _hash_config(node: Any) -> str:
     return _hash(json.dumps(plain(node), sort_keys=True, default=repr).encode())
 
 
-def _hash_file(path: Path) -> str:
+def _hash_files(paths: list[Path]) -> str:
     result = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            result.update(block)
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                result.update(block)
     return result.hexdigest()[:16]
 
 

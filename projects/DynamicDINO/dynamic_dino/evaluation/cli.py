@@ -9,6 +9,8 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..data.datasets import locate_dataset
+from ..data.ground_truth import ground_truth
 from ..files import write_text
 from .coco import groups_of, ids_of, read_ground_truth
 from .predictions import DatasetPredictions
@@ -49,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dataset",
         required=True,
-        metavar="NAME_OR_JSON",
-        help="a registered data set, under DETECTRON2_DATASETS, or an annotation file",
+        metavar="NAME_OR_PATH",
+        help="a registered data set, under DETECTRON2_DATASETS, or the path of a file or folder",
     )
     parser.add_argument(
         "--protocol",
@@ -81,14 +83,13 @@ def score(
 
     Raises FileNotFoundError or ValueError naming the file, the field and the remedy.
     """
-    file = dataset
     if dataset in DatasetCatalog:
-        file = MetadataCatalog.get(dataset).json_file
-    elif not dataset.endswith(".json"):
-        raise ValueError(
-            f"unknown data set {dataset!r}: use a registered name or the path of a .json file"
-        )
-    truth = read_ground_truth(file)
+        source = MetadataCatalog.get(dataset).json_file
+    else:
+        place = locate_dataset(dataset)
+        plain = place.format in ("coco", "mdetr") and place.part is None
+        source = place.file if plain else ground_truth(dataset)
+    truth = read_ground_truth(source)
     name = protocol or DEFAULTS.get(_kind(truth), "coco")
     chosen = protocol_named(name)
     max_dets = chosen.max_dets if max_dets is None else max_dets

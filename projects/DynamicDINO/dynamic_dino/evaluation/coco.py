@@ -11,6 +11,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ..data.coco_json import group_names
 from .precision_recall import DetectionResult, average_precision
 from .predictions import DatasetPredictions
 
@@ -130,7 +131,8 @@ def read_ground_truth(source: str | Path | dict) -> dict:
                 f"{where}: annotations[{i}] needs image_id, category_id and bbox [x, y, w, h], "
                 f"but is {a}: {error!r}"
             ) from None
-    categories = [{"name": str(c["id"]), **c} for c in data["categories"]]
+    groups = group_names(data["categories"], {a["category_id"] for a in annotations})
+    categories = [{"name": str(c["id"]), **c} for c in data["categories"] if c not in groups]
     return {"images": data["images"], "annotations": annotations, "categories": categories}
 
 

@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from PIL import Image
 
 from ..data.datasets import get_metadata
+from ..data.ground_truth import ground_truth
 from ..files import writable_folder, write_text
 from ..moe.statistics import RoutingStatistics
 from .coco import class_groups, read_ground_truth
@@ -205,14 +206,14 @@ class DetectionEvaluator(DatasetEvaluator):
             logger.info("Pictures: %s", path)
 
     def _read_truth(self) -> dict:
-        truth = read_ground_truth(self._metadata.json_file)
+        truth = read_ground_truth(ground_truth(self.dataset_name))
         if self._protocol_name == "refexp":
             return truth
         strangers = {c["id"] for c in truth["categories"]} ^ set(self._category_ids)
         if strangers:
             raise ValueError(
                 f"data set {self.dataset_name} was registered with other categories than those in "
-                f"{self._metadata.json_file}: they differ in the ids {sorted(strangers)[:5]}"
+                f"{self._metadata.get('json_file')}: they differ in the ids {sorted(strangers)[:5]}"
             )
         return truth
 

@@ -1,0 +1,156 @@
+"""Label Studio: one JSON file of tasks, as its exports JSON and JSON-MIN write it.
+
+Rectangles, polygons and ellipses, in per cent of the image, give boxes, of turned ones those around
+them; key points and brush strokes have none: they are left out and counted. Of a task's annotations
+that which is marked as ground truth counts, else the first that was not cancelled. Tasks that
+nobody annotated are left out and counted; predictions aren't read.
+
+The name of an uploaded image is found without the eight digits that Label Studio puts before it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from ..problems import DataError
+from .collector import Collector
+from .cvat import rotate
+from .pictures import SUFFIXES
+from .recognise import LABEL_STUDIO_NAMES, Recognised
+
+
+def read(found: Recognised, into: Collector) -> None:
+    for part, file in found.files:
+        tasks = _tasks(file)
+        for i, task in enumerate(tasks):
+            where = f"{file}: task {task.get('id', i) if isinstance(task, dict) else i}"
+            try:
+                _read_task(task, file, where, into, into.wants(part))
+            except DataError as error:
+                into.report(error.at(where))
+
+
+def _tasks(file: Path) -> list[Any]:
+    try:
+        tasks = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        what = f"{file} is not valid JSON ({error}): it may be truncated; export it again"
+        raise DataError("unreadable file", what) from None
+    return tasks if isinstance(tasks, list) else [tasks]
+
+
+def _read_task(task: Any, file: Path, where: str, into: Collector, wanted: bool) -> None:
+    if not isinstance(task, dict):
+        raise DataError("missing field", "it is no task: export the project as JSON or JSON-MIN")
+    results = _results(task, into)
+    if results is None:
+        if wanted:
+            into.notes["left out {n} tasks that nobody annotated"] += 1
+        return
+    image = _add_image(task, results, file, where, into) if wanted else None
+    for i, (item, value) in enumerate(results):
+        place = f"{where}, result {i + 1}"
+        names = next((value[key] for key in LABEL_STUDIO_NAMES if value.get(key)), None)
+        try:
+            size = _size(item) or (image is not None and into.size_of(image)) or (100, 100)
+            points = _outline(value, size)
+            if points is None or (names is None and value.keys() & {"choices", "text", "rating"}):
+                into.notes["left out {n} results that have no box"] += 1
+                continue
+            if not isinstance(names, list):
+                raise DataError("category without a name", "its shape has no label: give it one")
+            for name in names:
+                into.name(name)
+        except DataError as error:
+            into.report(error.at(place))
+            continue
+        for name in names if image is not None else ():
+            into.hull(image, name, [(round(x, 3), round(y, 3)) for x, y in points], place)
+
+
+def _results(task: dict, into: Collector) -> list[tuple[dict, dict]] | None:
+    """(result, its value) of the annotation that counts; None if there is none."""
+    if "data" not in task:  # JSON-MIN has the values of all results in lists by their name
+        lists = [v for v in task.values() if isinstance(v, list)]
+        return [(item, item) for items in lists for item in items if isinstance(item, dict)]
+    annotations = task.get("annotations") or task.get("completions") or []
+    good = [a for a in annotations if isinstance(a, dict) and not a.get("was_cancelled")]
+    if not good:
+        return None
+    if len(good) > 1:
+        into.notes["{n} tasks have several annotations, of which one was taken"] += 1
+    chosen = next((a for a in good if a.get("ground_truth")), good[0])
+    results = [r for r in chosen.get("result") or () if isinstance(r, dict)]
+    shapes = [(r, r["value"]) for r in results if isinstance(r.get("value"), dict)]
+    # <Rectangle> with <Labels> writes a shape twice, without and with its label
+    named = {r.get("id") for r, value in shapes if value.keys() & set(LABEL_STUDIO_NAMES)}
+    return [
+        (r, value)
+        for r, value in shapes
+        if value.keys() & set(LABEL_STUDIO_NAMES) or r.get("id") not in named
+    ]
+
+
+def _add_image(task: dict, results: list, file: Path, where: str, into: Collector) -> int:
+    hints = [hint for text in _addresses(task.get("data", task)) for hint in _file_names(text)]
+    if not hints:
+        what = "it has no field with the address of an image: only images can be read"
+        raise DataError("missing field", what)
+    sizes = [size for item, _ in results if (size := _size(item))]
+    for item, _ in results:
+        if item.get("image_rotation"):
+            what = f"the image was turned by {item['image_rotation']} degrees: turn the file itself"
+            raise DataError("turned image", what)
+    return into.image(into.pictures.find(hints, file), where, sizes[0] if sizes else None, hints[0])
+
+
+def _addresses(data: Any) -> Iterator[str]:
+    for value in data.values() if isinstance(data, dict) else ():
+        if isinstance(value, str) and unquote(value).lower().endswith(SUFFIXES):
+            yield value
+
+
+def _file_names(address: str) -> Iterator[str]:
+    """Under which names a file may lie: that of local storage, the whole path, the upload's."""
+    parts = urlsplit(address)
+    yield from parse_qs(parts.query).get("d", ())
+    path = unquote(parts.path) if parts.scheme or parts.query else unquote(address)
+    yield path.lstrip("/")
+    folder, _, name = path.rpartition("/")
+    if re.match(r"[0-9a-f]{8}-", name):
+        yield name[9:]
+
+
+def _size(item: dict) -> tuple[Any, Any] | None:
+    size = item.get("original_width"), item.get("original_height")
+    return None if None in size else size
+
+
+def _outline(value: dict, size: tuple[Any, Any]) -> list[tuple[float, float]] | None:
+    """Points in pixels around which the box lies, None for what has none; raises DataError."""
+    width, height = (float(side) / 100 for side in size)
+    try:
+        if "points" in value:
+            return [(float(x) * width, float(y) * height) for x, y in value["points"]]
+        turn = math.radians(value.get("rotation") or 0)
+        if "radiusX" in value:
+            x, y = value["x"] * width, value["y"] * height
+            a, b = value["radiusX"] * width, value["radiusY"] * height
+            w = math.hypot(a * math.cos(turn), b * math.sin(turn))
+            h = math.hypot(a * math.sin(turn), b * math.cos(turn))
+            return [(x - w, y - h), (x + w, y + h)]
+        if not {"x", "y", "width", "height"} <= value.keys():
+            return None
+        x, y, w, h = (float(value[key]) for key in ("x", "y", "width", "height"))
+    except (KeyError, TypeError, ValueError):
+        what = f"{str(value)[:80]} are not numbers in per cent: correct or remove it"
+        raise DataError("malformed box", what) from None
+    left, top, right, bottom = x * width, y * height, (x + w) * width, (y + h) * height
+    corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
+    return rotate(corners, (left, top), turn)

@@ -1,0 +1,118 @@
+"""Finding the picture that an annotation means, and its size."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from ..problems import DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+# Where tools put pictures when annotations have a folder of their own.
+BESIDE = ("images", "jpegimages", "img", "imgs", "pictures", "photos")
+ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
+
+
+def files_under(folder: Path) -> Iterator[Path]:
+    """All files, in the order of their names, but none of hidden folders."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield Path(parent, name)
+
+
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image file, turned as its EXIF tag says; raises DataError."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        what = f"image {path} can't be read ({error}): replace or remove it"
+        raise DataError("bad image", what) from None
+    return (height, width) if turned else (width, height)
+
+
+class Pictures:
+    """The image files of a data set. `root`: where they are, file names are relative to it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        inside = [path for path in files_under(root) if is_picture(path)]
+        self._by_name: dict[str, list[Path]] = defaultdict(list)
+        self._by_stem: dict[str, list[Path]] = defaultdict(list)
+        beside = []
+        if root.name.lower() not in BESIDE and root.parent.is_dir():
+            for folder in sorted(root.parent.iterdir()):
+                if folder != root and folder.name.lower() in BESIDE and folder.is_dir():
+                    beside += [path for path in files_under(folder) if is_picture(path)]
+        self.all = inside or beside
+        for path in inside + beside:
+            self._by_name[path.name].append(path)
+            self._by_stem[path.stem].append(path)
+
+    def find(self, hints: Iterable[str], near: Path) -> Path | None:
+        """The file of the first hint that there is: a path as the annotation has it, of this or of
+        another machine. `near` is the annotation file. Raises DataError if several may be meant."""
+        for hint in hints:
+            hint = hint.replace("\\", "/")
+            for base in (near.parent, self.root):
+                if hint and (base / hint).is_file():
+                    return Path(os.path.normpath(base / hint))
+            found = self._by_name.get(hint.rsplit("/", 1)[-1])
+            if found:
+                return _best(found, hint, near)
+        return None
+
+    def of_stem(self, near: Path) -> Path | None:
+        """The file of the same name as the annotation file, but for the ending."""
+        found = self._by_stem.get(near.stem)
+        return _best(found, near.stem, near) if found else None
+
+    def relative(self, path: Path) -> str:
+        """As a record names it: relative to `root`, or whole where it isn't in there."""
+        if path.is_relative_to(self.root):
+            return path.relative_to(self.root).as_posix()
+        return str(path.absolute())
+
+
+def _best(found: list[Path], hint: str, near: Path) -> Path:
+    """Of several files of one name, that with the most folders in common with the hint, then with
+    the annotation file."""
+    if len(found) == 1:
+        return found[0]
+    folders = hint.split("/")[:-1]
+
+    def alike(path: Path) -> tuple[int, int]:
+        end = 0
+        for a, b in zip(reversed(path.parts[:-1]), reversed(folders), strict=False):
+            if a != b:
+                break
+            end += 1
+        return end, len(set(path.parent.parts) & set(near.parent.parts))
+
+    best = max(map(alike, found))
+    first, *others = [path for path in found if alike(path) == best]
+    if others:
+        what = f"several images may be meant, {first} and {others[0]}: give them names of their own"
+        raise DataError("ambiguous image", what)
+    return first
+
+
+def find_image_root(file: Path, name: str, folder: Path) -> Path:
+    """The folder to which the names of an annotation file's images are relative: its own one, else
+    the first below `folder` in which the image of this name lies."""
+    if not (file.parent / name).is_file():
+        for path in files_under(folder):
+            if path.as_posix().endswith("/" + name):
+                return Path(path.as_posix().removesuffix(name))
+    return file.parent

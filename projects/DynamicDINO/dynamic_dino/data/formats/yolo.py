@@ -1,0 +1,252 @@
+"""YOLO: a text file an image, a line a box: "class x_center y_center width height", parts of the
+image's size, as Ultralytics, Roboflow, CVAT, labelImg and Label Studio write them.
+
+Names come from a data.yaml (`names`, `path`, `train`, `val`, `test`), else from classes.txt,
+obj.names or _darknet.labels. A line of seven or more numbers is a polygon, of which the box is
+taken; with `kpt_shape` in data.yaml, keypoints follow the box. As Ultralytics has it, an image
+lies in .../images/... and its labels in .../labels/... or beside it, and an image without a label
+file has no objects.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..problems import DataError
+from .collector import Collector
+from .pictures import files_under, is_picture
+from .recognise import YOLO_LINE, Recognised, part_of
+
+NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels")
+LEVELS_UP = 3  # how far above the labels the names are looked for
+FAR = 1.1  # a coordinate beyond this is no part of an image
+
+
+def read(found: Recognised, into: Collector) -> None:
+    file = found.files[0][1]
+    if file.suffix in (".yaml", ".yml"):
+        settings = read_settings(file)
+        names = _names_of(file, settings)
+        images = list(_listed_images(file, settings, into))
+    else:
+        settings = {}
+        file, names = _find_names(found)
+        images = [p for p in into.pictures.all if into.wants(part_of(p, found.path))]
+    for name in names:
+        into.name(name)
+    poses = settings.get("kpt_shape") is not None
+    known = set()
+    for image in images:
+        labels = label_file(image)
+        known.add(labels)
+        try:
+            index = into.image(image, str(image))
+        except DataError as error:
+            into.report(error.at(str(image)))
+            continue
+        if not labels.is_file():
+            into.notes["{n} images without a label file, taken as empty"] += 1
+            continue
+        _read_labels(labels, index, names, file, poses, into)
+    stems = {image.stem for image in into.pictures.all + images}
+    for labels in _labels_beside(images, found, into):
+        if labels not in known and labels.stem not in stems:
+            what = f"there is no image {labels.stem!r} for it: add the image or remove the labels"
+            into.report(DataError("missing image", what).at(str(labels)))
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """A data.yaml; raises DataError."""
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise DataError(
+            "unreadable file", f"{file} is not valid YAML ({error}): correct it"
+        ) from None
+    if not isinstance(settings, dict):
+        raise DataError("unreadable file", f"{file} has no fields: write names, train and val")
+    return settings
+
+
+def parts_of_settings(file: Path) -> dict[str, list[Path]]:
+    """Part -> folders or lists of images that exist, of those that a data.yaml names."""
+    settings = read_settings(file)
+    parts = {}
+    for part in ("train", "val", "test"):
+        entries = settings.get(part) or (settings.get("valid") if part == "val" else None) or ()
+        entries = [entries] if isinstance(entries, str) else list(entries)
+        places = [_place(file, settings, str(entry)) for entry in entries]
+        if places and None not in places:
+            parts[part] = places
+    return parts
+
+
+def label_file(image: Path) -> Path:
+    """.../images/a.jpg -> .../labels/a.txt, else the .txt beside the image."""
+    folders = list(image.parent.parts)
+    for i in range(len(folders) - 1, -1, -1):
+        if folders[i] == "images":
+            there = Path(*folders[:i], "labels", *folders[i + 1 :], f"{image.stem}.txt")
+            beside = image.with_suffix(".txt")
+            return beside if beside.is_file() and not there.is_file() else there
+    return image.with_suffix(".txt")
+
+
+def _place(file: Path, settings: dict, entry: str) -> Path | None:
+    """Where an entry of a data.yaml lies. Roboflow writes ../train/images for train/images."""
+    root = str(settings.get("path") or "")
+    plain = re.sub(r"^(\.\./)+", "", entry)
+    here = file.parent
+    tried = (here / root / entry, here / entry, here / plain, Path(root, entry))
+    return next((Path(os.path.normpath(path)) for path in tried if path.exists()), None)
+
+
+def _listed_images(file: Path, settings: dict, into: Collector) -> Iterator[Path]:
+    parts = parts_of_settings(file)
+    if not parts:
+        given = {key: settings[key] for key in ("path", "train", "val", "test") if key in settings}
+        raise DataError(
+            "missing image",
+            f"{file} names no folder of images that exists ({given}): correct its 'path', 'train' "
+            f"and 'val', which are relative to {file.parent}",
+        )
+    seen = set()
+    for part, places in parts.items():
+        for place in places if into.wants(part) else ():
+            for image in _images_at(place):
+                if image not in seen:
+                    seen.add(image)
+                    yield image
+
+
+def _images_at(place: Path) -> Iterator[Path]:
+    """The images of a folder, or of a text file that lists them."""
+    if place.is_dir():
+        yield from (path for path in files_under(place) if is_picture(path))
+        return
+    for line in place.read_text(encoding="utf-8").splitlines():
+        if name := line.strip():
+            bases = (place.parent, place.parent.parent)  # obj_train_data is named with its "data/"
+            tried = [Path(os.path.normpath(base / name)) for base in bases]
+            yield next((path for path in tried if path.is_file()), tried[0])
+
+
+def _names_of(file: Path, settings: dict) -> list[str]:
+    names = settings.get("names")
+    if isinstance(names, dict):
+        try:
+            names = {int(key): name for key, name in names.items()}
+        except ValueError:
+            names = {}
+        names = [names.get(i) for i in range(len(names))]
+    if not isinstance(names, list) or not names or None in names:
+        raise DataError(
+            "missing field",
+            f"'names' of {file} is {str(settings.get('names'))[:60]}: list the name of every "
+            "class, from 0 on",
+        )
+    return [str(name).strip() for name in names]
+
+
+def _find_names(found: Recognised) -> tuple[Path, list[str]]:
+    """The file with the names, and these, of labels without a data.yaml: in their folder, else in
+    the nearest one above."""
+    folder = found.path
+    files = [path for path in files_under(folder) if path.name in NAME_FILES]
+    for above in list(folder.absolute().parents)[:LEVELS_UP]:
+        if files:
+            break
+        for name in ("data.yaml", "dataset.yaml"):
+            if (above / name).is_file() and "names" in (settings := read_settings(above / name)):
+                return above / name, _names_of(above / name, settings)
+        files = [above / name for name in NAME_FILES if (above / name).is_file()]
+    if not files:
+        raise DataError(
+            "missing field",
+            f"the labels in {folder} number their classes, and nothing names them: add a data.yaml "
+            "with 'names', or a classes.txt with a name a line",
+        )
+    texts = {path.read_text(encoding="utf-8") for path in files}
+    if len(texts) > 1:
+        what = f"{files[0]} and {files[-1]} name the classes in two ways: keep one of them"
+        raise DataError("ambiguous names", what)
+    return files[0], [line.strip() for line in texts.pop().splitlines() if line.strip()]
+
+
+def _read_labels(
+    labels: Path, image: int, names: list[str], source: Path, poses: bool, into: Collector
+) -> None:
+    width, height = into.size_of(image)
+    for i, line in enumerate(labels.read_text(encoding="utf-8").splitlines()):
+        if not line.strip():
+            continue
+        where = f"{labels}, line {i + 1}"
+        try:
+            name, values = _read_line(line, names, source, poses)
+        except DataError as error:
+            into.report(error.at(where))
+            continue
+        if len(values) == 4 or poses:
+            x, y, w, h = values[:4]
+            points = [(x - w / 2, y - h / 2), (x + w / 2, y + h / 2)]
+        else:
+            points = list(zip(values[::2], values[1::2], strict=True))
+        # a thousandth of a pixel: files have six digits of a part
+        pixels = [(round(x * width, 3), round(y * height, 3)) for x, y in points]
+        into.hull(image, name, pixels, where)
+
+
+def _read_line(line: str, names: list[str], source: Path, poses: bool) -> tuple[str, list[float]]:
+    if not YOLO_LINE.fullmatch(line.strip()):
+        raise DataError(
+            "malformed box",
+            f"{line.strip()[:60]!r} is not 'class x_center y_center width height' or 'class x y "
+            "x y x y ...': correct or remove it",
+        )
+    first, *rest = line.split()
+    values = [float(v) for v in rest]
+    if not poses and len(values) % 2:
+        raise DataError(
+            "malformed box",
+            f"it has {len(values)} numbers after the class, a box has 4: is the last a confidence, "
+            "and are these predictions? Remove it",
+        )
+    shape = values[:4] if poses else values
+    if max(shape) > FAR or min(shape) < 1 - FAR:
+        odd = max(shape, key=abs)
+        raise DataError(
+            "boxes not in parts of the image",
+            f"{odd:g} is beyond the image: numbers are parts of its width and height, 0 to 1, not "
+            "pixels; correct or remove it",
+        )
+    index = int(float(first))
+    if index >= len(names):
+        raise DataError(
+            "unknown category",
+            f"class {index} is not among the names of {source} (0 to {len(names) - 1}): add its "
+            "name or remove the line",
+        )
+    return names[index], values
+
+
+def _labels_beside(images: list[Path], found: Recognised, into: Collector) -> Iterator[Path]:
+    """The label files of the folders in which those of the images lie."""
+    if found.files[0][1].suffix in (".yaml", ".yml"):
+        folders = {label_file(image).parent for image in images}
+        for folder in sorted(folders):
+            yield from (p for p in sorted(folder.glob("*.txt")) if _has_labels(p))
+        return
+    for part, file in found.files:
+        if into.wants(part):
+            yield file
+
+
+def _has_labels(file: Path) -> bool:
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        return bool(YOLO_LINE.fullmatch(next(lines, "").strip()))
