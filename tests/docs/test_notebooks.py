@@ -22,6 +22,7 @@ def builtin_sets():
     plt.close("all")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive:UserWarning")
 def test_notebook_runs(path, builtin_sets, tmp_path, monkeypatch):
