@@ -36,6 +36,7 @@ from .preprocess import (
     merge_maps,
     padded_images,
     rows_by_size,
+    select_rows,
     targets_of,
 )
 from .proposals import ProposalStatistics
@@ -235,14 +236,11 @@ class OpenVocabularyDetector(nn.Module):
         for start in range(0, len(chunks), self.chunk_batch):
             together = chunks[start : start + self.chunk_batch]
             rows = [i for i, _ in together]
-            seen, where = features, masks
+            maps, cells = features, masks
             if rows != list(range(len(batch))):
-                seen, where = (
-                    {n: torch.stack([x[i] for i in rows]) for n, x in maps.items()}
-                    for maps in (features, masks)
-                )
+                maps, cells = select_rows(maps, rows), select_rows(cells, rows)
             text = self.text_encoder([chunk.prompt for _, chunk in together])
-            best, routed = self.detect_chunks(seen, where, text, self.return_routings)
+            best, routed = self.detect_chunks(maps, cells, text, self.return_routings)
             routings.append(routed)
             for row, (i, chunk) in enumerate(together):
                 found[i].append(best.of_image(row, chunk, start + row))

@@ -91,6 +91,12 @@ def rows_by_size(sizes: Sequence[Size]) -> list[list[int]]:
     return list(groups.values())
 
 
+def select_rows(maps: Mapping[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
+    """Maps {name: [B, ...]} -> {name: [len(rows), ...]}; rows may repeat. Stacked, since an index
+    would be copied from the host to the device."""
+    return {name: torch.stack([x[i] for i in rows]) for name, x in maps.items()}
+
+
 def merge_maps(groups: list[list[int]], maps: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Maps {name: [b, ..., h, w]} of groups of rows -> those of the batch {name: [B, ..., H, W]},
     padded with zeros (False) at the right and at the bottom to the largest."""
