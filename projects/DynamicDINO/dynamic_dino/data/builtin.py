@@ -87,6 +87,55 @@ def _ours() -> list[Builtin]:
     ]
 
 
+@dataclass(frozen=True)
+class PhotoSet:
+    """Photos with boxes under photos/NAME. `images` and `boxes`: of train, of val."""
+
+    page: str
+    licence: str
+    images: tuple[int, int]
+    boxes: tuple[int, int] | None = None
+
+
+PHOTO_SETS = {
+    "coco": PhotoSet(COCO_PAGE, COCO_LICENCE, (493, 90)),
+    "groceries": PhotoSet(
+        "https://github.com/aleksandar-aleksandrov/groceries-object-detection-dataset",
+        "as stated there",
+        (2_000, 250),
+        (4_714, 593),
+    ),
+    "airport_debris": PhotoSet(
+        "https://github.com/FOD-UNOmaha/FOD-data",
+        "as stated there",
+        (1_392, 150),
+        (1_409, 153),
+    ),
+    "animals25": PhotoSet(
+        "https://github.com/Ansheel9/Multi-Class-Object-Detection-",
+        "Apache-2.0; photos from the web",
+        (1_153, 283),
+        (1_403, 331),
+    ),
+}
+
+
+def _photos() -> list[Builtin]:
+    return [
+        Builtin(
+            f"photos_{name}_{split}",
+            "coco",
+            ((f"photos/{name}/{split}.json", f"photos/{name}/images"),),
+            f"python -m dynamic_dino.data.photos --sets {name}",
+            photos.licence,
+            images=photos.images[i],
+            boxes=photos.boxes[i] if photos.boxes else None,
+        )
+        for name, photos in PHOTO_SETS.items()
+        for i, split in enumerate(("train", "val"))
+    ]
+
+
 def _training() -> list[Builtin]:
     """The paper's pre-training data; the numbers are those of its Table 7, in thousands."""
     return [
@@ -247,6 +296,6 @@ def _odinw() -> list[Builtin]:
 
 BUILTIN: dict[str, Builtin] = {
     entry.name: entry
-    for entries in (_ours(), _training(), _coco(), _lvis(), _odinw(), _refcoco())
+    for entries in (_ours(), _photos(), _training(), _coco(), _lvis(), _odinw(), _refcoco())
     for entry in entries
 }
