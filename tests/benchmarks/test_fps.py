@@ -8,6 +8,7 @@ import pytest
 import torch
 
 NANO = ["--config-file", "configs/moe_tuning/nano_x16_stamps.py", "--device", "cpu"]
+SMALL = ["model.decoder.num_layers=1", "model.query_selection.num_queries=8"]
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +16,7 @@ def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fps")
     arguments = "--sizes 64x96 --repeats 2 --text cached encoded --batch 1 2 --many-names 45"
     files = ["--json", str(folder / "fps.json"), "--plot", str(folder / "fps.png")]
-    fps.main([*NANO, *arguments.split(), *files, "model.decoder.num_layers=2"])
+    fps.main([*NANO, *arguments.split(), *files, *SMALL])
     return json.loads((folder / "fps.json").read_text()), folder
 
 
@@ -33,7 +34,7 @@ def test_compares_dense_with_experts_on_every_backend(result):
             assert 0 < r["low_ms"] <= r["median_ms"] <= r["high_ms"]
             assert r["ran"] == "eager"
     assert report["many_names"]["pieces"] == 2 and len(report["many_names"]["results"]) == 2
-    assert report["settings"]["overrides"] == ["model.decoder.num_layers=2"] and report["commit"]
+    assert report["settings"]["overrides"] == SMALL and report["commit"]
     assert (folder / "fps.png").stat().st_size > 5000
 
 

@@ -13,7 +13,7 @@ from torch.profiler import record_function
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    small = "--tokens 9 --dim 16 --hidden 32 --experts 4 --layers 1 --repeats 2".split()
+    small = "--tokens 4 --dim 16 --hidden 16 --experts 3 --layers 1 --repeats 2".split()
     files = ["--json", folder / "new" / "report.json", "--plot", folder / "plot.png"]
     text = run_script(
         moe_layer.main, "--device", "cpu", *small, "--routing", "uniform", "zipf", *files
@@ -41,8 +41,8 @@ def test_compares_all_candidates_in_every_case(result):
 def test_says_where_the_numbers_come_from(result):
     text, report, _ = result
     assert report["machine"] and report["versions"]["torch"] and report["commit"]
-    assert report["command"].startswith("python ") and "--tokens 9" in report["command"]
-    assert "T=9 float32, x4-Top2, zipf routing, layer, train" in text
+    assert report["command"].startswith("python ") and "--tokens 4" in report["command"]
+    assert "T=4 float32, x3-Top2, zipf routing, layer, train" in text
     assert "x dense  error" in text
 
 

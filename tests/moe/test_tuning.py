@@ -15,7 +15,7 @@ from dynamic_dino.moe.routers import GATES, SoftmaxRouter
 from torch import nn
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SIZES = [(experts, k) for experts in (4, 8, 16) for k in (1, 2, 4)]
+SIZES = [(4, 1), (4, 4), (8, 2), (16, 1), (16, 2), (16, 4)]  # experts, k
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
