@@ -10,7 +10,7 @@
 A step is the project's own: forward, losses, backward, clipping, optimizer, on a generated batch of
 noise with random boxes. Three kinds are compared, from the recipe of a MoE-Tuning:
   pre-training    the dense model, of which all trains but what the model's own config freezes
-  dense control   the dense model with the parts free that MoE-Tuning frees
+  dense control   the dense model, with what MoE-Tuning trains free
   MoE-Tuning      the mixture, converted from the dense model, with train.trainable free; once with
                   each back-end of the experts
 "speed-up" is over pre-training, for which Dynamic-DINO's authors give 1.87. It depends on the share
@@ -74,7 +74,7 @@ class Candidates:
     """The kinds of step by name: trainers, what they need, and functions that run one step.
 
     Raises:
-        ConfigError: the recipe has no mixture of experts, or names parts that the model lacks.
+        ConfigError: the recipe has no mixture of experts, or trains what the model lacks.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 A `Setting` is data, a base checkpoint and a length of training that its rows share; a `Row` is a
 recipe with overrides. A row is trained once for all sweeps that show it. Each sweep has a control,
 which the others are compared with: where a dense model is tuned, it is that same model, tuned as
-dense for as long, on the same data in the same order, with the same parts free.
+dense for as long, on the same data in the same order, with the same parameters free.
 """
 
 from __future__ import annotations

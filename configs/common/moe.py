@@ -13,7 +13,7 @@ from dynamic_dino.moe.part_router import PartRouter
 from dynamic_dino.moe.routers import SoftmaxRouter
 from dynamic_dino.moe.top_any import TopAnyRouter
 
-# What trains, part by part (paper, section 3.1)
+# What trains (paper, section 3.1)
 FUSION = ["enhancer.layers.*.fusion.*"]  # cross-attention of the feature enhancer
 EXPERTS = ["*.ffn.experts.*", "*.ffn.router.*"]  # MoE layers
 HEADS = ["*.class_head.*", "*.box_head.*"]  # detection head

@@ -1,7 +1,7 @@
 """DynMoE on the Edge detector, by MoE-Tuning of the dense base: top-any routing, adaptive experts.
 
 Each decoder FFN becomes whole copies: 6 at the start, at most 8 (the paper's vision tasks), removed
-and added every 200 iterations (the paper: 100-300). Schedule, data and trained parts are
+and added every 200 iterations (the paper: 100-300). Schedule, data and what trains are
 Dynamic-DINO's. To evaluate with k experts for every query (the paper's Table 3):
 --eval-only model.decoder.layer.ffn.router.forced_k=2
 """

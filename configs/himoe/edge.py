@@ -2,7 +2,7 @@
 
 Each decoder FFN becomes 16 whole copies; of 4 scene routes 2 are kept, of their 8 experts 2 per
 query.
-Schedule, data and trained parts are Dynamic-DINO's, so that the two compare.
+Schedule, data and what trains are Dynamic-DINO's, so that the two compare.
 """
 
 from ..common.moe import diversity, hierarchical, squared_balance

@@ -1,4 +1,4 @@
-"""Table 4, dense: the base tuned for as long, on the same data, with the same parts free."""
+"""Table 4, dense: the base tuned for as long, on the same data, with the same parameters free."""
 
 from ..common.moe import FUSION, HEADS
 from ..pretrain.gdino15_edge_7ep import model  # noqa: F401  (dense)

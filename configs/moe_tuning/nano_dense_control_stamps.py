@@ -1,5 +1,5 @@
 """The control of nano_x16_stamps: the dense model, tuned for as long, on the same data in the same
-order, with the same parts free."""
+order, with the same parameters free."""
 
 from ..common.moe import FUSION, HEADS
 from ..pretrain.nano_stamps import model  # noqa: F401  (dense)

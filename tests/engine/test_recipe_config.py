@@ -45,6 +45,7 @@ def test_parameters_of_the_callable_can_be_set(write):
         ("max_iter=3", "did you mean train.max_iter?"),
         ("trian.ema.decay=0.1", "did you mean train.ema.decay?"),
         ("model.hiden=3", "did you mean model.hidden?"),
+        ("betas=[0.8,0.9]", "did you mean optimizer.betas?"),
         ("optimizer.weight_decoy=3", "unknown config key 'optimizer.weight_decoy'"),
         ("train.max_iter", "not of the form key=value"),
         ("--resume", "flags such as --resume stand before"),

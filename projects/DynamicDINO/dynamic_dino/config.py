@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import re
 import runpy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -238,8 +239,16 @@ def _check_key(cfg: DictConfig, key: str) -> None:
     if isinstance(node, Mapping) and accepts(node, name):
         return
     known = keys_of(cfg)
-    # A right name in the wrong section ("max_iter") resembles no full key, but ends one.
+    # A right name in the wrong section ("max_iter") resembles no full key, but ends one, or names a
+    # parameter of another node.
     same_name = [k for k in known if k.rpartition(".")[2] == name]
+    if not same_name:
+        sections = {k: OmegaConf.select(cfg, k, throw_on_missing=False) for k in known}
+        same_name = [
+            f"{k}.{name}"
+            for k, section in sections.items()
+            if isinstance(section, Mapping) and accepts(section, name)
+        ]
     near = nearest(key, same_name, 3) or same_name[:3] or nearest(key, known)
     hint = f"; did you mean {' or '.join(near)}?" if near else "; see config.yaml of a run"
     raise ConfigError(f"unknown config key {key!r}{hint}")
@@ -276,6 +285,7 @@ def _near_files(path: Path) -> str:
     found = {str(file): None for file in sorted(root.glob("*/" * depth + "*.py"))}
     by_name = {Path(file).name: file for file in found}
     if folder := _variants_folder(path):
+        folder = folder if path.is_absolute() else Path(os.path.relpath(folder))
         for recipe, _, name in (key.partition(":") for key in variants(folder)):
             by_name[f"{Path(recipe).name}_{name}.py"] = f"{folder / recipe}.py:{name}"
     near = [by_name[name] for name in nearest(path.name, by_name)]
