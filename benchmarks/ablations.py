@@ -314,7 +314,7 @@ def measure_times(options: argparse.Namespace) -> int:
 # ---- the script ---------------------------------------------------------------------------------
 
 
-def cache_features(run: Run) -> None:
+def cache_features_of(run: Run) -> None:
     """Makes the caches of the setting, or goes on with them."""
     marks = [ROOT / folder / "done.npy" for folder in (run.setting.features or {}).values()]
     if all(mark.is_file() and np.load(mark).all() for mark in marks):
@@ -374,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     failed = []
     if bases or runs:
-        cache_features([*bases, *runs][0])
+        cache_features_of([*bases, *runs][0])
         gpus = torch.cuda.device_count() if options.device == "cuda" else 1
         failed = run_all(bases, options.launcher, 1) or run_all(runs, options.launcher, gpus)
     ablations_page.main()

@@ -38,7 +38,7 @@ import torch
 from dynamic_dino_kernels import route
 from dynamic_dino_kernels.timing import captured, seconds
 from lib.interleaved import interleave, quartiles, timed
-from lib.moe_peers import Dense, Experts, Grouped, candidates
+from lib.moe_peers import BenchedExperts, Dense, Grouped, candidates
 from lib.options import add_machine, add_output, new_parser, place_output, use_threads
 from lib.phases import ROUTING, peak_bytes, time_by_phase
 from lib.provenance import machine_name, provenance, settings, write_json
@@ -87,7 +87,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
         if isinstance(self.ffn, Dense):
             return self.norm(x + self.ffn(x, ids, gates))
-        ours = type(self.ffn).forward is Experts.forward
+        ours = type(self.ffn).forward is BenchedExperts.forward
         with record_function(ROUTING):
             ids, gates, _, blocks = route(x, self.router, self.top_k, backend=self.ffn.backend)
         if not ours:

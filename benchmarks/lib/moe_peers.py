@@ -29,7 +29,7 @@ class Dense(nn.Module):
         return self.linear2(F.relu(self.linear1(x)))
 
 
-class Experts(nn.Module):
+class BenchedExperts(nn.Module):
     """Ours, run by one back-end. The others keep the same parameters."""
 
     backend = "auto"
@@ -46,7 +46,7 @@ class Experts(nn.Module):
         return expert_ffn(x, *weights, ids, gates, backend=self.backend, **fused)
 
 
-class Sequential(Experts):
+class Sequential(BenchedExperts):
     """The simplest loop: it selects each expert's tokens, and waits every time for their number."""
 
     backend = "sequential"
@@ -113,7 +113,7 @@ def looped_ffn(x, w1, b1, w2, b2, ids, gates: Tensor | None, room: Room) -> Tens
     return (y if gates is None else y * gates.to(y.dtype)[..., None]).sum(1)
 
 
-class Loop(Experts):
+class Loop(BenchedExperts):
     """`looped_ffn`. The first call decides on the room, and waits; later ones don't."""
 
     room: Room | None = None
@@ -124,15 +124,15 @@ class Loop(Experts):
         return looped_ffn(x, self.w1, self.b1, self.w2, self.b2, ids, gates, self.room)
 
 
-class Grouped(Experts):
+class Grouped(BenchedExperts):
     backend = "grouped"
 
 
-class Triton(Experts):
+class Triton(BenchedExperts):
     backend = "triton"
 
 
-class TorchGroupedMM(Experts):
+class TorchGroupedMM(BenchedExperts):
     """torch.nn.functional.grouped_mm: tokens sorted, two products, biases apart."""
 
     def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class TorchGroupedMM(Experts):
         return (rows.unflatten(0, ids.shape) * gates.unsqueeze(-1).to(x.dtype)).sum(1)
 
 
-class _HuggingFace(Experts):
+class _HuggingFace(BenchedExperts):
     """The experts of Hugging Face transformers, which read these attributes of their module."""
 
     has_gate = is_transposed = has_post_expert_norm = _is_expert_parallel = False
@@ -179,7 +179,7 @@ class HuggingFaceBatchedMM(_HuggingFace):
     function = "batched_mm_experts_forward"
 
 
-class MoEOps(Experts):
+class MoEOps(BenchedExperts):
     """The package moe-ops (PyPI): counting sort and grouped GEMM in Triton, biases apart."""
 
     def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class MoEOps(Experts):
 
 def candidates(device: str, dtype: torch.dtype, tokens: int) -> dict[str, Callable[..., nn.Module]]:
     """Name -> class of everything that runs here; built as Dense(dim, hidden), and the others as
-    Experts(dim, hidden / k, experts)."""
+    BenchedExperts(dim, hidden / k, experts)."""
     result = {"dense": Dense, "loop": Loop, "sequential": Sequential, "grouped": Grouped}
     if not obstacle_of(torch.device(device)):
         result["triton"] = Triton
