@@ -11,7 +11,7 @@ from dynamic_dino.data import datasets
 from dynamic_dino.data.convert import convert_dataset
 from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
-from helpers import miniatures
+from helpers import formats, miniatures
 from helpers.seeds import fresh_rng
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -125,3 +125,27 @@ def test_a_mistake_in_the_data_ends_with_its_message(root, tmp_path):
             ],
         )
         train(cfg, tmp_path / "run")
+
+
+@pytest.mark.parametrize("writer", ["voc", "ultralytics"])
+def test_one_folder_in_a_tools_format_is_enough(tmp_path, writer, caplog):
+    """Its parts are drawn; the validation part is scored in the ids of its names."""
+    photos = formats.photos(fresh_rng(), 10)
+    source = formats.WRITERS[writer](tmp_path / "mine", photos)
+    cfg = load_config(
+        CONFIGS / "moe_tuning/nano_x16_custom.py",
+        [
+            *options(tmp_path / "run"),
+            f"data.source={source}",
+            "dataloader.train.total_batch_size=2",
+            "dataloader.train.num_workers=0",
+            "inference.size=128",
+            "model.canvas=128",
+        ],
+    )
+    with caplog.at_level("INFO"):
+        rows = train(cfg, tmp_path / "run")
+    assert len(rows) == 3 and all(np.isfinite(row["total_loss"]) for row in rows)
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert "val/AP50" in results
+    assert any("8 images" in line and "20% of the images drawn" in line for line in caplog.messages)

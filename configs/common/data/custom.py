@@ -1,5 +1,6 @@
-"""Your own data: COCO JSON, or grounding data as MDETR JSON or ODVG JSONL. Give the paths on the
-command line, as ``data.train_json=...``.
+"""Your own data, in any format that docs/data.md lists. Give the file or folder on the command
+line, as ``data.source=...``: its parts train and val are taken, or a fifth of the images is drawn
+for val. Or give both, ``data.train_json=...`` and ``data.val_json=...``, a file or folder each.
 
 Category names and phrases are what the detector learns, so let them read like English. To keep
 what the model knows, mix other data sets in, ``data.extra=[coco_2017_train,gqa_train]``, and say
@@ -13,10 +14,11 @@ from dynamic_dino.data.mapper import TestMapper, TrainMapper
 from dynamic_dino.evaluation.evaluator import DetectionEvaluator
 
 data = dict(
-    train_json="data/train.json",
-    train_images="data/train",
-    val_json="data/val.json",
-    val_images="data/val",
+    source="data",
+    train_json="${data.source}:train",
+    train_images=None,  # folder of the images; default: where the annotations are
+    val_json="${data.source}:val",
+    val_images=None,
     extra=[],
     weights=None,
 )

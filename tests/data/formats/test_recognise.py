@@ -132,6 +132,14 @@ def test_parts_of_coco_files(tmp_path, rng):
     for part, these in photos.items():
         records = datasets.load_datasets(f"{tmp_path}:{part}")
         assert formats.found(records, formats.NAMES) == formats.truth(these)
+    # images of the same names in both parts
+    shutil.copytree(tmp_path / "val2017", tmp_path / "train2017", dirs_exist_ok=True)
+    records = datasets.load_datasets(f"{tmp_path}:val")
+    assert all(str(tmp_path / "val2017") in record["file_name"] for record in records)
+    shutil.copytree(tmp_path / "val2017", tmp_path / "more/val")
+    with pytest.raises(ValueError, match="say the folder of the images"):
+        datasets.load_datasets(f"{tmp_path}:val")
+    shutil.rmtree(tmp_path / "more")
     shutil.copy(
         tmp_path / "annotations/instances_val2017.json", tmp_path / "annotations/other_val.json"
     )

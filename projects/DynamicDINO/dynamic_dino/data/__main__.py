@@ -12,8 +12,8 @@ from .builtin import BUILTIN
 from .catalog import dataset_root
 from .check import MAX_TOKENS, TOKENIZER, check_dataset
 from .convert import convert_dataset, write_split
-from .datasets import parts_named
 from .formats.recognise import TITLES
+from .places import parts_named
 from .show import draw_samples
 from .split import VAL
 

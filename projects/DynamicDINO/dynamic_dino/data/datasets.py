@@ -2,18 +2,13 @@
 
 Built-in names (`builtin.BUILTIN`) live under ``DETECTRON2_DATASETS`` (default ``datasets``); own
 data are used by the path of a file or folder, in any format that `formats.recognise` knows, without
-code. ``PATH:train``, ``PATH:val`` and ``PATH:test`` are its parts; where it has none, the first two
-are those of a split by seed. Each record carries ``dataset_name``, so that several data sets can be
-mixed.
+code; see `places`. Each record carries ``dataset_name``, so that several data sets can be mixed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +16,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
 from .builtin import BUILTIN, Builtin, Format
-from .catalog import dataset_root, format_of_file, replace_metadata
+from .catalog import dataset_root, replace_metadata
 from .coco_json import load_coco_json
-from .formats import Recognised, load_recognised, recognise
-from .formats.load import parts_of
-from .formats.pictures import files_under, find_image_root, is_picture
-from .formats.recognise import TITLES, kind_of_file
+from .formats import load_recognised
+from .formats.recognise import TITLES
 from .grounding import load_mdetr_json, load_odvg_jsonl
-from .json_stream import stream_json, stream_jsonl
+from .places import Place, locate_dataset
 from .problems import BadBoxes
 from .records import Records
 from .split import VAL, split_rows
@@ -42,119 +35,6 @@ LOADERS: dict[Format, Callable[..., Records]] = {
 }
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a data set lies, and how it is read. `name` is that of its metadata.
-
-    found      what an annotation tool wrote, None for COCO, MDETR and ODVG
-    part       the part that is meant
-    own_parts  whether it is one of the data set's own; else it is drawn by seed
-    """
-
-    name: str
-    file: Path
-    image_root: Path
-    format: Format
-    entry: Builtin | None = None
-    found: Recognised | None = None
-    part: str | None = None
-    own_parts: bool = True
-
-    @property
-    def annotation_files(self) -> list[Path]:
-        """Whose content tells whether the data set is the same."""
-        if self.found is None:
-            return [self.file]
-        if self.format == "yolo":  # the labels, not only what names them
-            return [path for path in files_under(self.found.folder) if not is_picture(path)]
-        return [file for _, file in self.found.files]
-
-
-def locate_dataset(
-    name: str,
-    image_root: str | Path | None = None,
-    source_format: Format | None = None,
-    root: Path | None = None,
-) -> Place:
-    """The place of a built-in name or of a path, with ``:train``, ``:val`` or ``:test`` behind it
-    if a part is meant. Images of a path are in `image_root` (default: the folder, or that of the
-    file). `source_format`: files of other formats don't count.
-
-    Raises ValueError for what isn't known, and for a folder of several parts of which none is said.
-    """
-    if name in BUILTIN:
-        entry = BUILTIN[name]
-        file, images = entry.locate(root or dataset_root())
-        return Place(name, file, images, source_format or entry.format_of(file), entry)
-    path, part = _split_name(name)
-    if path.suffix in (".json", ".jsonl") and not path.is_dir():
-        kind = source_format or (kind_of_file(path) if path.is_file() else None)
-        kind = kind or format_of_file(path)
-        if kind in LOADERS:
-            images = Path(image_root) if image_root else path.parent
-            return Place(name, path, images, kind, part=part, own_parts=False)
-    if not path.exists():
-        known = ", ".join(name for name in BUILTIN if not name.startswith("odinw_"))
-        raise ValueError(
-            f"unknown data set {name!r}: use a built-in name ({known}, odinw_<set>_<split>; all: "
-            "`python -m dynamic_dino.data list --all`), a name that you registered, or the path of "
-            f"a file or folder that exists ({', '.join(TITLES.values())})"
-        )
-    found = recognise(path, source_format)
-    part, own_parts = _choose_part(path, found, part)
-    if found.format not in LOADERS:
-        images = Path(image_root) if image_root else found.folder
-        return Place(name, path, images, found.format, None, found, part, own_parts)
-    file = next(file for tag, file in found.files if not own_parts or tag == part or part is None)
-    images = Path(image_root) if image_root else _image_root(file, path, found.format)
-    part = None if own_parts else part  # one of its own has a file of its own
-    return Place(name, file, images, found.format, part=part, own_parts=own_parts)
-
-
-def parts_named(name: str) -> list[str]:
-    """The names of a data set's parts, such as ``PATH:train``, or the name itself if it has no
-    more than one; see `locate_dataset`."""
-    path, part = _split_name(name)
-    if name in BUILTIN or part or not path.is_dir():
-        return [name]
-    try:
-        parts = parts_of(recognise(path))
-    except ValueError:  # whoever loads it says what is wrong
-        return [name]
-    return [f"{name}:{part}" for part in parts] if len(parts) > 1 else [name]
-
-
-def _image_root(file: Path, folder: Path, kind: Format) -> Path:
-    """Where the images of an annotation file in a folder are."""
-    first: dict = {}
-    with contextlib.suppress(ValueError):  # the reader says what is wrong with it
-        if kind == "odvg":
-            first = next((line for _, line in stream_jsonl(file, progress=False)), {})
-        else:
-            items = stream_json(file, ["images"], progress=False)
-            first = next((item for *_, item in items), {})
-    name = first.get("file_name") or first.get("filename") if isinstance(first, dict) else None
-    return find_image_root(file, name, folder) if isinstance(name, str) else file.parent
-
-
-def _split_name(name: str) -> tuple[Path, str | None]:
-    match = re.fullmatch(r"(.+):(train|val|trainval|test)", name)
-    if match is None or Path(name).exists():
-        return Path(name), None
-    return Path(match[1]), match[2]
-
-
-def _choose_part(path: Path, found: Recognised, part: str | None) -> tuple[str | None, bool]:
-    """(part, whether it is one of the data set's own)."""
-    parts = parts_of(found)
-    if part is None and len(parts) > 1:
-        names = ", ".join(f"{path}:{name}" for name in parts)
-        raise ValueError(f"{path} has the parts {', '.join(parts)}: say which, {names}")
-    if part is not None and parts and part not in parts:
-        raise ValueError(f"{path} has no part {part!r}, only {', '.join(parts)}")
-    return (part or (parts[0] if parts else None)), bool(parts)
-
-
 def load_file(place: Place, **options: Any) -> Records:
     """Reads what `locate_dataset` found; `options` for the format's reader override the built-in
     ones."""
@@ -164,10 +44,9 @@ def load_file(place: Place, **options: Any) -> Records:
         reader = LOADERS[place.format]
         records = reader(place.file, place.image_root, place.name, **{**built_in, **options})
     else:
-        part = place.part if place.own_parts else None
-        records = load_recognised(place.found, place.image_root, place.name, part, **options)
-    if place.part is not None and not place.own_parts:
-        records = _drawn_part(records, place)
+        records = load_recognised(place.found, place.image_root, place.name, place.part, **options)
+    if place.drawn is not None:
+        records = _drawn(records, place)
     if entry is None:
         logger.info("%s: %s", place.name, describe(place, records))
     return records
@@ -183,16 +62,14 @@ def describe(place: Place, records: Records) -> str:
     return "; ".join([f"{TITLES[place.format]}: {counts}", *metadata.get("notes", ())])
 
 
-def _drawn_part(records: Records, place: Place) -> Records:
-    """The part of a data set that has none: `split_rows` with its defaults."""
-    if place.part not in ("train", "val"):
-        raise ValueError(f"{place.file} has no parts, so that only train and val can be drawn")
+def _drawn(records: Records, place: Place) -> Records:
+    """The images that `split_rows`, with its defaults, gives to train or val."""
     train, val = split_rows(records)
     metadata = MetadataCatalog.get(place.name).as_dict()
     notes = [*metadata.pop("notes", ()), f"{VAL:.0%} of the images drawn for val, by seed 0"]
     metadata.pop("name")
     replace_metadata(place.name, **metadata, notes=notes, drawn=True)
-    return records.select(train if place.part == "train" else val)
+    return records.select(train if place.drawn == "train" else val)
 
 
 def load_datasets(names: str | Sequence[str]) -> Records | list[Records]:

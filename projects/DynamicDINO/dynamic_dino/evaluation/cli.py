@@ -87,7 +87,7 @@ def score(
         source = MetadataCatalog.get(dataset).json_file
     else:
         place = locate_dataset(dataset)
-        plain = place.format in ("coco", "mdetr") and place.part is None
+        plain = place.format in ("coco", "mdetr") and place.drawn is None
         source = place.file if plain else ground_truth(dataset)
     truth = read_ground_truth(source)
     name = protocol or DEFAULTS.get(_kind(truth), "coco")

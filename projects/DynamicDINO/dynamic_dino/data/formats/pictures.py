@@ -106,13 +106,3 @@ def _best(found: list[Path], hint: str, near: Path) -> Path:
         what = f"several images may be meant, {first} and {others[0]}: give them names of their own"
         raise DataError("ambiguous image", what)
     return first
-
-
-def find_image_root(file: Path, name: str, folder: Path) -> Path:
-    """The folder to which the names of an annotation file's images are relative: its own one, else
-    the first below `folder` in which the image of this name lies."""
-    if not (file.parent / name).is_file():
-        for path in files_under(folder):
-            if path.as_posix().endswith("/" + name):
-                return Path(path.as_posix().removesuffix(name))
-    return file.parent

@@ -144,6 +144,25 @@ def part_of(path: Path, root: Path) -> str | None:
     return next((part for name in reversed(folders) if (part := named_part(name))), None)
 
 
+def find_image_root(file: Path, name: str, folder: Path) -> Path:
+    """The folder to which the names of an annotation file's images are relative: its own one, else
+    that below `folder` in which its first image, `name`, lies. Of several, that of its part counts.
+
+    Raises ValueError if several may be meant.
+    """
+    if (file.parent / name).is_file():
+        return file.parent
+    found = [path for path in files_under(folder) if path.as_posix().endswith("/" + name)]
+    part = _part_of_file(file, folder, "coco")
+    found = [path for path in found if part and part_of(path, folder) == part] or found
+    if len(found) > 1:
+        raise ValueError(
+            f"{file}: its image {name!r} may be {found[0]} or {found[1]}: say the folder of the "
+            "images"
+        )
+    return Path(found[0].as_posix().removesuffix(name)) if found else file.parent
+
+
 def csv_columns(line: str) -> tuple[list[str | None] | None, str]:
     """(what each column is, None for one that isn't read; None without a header), delimiter."""
     delimiter = max(",;\t", key=line.count)

@@ -1,0 +1,139 @@
+"""Where a data set lies: built-in names, and paths of files and folders with their parts.
+
+``PATH:train``, ``PATH:val`` and ``PATH:test`` are the parts of a path. Where it has no val of its
+own, the first two are drawn from its images by seed, always in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .builtin import BUILTIN, Builtin, Format
+from .catalog import dataset_root, format_of_file
+from .formats.load import parts_of
+from .formats.pictures import files_under, is_picture
+from .formats.recognise import TITLES, Recognised, find_image_root, kind_of_file, recognise
+from .json_stream import stream_json, stream_jsonl
+
+IN_ONE_FILE = ("coco", "mdetr", "odvg")  # read without what `recognise` finds
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a data set lies, and how it is read. `name` is that of its metadata.
+
+    found  what an annotation tool wrote, None for COCO, MDETR and ODVG
+    part   the part of it that is read, None for all
+    drawn  "train" or "val": that share of it, by seed
+    """
+
+    name: str
+    file: Path
+    image_root: Path
+    format: Format
+    entry: Builtin | None = None
+    found: Recognised | None = None
+    part: str | None = None
+    drawn: str | None = None
+
+    @property
+    def annotation_files(self) -> list[Path]:
+        """Whose content tells whether the data set is the same."""
+        if self.found is None:
+            return [self.file]
+        if self.format == "yolo":  # the labels, not only what names them
+            return [path for path in files_under(self.found.folder) if not is_picture(path)]
+        return [file for _, file in self.found.files]
+
+
+def locate_dataset(
+    name: str,
+    image_root: str | Path | None = None,
+    source_format: Format | None = None,
+    root: Path | None = None,
+) -> Place:
+    """The place of a built-in name or of a path, with ``:train``, ``:val`` or ``:test`` behind it
+    if a part is meant. Images of a path are in `image_root` (default: the folder, or that of the
+    file). `source_format`: files of other formats don't count.
+
+    Raises ValueError for what isn't known, and for a folder of several parts of which none is said.
+    """
+    if name in BUILTIN:
+        entry = BUILTIN[name]
+        file, images = entry.locate(root or dataset_root())
+        return Place(name, file, images, source_format or entry.format_of(file), entry)
+    path, part = _split_name(name)
+    if path.suffix in (".json", ".jsonl") and not path.is_dir():
+        kind = source_format or (kind_of_file(path) if path.is_file() else None)
+        kind = kind or format_of_file(path)  # its reader says what is wrong with the file
+        if kind in IN_ONE_FILE:
+            images = Path(image_root) if image_root else path.parent
+            _, drawn = _choose_part(path, [], part)
+            return Place(name, path, images, kind, drawn=drawn)
+    if not path.exists():
+        known = ", ".join(name for name in BUILTIN if not name.startswith("odinw_"))
+        raise ValueError(
+            f"unknown data set {name!r}: use a built-in name ({known}, odinw_<set>_<split>; all: "
+            "`python -m dynamic_dino.data list --all`), a name that you registered, or the path of "
+            f"a file or folder that exists ({', '.join(TITLES.values())})"
+        )
+    found = recognise(path, source_format)
+    part, drawn = _choose_part(path, parts_of(found), part)
+    if found.format not in IN_ONE_FILE:
+        images = Path(image_root) if image_root else found.folder
+        return Place(name, path, images, found.format, None, found, part, drawn)
+    file = next(file for tag, file in found.files if part in (None, tag))
+    images = Path(image_root) if image_root else _image_root(file, path, found.format)
+    return Place(name, file, images, found.format, drawn=drawn)
+
+
+def parts_named(name: str) -> list[str]:
+    """The names of a data set's parts, such as ``PATH:train``, or the name itself if it has no
+    more than one; see `locate_dataset`."""
+    path, part = _split_name(name)
+    if name in BUILTIN or part or not path.exists():
+        return [name]
+    try:
+        parts = parts_of(recognise(path))
+    except ValueError:  # whoever loads it says what is wrong
+        return [name]
+    return [f"{name}:{part}" for part in parts] if len(parts) > 1 else [name]
+
+
+def _split_name(name: str) -> tuple[Path, str | None]:
+    match = re.fullmatch(r"(.+):(train|val|trainval|test)", name)
+    if match is None or Path(name).exists():
+        return Path(name), None
+    return Path(match[1]), match[2]
+
+
+def _choose_part(path: Path, parts: list[str], part: str | None) -> tuple[str | None, str | None]:
+    """(its own part that is read, which share of that is drawn); `part` is what was asked for."""
+    if part is None and len(parts) > 1:
+        names = ", ".join(f"{path}:{name}" for name in parts)
+        raise ValueError(f"{path} has the parts {', '.join(parts)}: say which, {names}")
+    if part in ("train", "val") and "val" not in parts and (not parts or "train" in parts):
+        return ("train" if parts else None), part
+    if part is not None and part not in parts:
+        raise ValueError(
+            f"{path} has no part {part!r}, only {', '.join(parts)}"
+            if parts
+            else f"{path} has no parts, and only train and val can be drawn from it"
+        )
+    return part or (parts[0] if parts else None), None
+
+
+def _image_root(file: Path, folder: Path, kind: Format) -> Path:
+    """Where the images of an annotation file in a folder are."""
+    first: dict = {}
+    with contextlib.suppress(ValueError):  # the reader says what is wrong with it
+        if kind == "odvg":
+            first = next((line for _, line in stream_jsonl(file, progress=False)), {})
+        else:
+            items = stream_json(file, ["images"], progress=False)
+            first = next((item for *_, item in items), {})
+    name = first.get("file_name") or first.get("filename") if isinstance(first, dict) else None
+    return find_image_root(file, name, folder) if isinstance(name, str) else file.parent
