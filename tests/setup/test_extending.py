@@ -11,6 +11,7 @@ from dynamic_dino.engine.cli import main
 
 ROOT = Path(__file__).parents[2]
 TOYS = Path(__file__).parent / "toys"
+pytestmark = pytest.mark.slow  # each is a whole run of training and evaluation
 
 
 @pytest.fixture(scope="module", autouse=True)
