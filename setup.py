@@ -69,6 +69,7 @@ setup(
         "tqdm>=4.60",
         "faster-coco-eval>=1.6",
         "ijson>=3.2",
+        "pyyaml>=5.1",
         # Detectron2 itself can't stand here: it is not on PyPI under its own name, and whoever has
         # one built for their machine must keep it. `make setup` installs it where it is missing
         # (projects/DynamicDINO/install_detectron2.py), without dependencies; these are them.

@@ -117,9 +117,13 @@ def test_voc_counts_from_zero_where_a_set_has_zeros_or_fractions(tmp_path):
     assert read(path)[0] == formats.truth([photo])
     place = datasets.locate_dataset(str(path))
     assert "pixels counted from 0" in datasets.describe(place, datasets.load_file(place))
-    photo.boxes = [("cat", (3.5, 4, 20, 30)), ("dog", (2, 5, 9, 9))]
+    photo.boxes = [("cat", (3.0, 4.0, 20.0, 30.0)), ("dog", (2.0, 5.0, 9.0, 9.0))]
     path = formats.write_voc(tmp_path / "fractions", [photo], from_one=0)
     assert read(path)[0] == formats.truth([photo])
+    other = formats.Photo("b.jpg", 50, 40, [("cat", (3, 4, 20, 30))])  # of another tool
+    formats.draw(path / "JPEGImages", [other])
+    (path / "Annotations/b.xml").write_text(formats.voc_xml(other))
+    assert read(path)[0] == formats.truth([photo, other])
 
 
 def test_a_stale_filename_in_voc_gives_way_to_the_name_of_the_file(tmp_path):
@@ -216,6 +220,13 @@ def test_label_studio_shapes_and_annotators(tmp_path):
     tasks[1]["annotations"] = [pair]
     file.write_text(json.dumps(tasks[1:]))
     assert read(file)[0]["a b.jpg"] == [("pair", (20, 20, 80, 60))]
+
+
+def test_a_data_yaml_may_say_nothing_but_the_names(tmp_path, rng):
+    photos = formats.photos(rng)
+    path = formats.write_ultralytics(tmp_path, photos)
+    (path / "data.yaml").write_text(f"nc: 3\nnames: {list(formats.NAMES)}\n")
+    assert read(path)[0] == formats.truth(photos)
 
 
 def test_poses_of_yolo_have_their_box(tmp_path):

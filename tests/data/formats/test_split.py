@@ -34,6 +34,15 @@ def test_every_name_is_in_both_parts_in_its_share(tmp_path):
     assert not np.array_equal(split_rows(records, 0.2, 5)[1], val)
 
 
+def test_many_rare_names_leave_a_val_part(tmp_path):
+    names = [f"name {i // 2}" for i in range(40)]
+    photos = [formats.Photo(f"{i}.png", 30, 30, [(n, (1, 1, 9, 9))]) for i, n in enumerate(names)]
+    records = datasets.load_datasets(str(formats.write_retinanet(tmp_path, photos)))
+    train, val = split_rows(records)
+    assert len(val) == 8 and len(train) == 32
+    assert {records[int(i)]["annotations"][0]["category_id"] for i in train} == set(range(20))
+
+
 def names_in(records, rows, name) -> int:
     return sum(name in {a["category_id"] for a in records[int(i)]["annotations"]} for i in rows)
 

@@ -13,7 +13,9 @@ def split_rows(records: Records, val: float = VAL, seed: int = 0) -> tuple[np.nd
     """Rows of the training images and of those for validation, int64, each in the file's order.
 
     Stratified for images with several names (Sechidis et al. 2011): name by name, the rarest first,
-    its images go where more of that name are still wanted. A name of one image is trained.
+    its images go where more of that name are still wanted. So many rare names would leave val too
+    small: it is then filled up with images whose names are all in train too. A name of one image is
+    trained.
 
     Raises ValueError for a share that isn't between 0 and 1, fewer than two images, or captions.
     """
@@ -58,6 +60,13 @@ def split_rows(records: Records, val: float = VAL, seed: int = 0) -> tuple[np.nd
     for row in order:
         if row not in in_val:
             assign(row, None)
+    in_train = {name: sum(not in_val[row] for row in rows) for name, rows in images_of.items()}
+    missing = round(len(records) * val) - sum(in_val.values())
+    for row in order:
+        if missing > 0 and not in_val[row] and all(in_train[name] > 1 for name in names_of[row]):
+            in_val[row], missing = True, missing - 1
+            for name in names_of[row]:
+                in_train[name] -= 1
     mask = np.array([in_val[row] for row in range(len(records))])
     if mask.all() or not mask.any():  # too few to share out: one image goes over
         often = max(order, key=lambda row: min([len(images_of[n]) for n in names_of[row]] or [0]))

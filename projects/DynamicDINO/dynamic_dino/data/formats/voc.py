@@ -1,8 +1,9 @@
 """Pascal VOC: an XML file an image, as labelImg, CVAT, Roboflow and VOC itself write them.
 
 VOC counts pixels from 1 and includes the last one (its development kit, section "Bounding boxes"),
-so that a box covers xmin - 1 to xmax; Detectron2's reader does the same. A 0 can't be such a pixel
-and a fraction is none: a set that has one counts from 0, and nothing is subtracted.
+so that a box covers xmin - 1 to xmax; Detectron2's reader does the same. A 0 can't be such a pixel:
+a set that has one counts from 0. Nor can a number with a decimal point, which CVAT writes: a file
+that has one counts from 0. Nothing is subtracted there.
 
 An XML file belongs to the picture of the same name, else to that of its <filename>, which is often
 out of date. Pictures without an XML file were not annotated: they are left out and counted.
@@ -34,7 +35,7 @@ def read(found: Recognised, into: Collector) -> None:
     listed = None
     if into.part in (sets := image_sets(found.path)):
         listed = _read_list(sets[into.part])
-    boxes: list[tuple[int, str, list[float], str]] = []
+    boxes: list[tuple[int, str, list[float], bool, str]] = []
     from_one = True
     annotated = set()
     for part, file in found.files:
@@ -46,6 +47,8 @@ def read(found: Recognised, into: Collector) -> None:
         except DataError as error:
             into.report(error.at(str(file)))
             continue
+        texts = [box.findtext(c) or "" for box in root.iter("bndbox") for c in CORNERS]
+        pixels = not any("." in text for text in texts)
         for i, item in enumerate(root.iter("object")):
             where = f"{file}: object {i + 1}"
             try:
@@ -55,16 +58,18 @@ def read(found: Recognised, into: Collector) -> None:
             except DataError as error:
                 into.report(error.at(where))
                 continue
-            from_one &= min(corners[:2]) >= 1 and all(v == int(v) for v in corners)
+            from_one &= min(corners[:2]) >= 1
             if image is not None:
-                boxes.append((image, name, corners, where))
+                boxes.append((image, name, corners, pixels, where))
     for stem in sorted((listed or set()) - annotated):
         what = f"it lists {stem!r}, which has no XML file: add it or remove the line"
         into.report(DataError("missing annotation", what, str(sets[into.part])))
-    for image, name, (x1, y1, x2, y2), where in boxes:
-        into.box(image, name, (x1 - from_one, y1 - from_one, x2, y2), where)
+    for image, name, (x1, y1, x2, y2), pixels, where in boxes:
+        first = from_one and pixels
+        into.box(image, name, (x1 - first, y1 - first, x2, y2), where)
     if boxes:
-        into.notes["pixels counted from 1" if from_one else "pixels counted from 0"] = 1
+        first = from_one and any(pixels for *_, pixels, _ in boxes)
+        into.notes[f"pixels counted from {int(first)}"] = 1
     into.note_images_without("an XML file")
 
 

@@ -33,7 +33,10 @@ def read(found: Recognised, into: Collector) -> None:
     if file.suffix in (".yaml", ".yml"):
         settings = read_settings(file)
         names = _names_of(file, settings)
-        images = list(_listed_images(file, settings, into))
+        if settings.keys() & {"train", "val", "valid", "test"}:
+            images = list(_listed_images(file, settings, into))
+        else:
+            images = into.pictures.all
     else:
         settings = {}
         file, names = _find_names(found)
@@ -197,8 +200,8 @@ def _read_labels(
             points = [(x - w / 2, y - h / 2), (x + w / 2, y + h / 2)]
         else:
             points = list(zip(values[::2], values[1::2], strict=True))
-        # a thousandth of a pixel: files have six digits of a part
-        pixels = [(round(x * width, 3), round(y * height, 3)) for x, y in points]
+        # a hundredth of a pixel: files have five or six digits of a part
+        pixels = [(round(x * width, 2), round(y * height, 2)) for x, y in points]
         into.hull(image, name, pixels, where)
 
 
