@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from dynamic_dino.data import (
     TestMapper,
     TrainMapper,
@@ -15,6 +16,7 @@ from dynamic_dino.data import (
     datasets,
     load_datasets,
 )
+from dynamic_dino.data.balance import repeat_factors
 from dynamic_dino.data.loader import TrainBatches
 from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
 from helpers import miniatures
@@ -95,6 +97,66 @@ def test_ranks_partition_the_batch(weights):
     ]
     for batch, first, second in zip(whole, *halves, strict=True):
         assert batch == first + second and len(first) == 3
+
+
+def labelled(source, labels, crowd=()):
+    """Records that have a box of each of the given classes."""
+    return [
+        {
+            "source": source,
+            "index": i,
+            "annotations": [
+                {"category_id": c, "iscrowd": int((i, c) in crowd), "bbox": [0, 0, 5, 5]}
+                for c in classes
+            ],
+        }
+        for i, classes in enumerate(labels)
+    ]
+
+
+def test_repeat_factors_are_detectron2s(name):
+    """Of records as arrays, and of lists of dicts; of all images, and of some."""
+    rng = fresh_rng()
+    drawn = load_datasets(name)
+    labels = [rng.choice(20, rng.integers(1, 4), p=np.arange(1, 21) / 210) for _ in range(200)]
+    for source in (drawn, labelled(0, [found.tolist() for found in labels])):
+        kept = np.sort(rng.permutation(len(source))[: len(source) * 2 // 3])
+        for threshold in (0.02, 0.3, 1.0):
+            for chosen in (np.arange(len(source)), kept):
+                wanted = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+                    [source[int(i)] for i in chosen], threshold
+                )
+                np.testing.assert_allclose(
+                    repeat_factors(source, chosen, threshold), wanted, rtol=1e-6
+                )
+
+
+def test_class_balanced_sampling():
+    """A class in 1 of 100 images, at threshold 0.25, is drawn sqrt(25) = 5 times as often; each
+    source keeps its share."""
+    common, rare = [[0]] * 99, [[0, 1]]
+    sources = [labelled(0, common + rare), labelled(1, [[3]] * 50), labelled(2, [[]] * 7)]
+    loader = build_train_loader(
+        sources, lambda r, rng: r, 20_000, weights=[3, 1, 0], repeat_threshold=0.25
+    )
+    drawn = next(iter(loader))
+    first = [r for r in drawn if r["source"] == 0]
+    assert len(first) / 20_000 == pytest.approx(0.75, abs=0.02)
+    assert sum(r["index"] == 99 for r in first) / len(first) == pytest.approx(5 / 104, abs=0.01)
+    # by size where there are no weights, each image as often as another at the lowest threshold
+    plain = build_train_loader(sources, lambda r, rng: r, 20_000, repeat_threshold=1e-6)
+    plain = [(r["source"], r["index"]) for r in next(iter(plain))]
+    counts = np.array([plain.count(key) for key in [(0, 0), (0, 99), (1, 7)]])
+    assert counts / 20_000 == pytest.approx([1 / 150] * 3, abs=0.003)
+    with pytest.raises(ValueError, match="repeat_threshold=2 is a part"):
+        build_train_loader(sources, None, 4, repeat_threshold=2)
+
+
+def test_captions_are_not_balanced():
+    captions = labelled(0, [[0], [0, 1]])
+    for record in captions:
+        record["caption"] = "a cat"
+    assert repeat_factors(captions, np.arange(2), 1.0).tolist() == [1, 1]
 
 
 def test_the_batch_must_divide():

@@ -11,6 +11,7 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from .balance import repeat_factors
 from .records import Mixture, Record, Records, share_on_machine
 
 logger = logging.getLogger(__name__)
@@ -99,14 +100,17 @@ def build_train_loader(
     start_iter: int = 0,
     *,
     weights: Sequence[float] | None = None,
+    repeat_threshold: float | None = None,
     filter_empty: bool = True,
 ) -> DataLoader:
     """An endless loader of lists of mapped samples, `total_batch_size` over all ranks.
 
-    dataset       records, or one list of records per source
-    start_iter    iterations already done: iteration i gives the same batch in a resumed run
-    weights       per source, how much of the samples come from it (default: by its size)
-    filter_empty  leaves out images without boxes
+    dataset           records, or one list of records per source
+    start_iter        iterations already done: iteration i gives the same batch in a resumed run
+    weights           per source, how much of the samples come from it (default: by its size)
+    repeat_threshold  class-balanced sampling: within a source, images of a name that less than
+                      this part of its images show are drawn more often, see `repeat_factors`
+    filter_empty      leaves out images without boxes
 
     Raises ValueError if nothing is left to train on.
     """
@@ -118,12 +122,25 @@ def build_train_loader(
             "dataloader.train.dataset has no image with a box: check its annotations, or set "
             "dataloader.train.filter_empty=False to train on images without objects"
         )
+    factors = None
+    if repeat_threshold is not None:
+        if not 0 < repeat_threshold <= 1:
+            raise ValueError(
+                f"dataloader.train.repeat_threshold={repeat_threshold} is a part of the images: "
+                "give a number above 0, at most 1, or None"
+            )
+        factors = [
+            repeat_factors(
+                source, np.arange(len(source)) if kept is None else kept, repeat_threshold
+            )
+            for source, kept in zip(sources, keep, strict=True)
+        ]
     batches = TrainBatches(
         len(records),
         total_batch_size,
         seed=seed,
         start_iter=start_iter,
-        weights=None if weights is None else _record_weights(records.sizes, weights),
+        weights=_record_weights(records.sizes, weights, factors),
         rank=comm.get_rank(),
         world_size=comm.get_world_size(),
     )
@@ -184,8 +201,20 @@ def _with_objects(source: Sequence[Record]) -> np.ndarray:
     return kept
 
 
-def _record_weights(sizes: Sequence[int], weights: Sequence[float]) -> np.ndarray:
-    """float64 [N], the probability of each record; `weights` is a source's share of the samples."""
+def _record_weights(
+    sizes: Sequence[int],
+    weights: Sequence[float] | None,
+    factors: Sequence[np.ndarray] | None = None,
+) -> np.ndarray | None:
+    """float64 [N], the probability of each record, or None where all are equal.
+
+    weights  a source's share of the samples; None: by its size
+    factors  how much more often each record of a source is drawn than others of it
+    """
+    if weights is None and factors is None:
+        return None
+    if weights is None:
+        weights = sizes
     if len(weights) != len(sizes) or min(weights) < 0 or not sum(weights) > 0:
         raise ValueError(
             f"dataloader.train.weights={list(weights)}: give one non-negative number for each of "
@@ -194,6 +223,9 @@ def _record_weights(sizes: Sequence[int], weights: Sequence[float]) -> np.ndarra
     for i, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
         if weight and not size:
             raise ValueError(f"data set {i} of dataloader.train has weight {weight} but no images")
-    shares = np.asarray(weights, dtype=np.float64) / np.maximum(sizes, 1)
-    per_record = np.repeat(shares, sizes)
+    if factors is None:
+        factors = [np.ones(size) for size in sizes]
+    per_record = np.concatenate(
+        [weight * f / max(f.sum(), 1) for weight, f in zip(weights, factors, strict=True)]
+    )
     return per_record / per_record.sum()
