@@ -1,9 +1,9 @@
 """Checkpoints: load one completely or not at all, write small ones to ship, import public ones.
 
 A frozen backbone or text encoder whose weights come from an installed package is not stored in
-shipped files. An MoE model that loads a dense checkpoint is converted on the way (see
-``dynamic_dino.moe.layer``). What public weights are, and how they become ours, see
-``dynamic_dino.checkpoint.public``.
+shipped files; a run that starts from one may train it all the same. An MoE model that loads a dense
+checkpoint is converted on the way (see ``dynamic_dino.moe.layer``). What public weights are, and
+how they become ours, see ``dynamic_dino.checkpoint.public``.
 
     python -m dynamic_dino.checkpoint export --config-file CONFIG model_final.pth OUT.safetensors
     python -m dynamic_dino.checkpoint export --config-file CONFIG model_final.pth DIRECTORY
@@ -17,8 +17,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..sources import is_hub_spec, resolve
 from .files import read_state_dict
@@ -60,12 +61,17 @@ def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()
             raise ValueError(f"nothing of the model matches {pattern!r}, which should be skipped")
         skipped.update(matching)
         state = {k: v for k, v in state.items() if not fnmatch.fnmatchcase(k, pattern)}
-    kept = [k for k in model_state if k.startswith(FROZEN_ENCODERS) and k not in state]
-    if kept and not _encoders_are_frozen(model):
+    encoders = {prefix: getattr(model, prefix.partition(".")[0]) for prefix in FROZEN_ENCODERS}
+    brought = tuple(prefix for prefix, encoder in encoders.items() if encoder.pretrained)
+    absent = [k for k in model_state if k.startswith(FROZEN_ENCODERS) and k not in state]
+    kept = [k for k in absent if k.startswith(brought or ("\0",))]
+    if len(kept) < len(absent):
+        first = next(k for k in absent if k not in kept)
         raise ValueError(
-            f"{path} has no weights for {kept[0]} and {len(kept) - 1} more keys of an encoder that "
-            "is not frozen, or has no others: is it a shipped checkpoint of another configuration?"
+            f"{path} has no weights for {first} and {len(absent) - len(kept) - 1} more keys of an "
+            "encoder that has no others: is it a shipped checkpoint of another configuration?"
         )
+    replaced = [prefix for prefix in brought if _differ(state, model_state, prefix)]
     try:
         result = model.load_state_dict(state, strict=False)
     except (RuntimeError, ValueError) as error:
@@ -76,14 +82,22 @@ def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()
             f"{path} is of another architecture than this config: "
             f"{_some('missing', missing)}; {_some('unexpected', result.unexpected_keys)}"
         )
+    for prefix in replaced:
+        encoders[prefix].pretrained = False  # what it brought is gone: it is to be stored
     logger.info(
-        "Loaded %d tensors from %s, kept %d of frozen encoders", len(state), path, len(kept)
+        "Loaded %d tensors from %s, kept %d that encoders bring", len(state), path, len(kept)
     )
 
 
 def export_weights(model: nn.Module, path: str | Path) -> None:
-    """Writes the model without its frozen encoders, in fp16, as safetensors."""
-    skip = FROZEN_ENCODERS if _encoders_are_frozen(model) else ()
+    """Writes the model in fp16, as safetensors, without the encoders that are frozen and still have
+    the weights that they bring."""
+    skip = tuple(
+        prefix
+        for prefix in FROZEN_ENCODERS
+        for encoder in [getattr(model, prefix.partition(".")[0])]
+        if encoder.frozen and encoder.pretrained
+    )
     state = {
         k: (v.half() if v.is_floating_point() else v).contiguous()
         for k, v in model.state_dict().items()
@@ -93,9 +107,10 @@ def export_weights(model: nn.Module, path: str | Path) -> None:
     save_file(state, path)
 
 
-def _encoders_are_frozen(model: nn.Module) -> bool:
-    """Whether backbone and text encoder are frozen, with weights that come from elsewhere."""
-    return all(t.frozen and t.pretrained for t in (model.backbone, model.text_encoder))
+def _differ(state: dict[str, Tensor], own: dict[str, Tensor], prefix: str) -> bool:
+    """Whether a checkpoint has other weights than the model for what begins with `prefix`."""
+    both = [k for k in own if k.startswith(prefix) and k in state]
+    return not all(torch.equal(state[k].to(own[k]), own[k]) for k in both)
 
 
 def _some(what: str, keys: list[str], show: int = 4) -> str:
