@@ -79,6 +79,17 @@ DYNMOE = {
         [f"{ROUTER}.initial_experts=8", "train.adaptive_experts.enabled=false"],
     ),
 }
+PHOTOS = {
+    "control": (
+        "the control of moe_tuning/nano_x16_photos",
+        [
+            f"train.trainable=[{FUSION},'decoder.layers.*.ffn.*',{HEADS}]",
+            "train.init_checkpoint=output/nano_photos/model_final.pth",
+            "train.max_iter=2500",
+            "optimizer.lr=1e-4",
+        ],
+    )
+}
 
 VARIANTS = {
     f"{recipe}:{name}": variant
@@ -87,6 +98,7 @@ VARIANTS = {
         "moe_tuning/nano_x16_stamps": DYNAMIC_DINO_NANO,
         "moe_tuning/nano_x16_glyphs": DYNAMIC_DINO_NANO,
         "moe_tuning/gdino_tiny_x16": GDINO,
+        "pretrain/nano_photos": PHOTOS,
         "himoe/dino": HIMOE_DINO,
         "himoe/edge": HIMOE_EDGE,
         "himoe/nano_x16_stamps": HIMOE,

@@ -38,7 +38,7 @@ DOCS = CONFIGS.parent / "projects/DynamicDINO/docs"
 DENSE = """
     pretrain/dino_nano_drawn pretrain/dino_r50_coco_12ep pretrain/dino_r50_coco_50ep
     pretrain/gdino15_edge_7ep pretrain/gdino_nano_stamps pretrain/nano_drawn pretrain/nano_glyphs
-    pretrain/nano_glyphs_described pretrain/nano_stamps
+    pretrain/nano_glyphs_described pretrain/nano_photos pretrain/nano_stamps
     finetune/gdino_base_custom finetune/gdino_nano_custom finetune/gdino_tiny_custom
     finetune/mm_gdino_tiny_custom
     moe_tuning/nano_dense_control_glyphs moe_tuning/nano_dense_control_stamps himoe/edge_dense
@@ -48,7 +48,7 @@ IN_DECODER = {
         moe_tuning/dynamic_dino_x16_top2 moe_tuning/dynamic_dino_x4_top2
         moe_tuning/dynamic_dino_x8_top2 moe_tuning/gdino_nano_x4 moe_tuning/gdino_tiny_x16
         moe_tuning/nano_x16_custom moe_tuning/nano_x16_drawn moe_tuning/nano_x16_glyphs
-        moe_tuning/nano_x16_stamps demo/nano_x16
+        moe_tuning/nano_x16_photos moe_tuning/nano_x16_stamps demo/nano_x16
     """.split(),
     PartRouter: ["moe_tuning/nano_x16_parts_glyphs", "moe_tuning/nano_x16_parts_stamps"],
     HierarchicalRouter: """
@@ -222,7 +222,8 @@ def test_config(recipe):
         assert best.split("/")[0] in cfg.dataloader.test
     if isinstance(cfg.inference.size, int):
         assert cfg.model.canvas == cfg.inference.size, "image and canvas are of one size"
-        assert cfg.dataloader.train.mapper.size == cfg.inference.size
+        mapper = cfg.dataloader.train.mapper
+        assert mapper.size == cfg.inference.size or (mapper.size is None and mapper.augmentations)
     else:
         assert cfg.model.canvas is None
 

@@ -1,0 +1,25 @@
+"""nano, dense, on photos and Stamps: from the weights that know Stamps alone.
+
+EfficientNet-lite0 stays frozen; ``model.backbone.frozen=False`` trains it too, at a tenth of the
+rate, its batch norms excepted.
+"""
+
+from ..common.data.photos import data, dataloader  # noqa: F401
+from ..common.models.nano import inference, model  # noqa: F401
+from ..common.optim import cosine_schedule, optimizer
+from ..common.train import train
+
+model.backbone.freeze_norm = True
+model.max_phrases = 80  # COCO's names are one prompt
+
+# 4/9 of 8 images * 10,000 iterations: each of COCO's 490 photos with boxes comes 73 times
+train.max_iter = 10_000
+lr_multiplier = cosine_schedule(warmup=0.02)
+optimizer.lr = 4e-4
+optimizer.params.lr_factors = {"backbone.*": 0.1}
+train.clip_grad.max_norm = 1.0
+train.init_checkpoint = "package:dynamic_dino/weights/nano_dense.safetensors"
+train.output_dir = "output/nano_photos"
+train.eval_period = 1000
+train.checkpointer.period = 500
+train.best_metric = "coco/AP50"
