@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
-from dynamic_dino.config import load_config
+from dynamic_dino.config import apply_overrides, load_config, variants
 from dynamic_dino.modeling.deformable_enhancer import DeformableEnhancer
 from dynamic_dino.modeling.heads import LinearHead
 from dynamic_dino.modeling.structures import Target, TextFeatures
@@ -114,12 +114,15 @@ def test_scan_lets_pass():
 
 @pytest.fixture(scope="module")
 def recipes():
-    """{name: config} of all that describe a model."""
-    return {
-        str(path.relative_to(CONFIGS)): load_config(path)
+    """{name: config} of all that describe a model, and of their variants."""
+    found = {
+        str(path.relative_to(CONFIGS).with_suffix("")): load_config(path)
         for path in sorted(CONFIGS.rglob("*.py"))
         if path.relative_to(CONFIGS).parts[0] not in ("common", "eval", "variants.py")
     }
+    for name, (_, overrides) in variants(CONFIGS).items():
+        found[name] = apply_overrides(copy.deepcopy(found[name.partition(":")[0]]), overrides)
+    return found
 
 
 def covering(recipes, wanted):
@@ -217,7 +220,7 @@ def test_no_recipe_stops_the_host(recipes):
     """In inference, and in training but for `ALLOWED_IN_TRAINING`."""
     expected = {"inference": Counter(), "training": Counter(ALLOWED_IN_TRAINING.keys())}
     chosen = covering(recipes, lambda key: key not in (*TOWERS, "text_encoder"))
-    assert len(chosen) > 8
+    assert len(chosen) > 10
     wrong = {}
     for name, cfg in chosen.items():
         model = build(cfg)
