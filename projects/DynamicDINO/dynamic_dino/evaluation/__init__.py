@@ -1,6 +1,7 @@
 from .coco import class_groups, coco_ap
 from .evaluator import DetectionEvaluator
 from .lvis import lvis_ap
+from .operating_point import OperatingPoint, operating_points
 from .precision_recall import DetectionResult
 from .prediction_log import PredictionLog
 from .predictions import DatasetPredictions
@@ -11,6 +12,7 @@ from .tables import format_results
 __all__ = [
     "DetectionEvaluator",
     "DetectionResult",
+    "OperatingPoint",
     "PROTOCOLS",
     "PredictionLog",
     "DatasetPredictions",
@@ -18,5 +20,6 @@ __all__ = [
     "coco_ap",
     "format_results",
     "lvis_ap",
+    "operating_points",
     "refexp_precision",
 ]

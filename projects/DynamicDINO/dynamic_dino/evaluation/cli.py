@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -13,6 +14,7 @@ from ..data.datasets import locate_dataset
 from ..data.ground_truth import ground_truth
 from ..files import write_text
 from .coco import groups_of, ids_of, read_ground_truth
+from .operating_point import operating_points
 from .predictions import DatasetPredictions
 from .protocols import DEFAULTS, PROTOCOLS, protocol_named
 from .tables import format_results
@@ -35,6 +37,7 @@ protocols
 EXAMPLES = """
 examples
   python -m dynamic_dino.evaluation predictions.json --dataset coco_2017_val
+  python -m dynamic_dino.evaluation predictions.json --dataset coco_2017_val --operating-point 0.2
   python -m dynamic_dino.evaluation predictions.json --dataset lvis_v1_minival --protocol lvis
   python -m dynamic_dino.evaluation predictions.json --dataset my/annotations.json --json out.json
 """
@@ -63,11 +66,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max-dets", type=int, help="detections that count, in place of the protocol's own number"
     )
+    parser.add_argument(
+        "--operating-point",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="SCORE",
+        help="also precision and recall of all boxes from this score on, at IoU 0.5, and the score "
+        "with the best F1 (protocol coco)",
+    )
     parser.add_argument("--classes", type=int, default=60, help="show this many (default: 60)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
     args = parser.parse_args(arguments)
     try:
-        results = score(args.predictions, args.dataset, args.protocol, args.max_dets)
+        results = score(
+            args.predictions, args.dataset, args.protocol, args.max_dets, args.operating_point
+        )
         if args.json:
             write_text(args.json, json.dumps(results, indent=1))
     except (ValueError, OSError) as error:
@@ -77,9 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def score(
-    predictions: str | Path, dataset: str, protocol: str | None = None, max_dets: int | None = None
+    predictions: str | Path,
+    dataset: str,
+    protocol: str | None = None,
+    max_dets: int | None = None,
+    thresholds: Sequence[float] = (),
 ) -> dict:
     """The content of an evaluation's results.json, of saved predictions. All images count.
+
+    With `thresholds` also "operating_points": "at", those of the thresholds, and "best", see
+    `operating_points`.
 
     Raises FileNotFoundError or ValueError naming the file, the field and the remedy.
     """
@@ -93,9 +114,15 @@ def score(
     name = protocol or DEFAULTS.get(_kind(truth), "coco")
     chosen = protocol_named(name)
     max_dets = chosen.max_dets if max_dets is None else max_dets
+    if thresholds and name != "coco":
+        raise ValueError(
+            f"an operating point is defined where every object is annotated, not by {name}: use "
+            "--protocol coco"
+        )
+    predictions = DatasetPredictions.read(predictions)
     result = chosen.score(
         truth,
-        DatasetPredictions.read(predictions),
+        predictions,
         max_dets=max_dets,
         groups=groups_of(truth),
         image_ids=None,
@@ -103,6 +130,13 @@ def score(
     marks = {
         c["id"]: {k: c[k] for k in ("frequency", "novel") if k in c} for c in truth["categories"]
     }
+    points = {}
+    if thresholds:
+        at, best = operating_points(truth, predictions, thresholds)
+        points["operating_points"] = {
+            "at": [asdict(point) for point in at],
+            "best": asdict(best) if best else None,
+        }
     return {
         "dataset": dataset,
         "protocol": name,
@@ -112,6 +146,7 @@ def score(
         "metrics": result.metrics,
         "routing": [],
         "per_class": [row | marks[row["id"]] for row in result.per_class],
+        **points,
     }
 
 

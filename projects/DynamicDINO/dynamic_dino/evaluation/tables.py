@@ -28,6 +28,8 @@ def format_results(results: dict, max_classes: int | None = None) -> str:
         f"{results['dataset']}: {', '.join(filter(None, [images, objects]))}; percent, {counted}",
         _table([[_number(metrics[k]) for k in columns]], columns),
     ]
+    if points := results.get("operating_points"):
+        parts.append(_operating_table(points))
     groups = {s: name for s, name in _GROUPS.items() if f"AP{s}" in metrics}
     if groups:
         rows = [
@@ -66,6 +68,25 @@ def _routing_table(layers: list[dict]) -> str:
     ]
     headers = "layer,experts,active,per token,load entropy,min load,max load,under 1%,dead"
     return "Routing\n" + _table(rows, [*headers.split(","), "siblings", "same part twice"])
+
+
+def _operating_table(points: dict) -> str:
+    """One row for each threshold that was asked for, and one for that of the best F1."""
+    rows = [("asked for", row) for row in points["at"]]
+    rows += [("best F1", points["best"])] if points["best"] else []
+    cells = [
+        [
+            name,
+            f"{row['threshold']:.3f}",
+            *(_number(row[k]) for k in ("precision", "recall", "f1")),
+            row["boxes"],
+            f"{row['per_image']:.2f}",
+            _number(row["images"]),
+        ]
+        for name, row in rows
+    ]
+    headers = ["", "threshold", "precision", "recall", "F1", "boxes", "an image", "images with any"]
+    return "Boxes from a score on, all classes together, IoU 0.5\n" + _table(cells, headers)
 
 
 def _class_table(scored: list[dict], max_classes: int | None) -> str:
