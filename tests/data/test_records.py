@@ -158,3 +158,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         out.write("second, of which only a part")
         raise RuntimeError
     assert file.read_text() == "first" and list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("extra, ids", [(False, int), (True, str)])
+def test_some_of_the_records(extra, ids):
+    """In any order, also those without boxes."""
+    records, dicts = random_records(fresh_rng(), 9, extra, ids)
+    rows = np.array([8, 0, 3, 4])
+    assert list(records.select(rows)) == [dicts[i] for i in rows]
+    assert list(records.select(rows[:0])) == []

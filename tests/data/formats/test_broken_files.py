@@ -40,6 +40,14 @@ def truncate(file: Path) -> None:
     file.write_text(text[: len(text) * 2 // 3])
 
 
+def empty(file: Path) -> None:
+    file.write_text("")
+
+
+def not_utf8(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\xe9")
+
+
 def shape(**fields):
     return content(lambda data: data["shapes"][0].update(fields))
 
@@ -49,7 +57,10 @@ def value(**fields):
 
 
 BOMB = '<!DOCTYPE a [<!ENTITY x "y"><!ENTITY z SYSTEM "file:///etc/passwd">]>\n<annotation>'
+GB2312 = '<?xml version="1.0" encoding="gb2312"?>\n<annotation>'
 CASES = [
+    ("labelimg", "a.xml", empty, r"a\.xml: not valid XML"),
+    ("labelme", "a.json", empty, r"a\.json: not valid JSON"),
     ("labelimg", "a.xml", truncate, "not valid XML.*truncated"),
     ("labelimg", "a.xml", replace("<annotation>", BOMB), "DOCTYPE.*remove"),
     ("labelimg", "a.xml", replace("<xmin>11<", "<xmin>left<"), "object 1.*<xmin> is 'left'"),
@@ -74,8 +85,18 @@ CASES = [
         lambda file: file.write_bytes(b"no picture"),
         "image .*a.jpg can't be read.*replace or remove",
     ),
-    ("ultralytics", "data.yaml", replace("names:", "names: 3\nother:"), "'names' of .*data.yaml"),
-    ("ultralytics", "data.yaml", replace("train: images/train", "train: gone"), "no folder of im"),
+    (
+        "ultralytics",
+        "data.yaml",
+        replace("names:", "names: 3\nother:"),
+        r"data\.yaml: 'names' is 3",
+    ),
+    (
+        "ultralytics",
+        "data.yaml",
+        replace("train: images/train", "train: gone"),
+        r"data\.yaml: it names no folder",
+    ),
     ("labelimg yolo", "classes.txt", Path.unlink, "add a data.yaml with 'names', or a classes"),
     ("labelme", "a.json", replace('"red panda"', "null"), r"a\.json: shapes\[0\].*no 'label'"),
     ("labelme", "a.json", shape(points=[[1, 2], ["x", 3]]), r"shapes\[0\].*of a rectangle"),
@@ -83,6 +104,10 @@ CASES = [
     ("labelme", "a.json", truncate, r"a\.json: not valid JSON.*truncated"),
     ("labelme", "a.json", content(lambda d: d.update(imageWidth="wide")), "size wide x 40"),
     ("labelme", "a.jpg", Path.unlink, r"a\.json: its image 'a\.jpg'"),
+    ("labelimg yolo", "classes.txt", not_utf8, r"classes\.txt: not text in UTF-8.*save"),
+    ("labelimg yolo", "a.txt", not_utf8, r"a\.txt: not text in UTF-8.*save"),
+    ("labelme", "a.json", not_utf8, r"a\.json: not text in UTF-8.*save"),
+    ("labelimg", "a.xml", replace("<annotation>", GB2312), "a.xml: not valid XML.*encoding"),
     ("cvat", "annotations.xml", truncate, "not valid XML"),
     ("cvat", "annotations.xml", replace('xtl="10.00"', 'xtl="x"'), "image 'a.jpg', shape 1.*xtl"),
     ("cvat", "annotations.xml", replace('xtl="10.00"', ""), "shape 1 <box>: xtl is None"),
@@ -103,6 +128,7 @@ CASES = [
     ("csv", "labels.csv", replace("60,40", "60,no"), "line 2: size 60 x no"),
     ("csv", "labels.csv", replace("10,5,30,25", "30,25,29,15"), "line 2.*x, y, width, height"),
     ("csv", "a.jpg", Path.unlink, "line 2: its image 'a.jpg' is not in"),
+    ("csv", "labels.csv", not_utf8, r"labels\.csv: not text in UTF-8"),
     ("retinanet", "annotations.csv", replace("1,2,9", "1,x,9"), "line 2: ymin is 'x'"),
 ]
 

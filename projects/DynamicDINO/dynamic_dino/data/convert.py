@@ -40,8 +40,8 @@ def convert_dataset(
 
     Memory is that of `Records`, about a quarter of a kilobyte per image. Returns counts: "images",
     "boxes", and "crowds", boxes of crowds that ODVG can't hold and that are left out; and "source",
-    a line that says what the source is. File names of images stay as they are in COCO, MDETR and
-    ODVG; those of other formats become relative to the folder of `target`.
+    a line that says what the source is. File names of images stay as they are in a file of COCO,
+    MDETR or ODVG and in built-in data; those of others become relative to the folder of `target`.
 
     Raises ValueError for what the target can't hold, and what the readers raise.
     """
@@ -61,7 +61,8 @@ def convert_dataset(
         )
     counts = {"images": len(records), "boxes": len(records.boxes), "crowds": 0}
     line = describe(place, records)
-    if place.found is not None:
+    in_one_file = place.entry is not None or str(place.file) == source
+    if place.found is not None or not in_one_file:
         records = beside(records, target)
     with written_whole(target) as file:
         if to == "odvg":

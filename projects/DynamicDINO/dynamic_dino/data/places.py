@@ -76,9 +76,9 @@ def locate_dataset(
     if not path.exists():
         known = ", ".join(name for name in BUILTIN if not name.startswith("odinw_"))
         raise ValueError(
-            f"unknown data set {name!r}: use a built-in name ({known}, odinw_<set>_<split>; all: "
-            "`python -m dynamic_dino.data list --all`), a name that you registered, or the path of "
-            f"a file or folder that exists ({', '.join(TITLES.values())})"
+            f"unknown data set {name!r}: there is no file or folder {str(path)!r}. Use a path "
+            f"({', '.join(TITLES.values())}), a name that you registered, or a built-in one "
+            f"({known}, odinw_<set>_<split>; all: `python -m dynamic_dino.data list --all`)"
         )
     found = recognise(path, source_format)
     part, drawn = _choose_part(path, parts_of(found), part)

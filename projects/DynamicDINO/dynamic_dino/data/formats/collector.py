@@ -35,6 +35,10 @@ class Collector:
         self._places: list[str] = []
         self._annotated: dict[str, str] = {}  # image -> where it was annotated
 
+    def problem(self, error: DataError, where: str) -> None:
+        """Reports what is wrong there, unless the error knows its place better."""
+        self.report(error if error.where else error.at(where))
+
     def wants(self, part: str | None) -> bool:
         return self.part is None or part == self.part
 
@@ -85,7 +89,7 @@ class Collector:
         try:
             key, box = self.name(name), read_box(corners, "xyxy")
         except DataError as error:
-            self.report(error.at(where))
+            self.problem(error, where)
             return
         self.columns.add_annotation(image, key, len(self._places), box)
         self._places.append(where)
@@ -97,7 +101,7 @@ class Collector:
             corners = [*xy.min(axis=0).tolist(), *xy.max(axis=0).tolist()]
         except (TypeError, ValueError):
             what = f"points {str(points)[:60]} are not pairs of numbers: correct or remove them"
-            self.report(DataError("malformed box", what).at(where))
+            self.report(DataError("malformed box", what, where))
             return
         self.box(image, name, corners, where)
 

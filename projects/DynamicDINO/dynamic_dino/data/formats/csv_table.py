@@ -15,6 +15,7 @@ from pathlib import Path
 from ..problems import DataError
 from .collector import Collector
 from .recognise import RETINANET, Recognised, csv_columns
+from .text import read_text
 from .xml import number
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -28,7 +29,7 @@ def read(found: Recognised, into: Collector) -> None:
             try:
                 _read_row(row, file, where, images, into, into.wants(part))
             except DataError as error:
-                into.report(error.at(where))
+                into.problem(error, where)
 
 
 def _read_row(
@@ -58,19 +59,16 @@ def _read_row(
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """(line number, column -> text)."""
-    with file.open(encoding="utf-8-sig", newline="") as text:
-        first = text.readline()
-        columns, delimiter = csv_columns(first)
-        header = columns is not None
-        columns = columns or RETINANET
-        text.seek(0)
-        reader = csv.reader(text, delimiter=delimiter)
-        try:
-            for row in reader:
-                if (reader.line_num == 1 and header) or not any(row):
-                    continue
-                pairs = zip(columns, row, strict=False)
-                yield reader.line_num, {key: v.strip() for key, v in pairs if key is not None}
-        except (csv.Error, UnicodeError) as error:
-            what = f"{file}, line {reader.line_num}: not valid CSV ({error}): save it as UTF-8"
-            raise DataError("unreadable file", what) from None
+    lines = read_text(file).splitlines(keepends=True)
+    columns, delimiter = csv_columns(lines[0])
+    header = columns is not None
+    reader = csv.reader(lines, delimiter=delimiter)
+    try:
+        for row in reader:
+            if (reader.line_num == 1 and header) or not any(row):
+                continue
+            pairs = zip(columns or RETINANET, row, strict=False)
+            yield reader.line_num, {key: v.strip() for key, v in pairs if key is not None}
+    except csv.Error as error:
+        what = f"not valid CSV ({error}): correct or remove the line"
+        raise DataError("unreadable file", what, f"{file}, line {reader.line_num}") from None

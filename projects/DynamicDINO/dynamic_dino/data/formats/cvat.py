@@ -29,7 +29,7 @@ def read(found: Recognised, into: Collector) -> None:
                 raise DataError("unreadable file", what)
             _read_labels(root, into)
         except DataError as error:
-            into.report(error.at(str(file)))
+            into.problem(error, str(file))
             continue
         for item in root.iter("image"):
             subset = named_part(item.get("subset") or "") or part
@@ -61,7 +61,7 @@ def _read_image(item: Element, file: Path, into: Collector, wanted: bool) -> Non
         path = into.pictures.find([named], file) if wanted else None
         image = into.image(path, where, None if None in size else size, named) if wanted else None
     except DataError as error:
-        into.report(error.at(where))
+        into.problem(error, where)
         return
     for i, shape in enumerate(item):
         if shape.tag in NO_BOX:
@@ -73,7 +73,7 @@ def _read_image(item: Element, file: Path, into: Collector, wanted: bool) -> Non
             into.name(shape.get("label"))
             points = _outline(shape)
         except DataError as error:
-            into.report(error.at(place))
+            into.problem(error, place)
             continue
         if image is not None:
             if shape.tag == "box" and not _angle(shape):

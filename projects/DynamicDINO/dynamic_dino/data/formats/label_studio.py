@@ -10,7 +10,6 @@ The name of an uploaded image is found without the eight digits that Label Studi
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -23,26 +22,17 @@ from .collector import Collector
 from .cvat import rotate
 from .pictures import SUFFIXES
 from .recognise import LABEL_STUDIO_NAMES, Recognised
+from .text import read_json
 
 
 def read(found: Recognised, into: Collector) -> None:
     for part, file in found.files:
-        tasks = _tasks(file)
-        for i, task in enumerate(tasks):
+        for i, task in enumerate(read_json(file)):
             where = f"{file}: task {task.get('id', i) if isinstance(task, dict) else i}"
             try:
                 _read_task(task, file, where, into, into.wants(part))
             except DataError as error:
-                into.report(error.at(where))
-
-
-def _tasks(file: Path) -> list[Any]:
-    try:
-        tasks = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        what = f"{file} is not valid JSON ({error}): it may be truncated; export it again"
-        raise DataError("unreadable file", what) from None
-    return tasks if isinstance(tasks, list) else [tasks]
+                into.problem(error, where)
 
 
 def _read_task(task: Any, file: Path, where: str, into: Collector, wanted: bool) -> None:
@@ -68,7 +58,7 @@ def _read_task(task: Any, file: Path, where: str, into: Collector, wanted: bool)
             for name in names:
                 into.name(name)
         except DataError as error:
-            into.report(error.at(place))
+            into.problem(error, place)
             continue
         for name in names if image is not None else ():
             into.hull(image, name, [(round(x, 3), round(y, 3)) for x, y in points], place)

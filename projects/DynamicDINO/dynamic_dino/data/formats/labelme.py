@@ -8,7 +8,6 @@ counted.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from ..problems import DataError, require_fields
 from .collector import Collector
 from .recognise import Recognised
+from .text import read_json
 
 NO_AREA = ("point", "points", "line", "linestrip")
 
@@ -26,7 +26,7 @@ def read(found: Recognised, into: Collector) -> None:
             content = _content(file)
             image = _add_image(content, file, into) if into.wants(part) else None
         except DataError as error:
-            into.report(error.at(str(file)))
+            into.problem(error, str(file))
             continue
         for i, shape in enumerate(content["shapes"]):
             where = f"{file}: shapes[{i}]"
@@ -38,7 +38,7 @@ def read(found: Recognised, into: Collector) -> None:
                 into.name(shape["label"])
                 points = _outline(shape)
             except DataError as error:
-                into.report(error.at(where))
+                into.problem(error, where)
                 continue
             if image is not None:
                 into.hull(image, shape["label"], points, where)
@@ -46,11 +46,7 @@ def read(found: Recognised, into: Collector) -> None:
 
 
 def _content(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        what = f"not valid JSON ({error}): it may be truncated; write it again"
-        raise DataError("unreadable file", what) from None
+    content = read_json(file)
     require_fields(content, "shapes")
     if not isinstance(content["shapes"], list):
         raise DataError("missing field", "'shapes' is no list: write one, [] where nothing is seen")

@@ -62,7 +62,7 @@ def load_recognised(
     try:
         READERS[found.format](found, into)
     except DataError as error:
-        raise ValueError(str(error.at(str(found.path)))) from None
+        raise ValueError(str(error if error.where else error.at(str(found.path)))) from None
     records = into.records(name, TITLES[found.format], found.format in ORDERED)
     dropped.log(found.path)
     return records

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..problems import DataError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 # Where tools put pictures when annotations have a folder of their own.
 BESIDE = ("images", "jpegimages", "img", "imgs", "pictures", "photos")
 ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged

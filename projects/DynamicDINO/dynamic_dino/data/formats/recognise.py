@@ -72,29 +72,33 @@ def recognise(path: Path, only: Format | None = None) -> Recognised:
     """
     if path.is_file():
         kind = kind_of_file(path)
+        if kind is None and _broken([path], ".xml"):
+            raise ValueError(f"{path} is not valid XML: it may be truncated; export it again")
         if kind == "yolo" and path.suffix == ".txt":
             raise ValueError(f"{path} has YOLO labels of one image: name the folder of all")
         if kind is None or only not in (None, kind):
             raise ValueError(_unknown(path, [path]))
         return Recognised(kind, path, ((None, path),))
     found: dict[Format, list[Path]] = {}
-    files = list(files_under(path))
-    for file in files:
-        kind = kind_of_file(file)
+    kinds = {file: kind_of_file(file) for file in files_under(path)}
+    for file, kind in kinds.items():
         if kind is not None and only in (None, kind):
             found.setdefault(kind, []).append(file)
     if not found:
-        raise ValueError(_unknown(path, files))
+        raise ValueError(_unknown(path, list(kinds)))
     if len(found) > 1:
-        kinds = ", ".join(
+        sets = ", ".join(
             f"{TITLES[kind]} ({these[0].relative_to(path)}"
             + (f" and {len(these) - 1:,} more)" if len(these) > 1 else ")")
             for kind, these in found.items()
         )
         raise ValueError(
-            f"{path} holds more than one data set: {kinds}. Name the file or the folder of one"
+            f"{path} holds more than one data set: {sets}. Name the file or the folder of one"
         )
     ((kind, these),) = found.items()
+    if kind in ("voc", "labelme"):
+        unknown = [file for file, kind in kinds.items() if kind is None]
+        these = sorted([*these, *_broken(unknown, ".xml" if kind == "voc" else ".json")])
     settings = [file for file in these if kind == "yolo" and file.suffix in (".yaml", ".yml")]
     if settings:
         these = settings
@@ -130,6 +134,21 @@ def kind_of_file(path: Path) -> Format | None:
     if YOLO_LINE.fullmatch(first):
         return "yolo"
     return "csv" if _is_csv(first) else None
+
+
+def _broken(files: list[Path], ending: str) -> list[Path]:
+    """Of files that aren't known, the XML or JSON files that can't be parsed. Among files of a
+    format they are taken for such, so that the reader reports them."""
+    whole = _is_json if ending == ".json" else root_tag
+    return [path for path in files if path.suffix.lower() == ending and not whole(path)]
+
+
+def _is_json(path: Path) -> bool:
+    with path.open("rb") as file:
+        try:
+            return sum(1 for _ in ijson.parse(file)) > 0
+        except (ijson.JSONError, UnicodeDecodeError):
+            return False
 
 
 def named_part(word: str) -> str | None:

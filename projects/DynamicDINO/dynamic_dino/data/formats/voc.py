@@ -12,13 +12,13 @@ Objects marked as difficult are kept. ImageSets/Main/train.txt and the like are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from ..problems import DataError
 from .collector import Collector
 from .recognise import Recognised
+from .text import read_lines
 from .xml import number, read_xml, text_of
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -45,7 +45,7 @@ def read(found: Recognised, into: Collector) -> None:
             image = _add_image(root, file, into) if wanted else None
             annotated.add(file.stem)
         except DataError as error:
-            into.report(error.at(str(file)))
+            into.problem(error, str(file))
             continue
         texts = [box.findtext(c) or "" for box in root.iter("bndbox") for c in CORNERS]
         pixels = not any("." in text for text in texts)
@@ -56,7 +56,7 @@ def read(found: Recognised, into: Collector) -> None:
                 into.name(name)
                 corners = [number(text_of(item, f"bndbox/{c}"), f"<{c}>") for c in CORNERS]
             except DataError as error:
-                into.report(error.at(where))
+                into.problem(error, where)
                 continue
             from_one &= min(corners[:2]) >= 1
             if image is not None:
@@ -86,5 +86,4 @@ def _add_image(root: Element, file: Path, into: Collector) -> int:
 
 
 def _read_list(file: Path) -> set[str]:
-    lines: Sequence[str] = file.read_text(encoding="utf-8").splitlines()
-    return {line.split()[0] for line in lines if line.strip()}
+    return {line.split()[0] for line in read_lines(file)}

@@ -21,7 +21,7 @@ def read_xml(path: Path) -> Element:
     try:
         parser = ElementTree.XMLParser(target=_NoDoctype())
         return ElementTree.parse(path, parser=parser).getroot()
-    except (ElementTree.ParseError, UnicodeError, LookupError) as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # also of encodings
         what = f"not valid XML ({error}): it may be truncated; write or export it again"
         raise DataError("unreadable file", what) from None
 
@@ -35,7 +35,7 @@ def root_tag(path: Path) -> str | None:
                 parser.feed(block)
                 for _, element in parser.read_events():
                     return element.tag
-        except (ElementTree.ParseError, UnicodeError, LookupError):
+        except (ElementTree.ParseError, LookupError, ValueError):  # also of encodings
             return None
     return None
 

@@ -22,6 +22,7 @@ from ..problems import DataError
 from .collector import Collector
 from .pictures import files_under, is_picture
 from .recognise import YOLO_LINE, Recognised, part_of
+from .text import read_lines, read_text
 
 NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 LEVELS_UP = 3  # how far above the labels the names are looked for
@@ -51,29 +52,32 @@ def read(found: Recognised, into: Collector) -> None:
         try:
             index = into.image(image, str(image))
         except DataError as error:
-            into.report(error.at(str(image)))
+            into.problem(error, str(image))
             continue
         if not labels.is_file():
             into.notes["{n} images without a label file, taken as empty"] += 1
             continue
-        _read_labels(labels, index, names, file, poses, into)
+        try:
+            _read_labels(labels, index, names, file, poses, into)
+        except DataError as error:
+            into.problem(error, str(labels))
     stems = {image.stem for image in into.pictures.all + images}
     for labels in _labels_beside(images, found, into):
         if labels not in known and labels.stem not in stems:
             what = f"there is no image {labels.stem!r} for it: add the image or remove the labels"
-            into.report(DataError("missing image", what).at(str(labels)))
+            into.report(DataError("missing image", what, str(labels)))
 
 
 def read_settings(file: Path) -> dict[str, Any]:
     """A data.yaml; raises DataError."""
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeError) as error:
-        raise DataError(
-            "unreadable file", f"{file} is not valid YAML ({error}): correct it"
-        ) from None
+        settings = yaml.safe_load(read_text(file))
+    except yaml.YAMLError as error:
+        what = f"not valid YAML ({error}): correct it"
+        raise DataError("unreadable file", what, str(file)) from None
     if not isinstance(settings, dict):
-        raise DataError("unreadable file", f"{file} has no fields: write names, train and val")
+        what = "it has no fields: write names, train and val"
+        raise DataError("unreadable file", what, str(file))
     return settings
 
 
@@ -114,11 +118,11 @@ def _listed_images(file: Path, settings: dict, into: Collector) -> Iterator[Path
     parts = parts_of_settings(file)
     if not parts:
         given = {key: settings[key] for key in ("path", "train", "val", "test") if key in settings}
-        raise DataError(
-            "missing image",
-            f"{file} names no folder of images that exists ({given}): correct its 'path', 'train' "
-            f"and 'val', which are relative to {file.parent}",
+        what = (
+            f"it names no folder of images that exists ({given}): correct its 'path', 'train' and "
+            f"'val', which are relative to {file.parent}"
         )
+        raise DataError("missing image", what, str(file))
     seen = set()
     for part, places in parts.items():
         for place in places if into.wants(part) else ():
@@ -133,11 +137,8 @@ def _images_at(place: Path) -> Iterator[Path]:
     if place.is_dir():
         yield from (path for path in files_under(place) if is_picture(path))
         return
-    for line in place.read_text(encoding="utf-8").splitlines():
-        if name := line.strip():
-            bases = (place.parent, place.parent.parent)  # obj_train_data is named with its "data/"
-            tried = [Path(os.path.normpath(base / name)) for base in bases]
-            yield next((path for path in tried if path.is_file()), tried[0])
+    for name in read_lines(place):
+        yield Path(os.path.normpath(place.parent / name))
 
 
 def _names_of(file: Path, settings: dict) -> list[str]:
@@ -149,11 +150,8 @@ def _names_of(file: Path, settings: dict) -> list[str]:
             names = {}
         names = [names.get(i) for i in range(len(names))]
     if not isinstance(names, list) or not names or None in names:
-        raise DataError(
-            "missing field",
-            f"'names' of {file} is {str(settings.get('names'))[:60]}: list the name of every "
-            "class, from 0 on",
-        )
+        what = f"'names' is {str(settings.get('names'))[:60]}: list the name of every class, from 0"
+        raise DataError("missing field", what, str(file))
     return [str(name).strip() for name in names]
 
 
@@ -175,25 +173,25 @@ def _find_names(found: Recognised) -> tuple[Path, list[str]]:
             f"the labels in {folder} number their classes, and nothing names them: add a data.yaml "
             "with 'names', or a classes.txt with a name a line",
         )
-    texts = {path.read_text(encoding="utf-8") for path in files}
-    if len(texts) > 1:
+    lists = [read_lines(path) for path in files]
+    if any(names != lists[0] for names in lists):
         what = f"{files[0]} and {files[-1]} name the classes in two ways: keep one of them"
         raise DataError("ambiguous names", what)
-    return files[0], [line.strip() for line in texts.pop().splitlines() if line.strip()]
+    return files[0], lists[0]
 
 
 def _read_labels(
     labels: Path, image: int, names: list[str], source: Path, poses: bool, into: Collector
 ) -> None:
     width, height = into.size_of(image)
-    for i, line in enumerate(labels.read_text(encoding="utf-8").splitlines()):
+    for i, line in enumerate(read_text(labels).splitlines()):
         if not line.strip():
             continue
         where = f"{labels}, line {i + 1}"
         try:
             name, values = _read_line(line, names, source, poses)
         except DataError as error:
-            into.report(error.at(where))
+            into.problem(error, where)
             continue
         if len(values) == 4 or poses:
             x, y, w, h = values[:4]
