@@ -8,6 +8,8 @@ import pytest
 from dynamic_dino.data import datasets
 from dynamic_dino.data.__main__ import main
 from dynamic_dino.data.ground_truth import ground_truth
+from dynamic_dino.evaluation.cli import main as score
+from dynamic_dino.evaluation.coco import coco_ap, read_ground_truth
 from helpers import formats
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -72,12 +74,11 @@ def test_check_show_and_convert_take_it(writer, tmp_path, rng, capsys):
     assert main(["check", str(target)]) == 0
 
 
-@pytest.mark.parametrize("writer", ["voc", "ultralytics", "cvat", "roboflow"])
-def test_an_evaluation_has_its_ground_truth(writer, tmp_path, rng):
-    photos = formats.photos(rng)
-    path = str(formats.WRITERS[writer](tmp_path / "mine", photos))
-    from dynamic_dino.evaluation.coco import coco_ap, read_ground_truth
-
+@pytest.mark.parametrize("writer", ["voc", "ultralytics", "label studio", "cvat", "roboflow"])
+@pytest.mark.parametrize("part", ["", ":val"])
+def test_an_evaluation_has_its_ground_truth(writer, part, tmp_path, rng, capsys):
+    photos = formats.photos(rng, 10)
+    path = str(formats.WRITERS[writer](tmp_path / "mine", photos)) + part
     truth = read_ground_truth(ground_truth(path))
     assert [category["name"] for category in truth["categories"]] == list(formats.NAMES)
     perfect = [
@@ -85,6 +86,10 @@ def test_an_evaluation_has_its_ground_truth(writer, tmp_path, rng):
         for a in truth["annotations"]
     ]
     assert coco_ap(truth, perfect).metrics["AP"] == pytest.approx(100)
+    saved = tmp_path / "predictions.json"
+    saved.write_text(json.dumps(perfect))
+    assert score([str(saved), "--dataset", path]) == 0
+    assert "100.0" in capsys.readouterr().out
 
 
 boxes = st.tuples(*[st.integers(0, 60)] * 4).map(

@@ -29,7 +29,8 @@ def coco_dictionary(records: Records, metadata) -> dict:
     for field in ("frequency", "novel"):
         for category, value in zip(categories, metadata.get(field, ()), strict=False):
             category[field] = value
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for record, name in zip(records, records.names, strict=True):
         image = {key: record[key] for key in ("width", "height")}
         images.append({"id": record["image_id"], "file_name": name, **image})

@@ -53,8 +53,9 @@ def _read_row(
         return
     into.name(row.get("class"))
     values = [number(v, key) for v, key in zip(corners, CORNERS, strict=True)]
-    if images.get(named) is not None:
-        into.box(images[named], row["class"], values, where)
+    image = images.get(named)
+    if image is not None:
+        into.box(image, row["class"], values, where)
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:

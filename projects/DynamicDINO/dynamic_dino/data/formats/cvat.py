@@ -42,7 +42,7 @@ def subsets(file: Path) -> list[str]:
         found = [named_part(item.get("subset") or "") for item in read_xml(file).iter("image")]
     except DataError:  # the reader says it
         return []
-    return [] if None in found else sorted(set(found))
+    return [] if None in found else sorted({part for part in found if part})
 
 
 def _read_labels(root: Element, into: Collector) -> None:

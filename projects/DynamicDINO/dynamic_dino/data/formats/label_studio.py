@@ -60,7 +60,9 @@ def _read_task(task: Any, file: Path, where: str, into: Collector, wanted: bool)
         except DataError as error:
             into.problem(error, place)
             continue
-        for name in names if image is not None else ():
+        if image is None:
+            continue
+        for name in names:
             into.hull(image, name, [(round(x, 3), round(y, 3)) for x, y in points], place)
 
 

@@ -27,6 +27,7 @@ TITLES: dict[Format, str] = {
     "labelstudio": "Label Studio JSON",
     "csv": "CSV",
 }
+ROOTS: dict[str, Format] = {"annotation": "voc", "annotations": "cvat"}
 FILE_AN_IMAGE = ("voc", "yolo", "labelme")
 ENDINGS = (".xml", ".json", ".jsonl", ".txt", ".yaml", ".yml", ".csv")
 HEAD = 4096  # bytes; the first lines of a file
@@ -123,7 +124,7 @@ def kind_of_file(path: Path) -> Format | None:
     with path.open("rb") as file:
         head = file.read(HEAD).decode("utf-8-sig", errors="replace").lstrip()
     if head.startswith("<"):
-        return {"annotation": "voc", "annotations": "cvat"}.get(root_tag(path) or "")
+        return ROOTS.get(root_tag(path) or "")
     if head.startswith("{"):
         return _kind_of_object(path)
     if head.startswith("["):

@@ -32,18 +32,15 @@ def image_sets(folder: Path) -> dict[str, Path]:
 
 
 def read(found: Recognised, into: Collector) -> None:
-    listed = None
-    if into.part in (sets := image_sets(found.path)):
-        listed = _read_list(sets[into.part])
+    list_file = image_sets(found.path).get(into.part or "")
+    listed = None if list_file is None else {line.split()[0] for line in read_lines(list_file)}
     boxes: list[tuple[int, str, list[float], bool, str]] = []
     from_one = True
-    annotated = set()
     for part, file in found.files:
         try:
             root = read_xml(file)
             wanted = into.wants(part) if listed is None else file.stem in listed
             image = _add_image(root, file, into) if wanted else None
-            annotated.add(file.stem)
         except DataError as error:
             into.problem(error, str(file))
             continue
@@ -61,9 +58,9 @@ def read(found: Recognised, into: Collector) -> None:
             from_one &= min(corners[:2]) >= 1
             if image is not None:
                 boxes.append((image, name, corners, pixels, where))
-    for stem in sorted((listed or set()) - annotated):
+    for stem in sorted((listed or set()) - {file.stem for _, file in found.files}):
         what = f"it lists {stem!r}, which has no XML file: add it or remove the line"
-        into.report(DataError("missing annotation", what, str(sets[into.part])))
+        into.report(DataError("missing annotation", what, str(list_file)))
     for image, name, (x1, y1, x2, y2), pixels, where in boxes:
         first = from_one and pixels
         into.box(image, name, (x1 - first, y1 - first, x2, y2), where)
@@ -83,7 +80,3 @@ def _add_image(root: Element, file: Path, into: Collector) -> int:
         width, height = (text_of(root, f"size/{side}") for side in ("width", "height"))
         size = (width, height) if (width, height) != ("0", "0") else None  # written by some tools
     return into.image(path, str(file), size, named or file.stem)
-
-
-def _read_list(file: Path) -> set[str]:
-    return {line.split()[0] for line in read_lines(file)}

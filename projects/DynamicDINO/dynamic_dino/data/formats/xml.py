@@ -28,13 +28,10 @@ def read_xml(path: Path) -> Element:
 
 def root_tag(path: Path) -> str | None:
     """The name of the root element, None where the beginning of the file isn't XML."""
-    parser = ElementTree.XMLPullParser(["start"])
     with path.open("rb") as file:
         try:
-            while block := file.read(4096):
-                parser.feed(block)
-                for _, element in parser.read_events():
-                    return element.tag
+            for _, element in ElementTree.iterparse(file, ["start"]):
+                return element.tag
         except (ElementTree.ParseError, LookupError, ValueError):  # also of encodings
             return None
     return None

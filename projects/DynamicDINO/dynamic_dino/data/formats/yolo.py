@@ -89,8 +89,9 @@ def parts_of_settings(file: Path) -> dict[str, list[Path]]:
         entries = settings.get(part) or (settings.get("valid") if part == "val" else None) or ()
         entries = [entries] if isinstance(entries, str) else list(entries)
         places = [_place(file, settings, str(entry)) for entry in entries]
-        if places and None not in places:
-            parts[part] = places
+        there = [place for place in places if place is not None]
+        if there and len(there) == len(places):
+            parts[part] = there
     return parts
 
 
