@@ -238,6 +238,27 @@ def test_images_may_be_in_another_folder(tmp_path, rng):
     assert main(["check", str(file), "--image-folder", str(tmp_path / "far")]) == 0
 
 
+def test_folders_behind_links_and_names_in_another_case(tmp_path, rng):
+    photos = formats.photos(rng)
+    formats.write_labelimg(tmp_path / "voc", photos)
+    (tmp_path / "far").mkdir()
+    for photo in photos:
+        (tmp_path / "voc" / photo.name).rename(tmp_path / "far" / photo.name.upper())
+    (tmp_path / "voc/photos").symlink_to(tmp_path / "far")
+    (tmp_path / "voc/photos/again").symlink_to(tmp_path / "voc")  # a circle
+    records = datasets.load_datasets(str(tmp_path / "voc"))
+    names = datasets.get_metadata(str(tmp_path / "voc")).thing_classes
+    found = formats.found(records, names)
+    assert found == {n.upper(): boxes for n, boxes in formats.truth(photos).items()}
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path):
+    (tmp_path / "export.zip").write_bytes(b"PK")
+    for path in (tmp_path, tmp_path / "export.zip"):
+        with pytest.raises(ValueError, match=r"found: 1 \.zip.*Unpack the \.zip first"):
+            datasets.load_datasets(str(path))
+
+
 def test_images_of_one_name_in_two_folders(tmp_path):
     photos = [formats.Photo("a.jpg", 50, 40, [("cat", (3, 4, 20, 30))])]
     other = [formats.Photo("a.jpg", 50, 40, [("dog", (1, 2, 9, 9))])]

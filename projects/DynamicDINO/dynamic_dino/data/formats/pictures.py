@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
@@ -18,9 +18,12 @@ ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
 
 
 def files_under(folder: Path) -> Iterator[Path]:
-    """All files, in the order of their names, but none of hidden folders."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    """All files, in the order of their names, also behind links, but none of hidden folders."""
+    seen = {os.path.realpath(folder)}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(parent, name)) for name in folders}
+        folders[:] = [n for n in sorted(folders) if not n.startswith(".") and real[n] not in seen]
+        seen.update(real[name] for name in folders)
         for name in sorted(files):
             if not name.startswith("."):
                 yield Path(parent, name)
@@ -47,18 +50,33 @@ class Pictures:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        inside = [path for path in files_under(root) if is_picture(path)]
-        self._by_name: dict[str, list[Path]] = defaultdict(list)
-        self._by_stem: dict[str, list[Path]] = defaultdict(list)
-        beside = []
-        if root.name.lower() not in BESIDE and root.parent.is_dir():
-            for folder in sorted(root.parent.iterdir()):
-                if folder != root and folder.name.lower() in BESIDE and folder.is_dir():
-                    beside += [path for path in files_under(folder) if is_picture(path)]
-        self.all = inside or beside
-        for path in inside + beside:
-            self._by_name[path.name].append(path)
-            self._by_stem[path.stem].append(path)
+
+    @cached_property
+    def all(self) -> list[Path]:
+        """Those below the root, else those of folders such as images/ beside it."""
+        return [path for path in files_under(self.root) if is_picture(path)] or self._beside
+
+    @cached_property
+    def _beside(self) -> list[Path]:
+        root = self.root.absolute()
+        if root.name.lower() in BESIDE:
+            return []
+        folders = [f for f in sorted(root.parent.iterdir()) if f.name.lower() in BESIDE]
+        return [path for f in folders if f.is_dir() for path in files_under(f) if is_picture(path)]
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Path]]:
+        return self._group(lambda path: path.name)
+
+    @cached_property
+    def _by_stem(self) -> dict[str, list[Path]]:
+        return self._group(lambda path: path.stem)
+
+    def _group(self, key: Callable[[Path], str]) -> dict[str, list[Path]]:
+        groups: dict[str, list[Path]] = {}
+        for path in dict.fromkeys([*self.all, *self._beside]):
+            groups.setdefault(key(path).casefold(), []).append(path)
+        return groups
 
     def find(self, hints: Iterable[str], near: Path) -> Path | None:
         """The file of the first hint that there is: a path as the annotation has it, of this or of
@@ -68,14 +86,14 @@ class Pictures:
             for base in (near.parent, self.root):
                 if hint and (base / hint).is_file():
                     return Path(os.path.normpath(base / hint))
-            found = self._by_name.get(hint.rsplit("/", 1)[-1])
+            found = self._by_name.get(hint.rsplit("/", 1)[-1].casefold())
             if found:
                 return _best(found, hint, near)
         return None
 
     def of_stem(self, near: Path) -> Path | None:
         """The file of the same name as the annotation file, but for the ending."""
-        found = self._by_stem.get(near.stem)
+        found = self._by_stem.get(near.stem.casefold())
         return _best(found, near.stem, near) if found else None
 
     def relative(self, path: Path) -> str:
@@ -86,19 +104,23 @@ class Pictures:
 
 
 def _best(found: list[Path], hint: str, near: Path) -> Path:
-    """Of several files of one name, that with the most folders in common with the hint, then with
-    the annotation file."""
+    """Of several files of one name, in whatever case, that with the very name, then with the most
+    folders in common with the hint, then with the annotation file."""
     if len(found) == 1:
         return found[0]
-    folders = hint.split("/")[:-1]
+    *folders, name = hint.split("/")
 
-    def alike(path: Path) -> tuple[int, int]:
+    def alike(path: Path) -> tuple[bool, int, int]:
         end = 0
         for a, b in zip(reversed(path.parts[:-1]), reversed(folders), strict=False):
             if a != b:
                 break
             end += 1
-        return end, len(set(path.parent.parts) & set(near.parent.parts))
+        return (
+            name in (path.name, path.stem),
+            end,
+            len(set(path.parent.parts) & set(near.parent.parts)),
+        )
 
     best = max(map(alike, found))
     first, *others = [path for path in found if alike(path) == best]

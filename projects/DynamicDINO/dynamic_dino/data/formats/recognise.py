@@ -214,9 +214,10 @@ def _require_one_a_part(path: Path, kind: Format, tagged: list) -> None:
 def _unknown(path: Path, files: list[Path]) -> str:
     endings = Counter(file.suffix.lower() or "no ending" for file in files)
     seen = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(6))
+    unpack = ". Unpack the .zip first" if ".zip" in endings else ""
     return (
         f"{path} holds no annotations that can be read (found: {seen or 'no file'}). Supported: "
-        f"{', '.join(TITLES.values())}; see docs/data.md for what each must have"
+        f"{', '.join(TITLES.values())}; see docs/data.md for what each must have{unpack}"
     )
 
 
