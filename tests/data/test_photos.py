@@ -19,6 +19,7 @@ from dynamic_dino.data.builtin import BUILTIN, PHOTO_SETS
 from dynamic_dino.data.photos import cli, coco, sets
 from dynamic_dino.data.photos.cli import main
 from dynamic_dino.data.photos.sets import PhotosError
+from dynamic_dino.data.photos.voc import voc_ids
 
 IDS = {"train": [9, 25, 30], "val": [139, 285]}
 SPLIT_OF = {9: "train2017", 25: "train2017", 30: "train2017", 139: "val2017", 285: "val2017"}
@@ -101,6 +102,20 @@ def test_the_ids_that_the_package_lists():
         assert members == sorted(set(members))
         assert len(members) == BUILTIN[f"photos_coco_{split}"].images
     assert not set(ids["train"]) & set(ids["val"])
+
+
+def test_the_names_of_the_checkouts_that_the_package_lists():
+    ids = voc_ids()
+    assert set(ids) == {"groceries", "animals25"}
+    for name, splits in ids.items():
+        keys = {
+            split: [f"{folder}/{stem}" for folder, stems in folders.items() for stem in stems]
+            for split, folders in splits.items()
+        }
+        for split, members in keys.items():
+            assert len(members) == len(set(members)) == BUILTIN[f"photos_{name}_{split}"].images
+            assert all("/" not in stem for stems in splits[split].values() for stem in stems)
+        assert not set(keys["train"]) & set(keys["val"])
 
 
 def test_coco_of_what_lies_there_and_of_its_server(root, fetched, capsys):
@@ -298,6 +313,77 @@ def test_what_is_not_whole_is_not_taken(root, whole, tmp_path, damage, message, 
     command = ["--sets", "coco", "--from", str(whole), "--out", str(tmp_path / "other")]
     assert main(command) == 1
     assert message in capsys.readouterr().err and not (tmp_path / "other/photos/coco").exists()
+
+
+VOC_IDS = {
+    "groceries": {
+        "train": {"tomato_sauce": ["A 1", "A2"], "fish": ["F1"]},
+        "val": {"fish": ["F2", "F3"]},
+    }
+}
+VOC = """<annotation><filename>old.jpg</filename><size><width>600</width><height>300</height></size>
+<object><name>{name}</name><bndbox><xmin>60</xmin><ymin>30</ymin><xmax>360</xmax><ymax>{bottom}</ymax>
+</bndbox></object><object><name>human</name><bndbox><xmin>9</xmin><ymin>9</ymin><xmax>9</xmax>
+<ymax>20</ymax></bndbox></object></annotation>"""
+
+
+@pytest.fixture
+def checkout(root, monkeypatch):
+    """A repository with the files of `VOC_IDS`, and others."""
+    monkeypatch.setattr(cli, "voc_ids", lambda: VOC_IDS)
+    folder = root / "checkout"
+    pixels = cv2.imencode(".png", np.full((300, 600, 3), 90, np.uint8))[1].tobytes()
+    for splits in VOC_IDS.values():
+        for part, stems in (item for split in splits.values() for item in split.items()):
+            for stem in [*stems, "OTHER"]:
+                for kind, content in (
+                    ("images", pixels),
+                    ("annotations", VOC.format(name=part, bottom=180).encode()),
+                ):
+                    file = folder / kind / part / stem
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    ending = ".xml" if kind == "annotations" else ".PNG"
+                    file.with_name(stem + ending).write_bytes(content)
+    return folder
+
+
+def test_a_set_from_a_checkout(root, checkout, capsys):
+    command = ["--sets", "groceries", "--out", str(root), "--checkout", str(checkout)]
+    assert main(command) == 0 and main(command) == 0
+    assert capsys.readouterr().out.count("groceries: train 3 images 3 boxes, val 2") == 2
+    for split, count in (("train", 3), ("val", 2)):
+        records = datasets.load_datasets(f"photos_groceries_{split}")
+        assert len(records) == count
+        names = datasets.get_metadata(f"photos_groceries_{split}").thing_classes
+        assert names == ["fish", "tomato sauce"]
+        for record in records:
+            assert (record["width"], record["height"]) == (480, 240)
+            assert cv2.imread(record["file_name"]).shape[:2] == (240, 480)
+            (annotation,) = record["annotations"]  # the other has no width
+            assert annotation["bbox"] == pytest.approx([48, 24, 240, 120])
+            assert ("fish" in record["file_name"]) == (names[annotation["category_id"]] == "fish")
+
+
+def test_a_checkout_that_is_not_whole(root, checkout, capsys):
+    (checkout / "images/fish/F2.PNG").unlink()
+    command = ["--sets", "groceries", "--out", str(root), "--checkout", str(checkout)]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "lacks 1 of 5 pictures" in error and "fish/F2" in error and "github.com" in error
+    (checkout / "images/fish/F2.PNG").write_bytes(b"no picture")
+    assert main(command) == 1
+    assert "F2.PNG is no picture" in capsys.readouterr().err
+    (checkout / "annotations/fish/F2.xml").write_text("<annotation>")
+    assert main(command) == 1
+    assert "F2.xml: not valid XML" in capsys.readouterr().err
+    assert not list((root / "photos/groceries").glob("*.json"))
+
+
+def test_a_checkout_is_of_one_set(checkout, capsys):
+    for names in ([], ["--sets", "coco"]):
+        with pytest.raises(SystemExit):
+            main([*names, "--checkout", str(checkout)])
+        assert "--checkout is of one set: add --sets groceries" in capsys.readouterr().err
 
 
 def test_a_missing_set_is_named_with_the_command(tmp_path):

@@ -9,19 +9,22 @@ from pathlib import Path
 from ..catalog import dataset_root
 from .coco import build_coco
 from .sets import NAMES, PhotosError, coco_ids, is_there, layout, numbers, place, verify
+from .voc import build_voc, voc_ids
 
 DESCRIPTION = """
 Puts the photo sets of configs/pretrain/nano_photos.py under photos/ of the data root, each as
 train.json, val.json (COCO JSON) and images/.
 
 coco is made of COCO 2017 by the ids that the package lists: from coco/ of the data root as far as
-it is there, else from images.cocodataset.org (annotations 241 MB, 583 photos). The other sets are
-looked for; what is missing is said with where it comes from. An interrupted run goes on.
+it is there, else from images.cocodataset.org (annotations 241 MB, 583 photos). groceries and
+animals25 are made of checkouts of the repositories that publish them. airport_debris is looked for
+only. What is missing is said with where it comes from. An interrupted run goes on.
 """
 
 EXAMPLES = """
 examples
   python -m dynamic_dino.data.photos --sets coco
+  python -m dynamic_dino.data.photos --sets groceries --checkout groceries-object-detection-dataset
   python -m dynamic_dino.data.photos --from /mnt/photos          # links
   python -m dynamic_dino.data.photos --from /mnt/photos --copy
 
@@ -46,11 +49,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="a folder that already holds SET/train.json, SET/val.json, SET/images/",
     )
+    parser.add_argument(
+        "--checkout",
+        type=Path,
+        metavar="FOLDER",
+        help="of the repository of the one set that --sets names, groceries or animals25",
+    )
     parser.add_argument("--copy", action="store_true", help="copy from FOLDER, don't link to it")
     parser.add_argument(
         "--out", type=Path, help="data root (default: $DETECTRON2_DATASETS, else datasets)"
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.checkout and (len(args.sets) > 1 or args.sets[0] not in voc_ids()):
+        parser.error(f"--checkout is of one set: add --sets {' or --sets '.join(voc_ids())}")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     for name in args.sets:
         try:
-            _provide(name, root, args.source, args.copy)
+            _provide(name, root, args)
             print(f"{name}: {numbers(verify(name, root / 'photos' / name))}", flush=True)
         except (PhotosError, OSError, ValueError) as error:
             failed = True
@@ -70,15 +82,18 @@ def main(arguments: list[str] | None = None) -> int:
     return int(failed)
 
 
-def _provide(name: str, root: Path, source: Path | None, copy: bool) -> None:
+def _provide(name: str, root: Path, args: argparse.Namespace) -> None:
     """Brings a set to its place if it isn't there."""
     target = root / "photos" / name
     if is_there(target):
         return
-    if source is not None:
-        verify(name, source / name)
-        place(name, source / name, target, copy)
+    if args.source is not None:
+        verify(name, args.source / name)
+        place(name, args.source / name, target, args.copy)
+    elif args.checkout is not None:
+        build_voc(name, args.checkout, target, voc_ids()[name])
     elif name == "coco":
         build_coco(root, coco_ids())
     else:
-        raise PhotosError(f"not in {target}. Its photos have to be brought:\n{layout(name)}")
+        made = " Clone it, and give the clone as --checkout FOLDER." if name in voc_ids() else ""
+        raise PhotosError(f"not in {target}. Its photos have to be brought.{made}\n{layout(name)}")

@@ -1,7 +1,7 @@
 """The COCO photos of the mixture: from the user's COCO 2017, or one by one from its own server.
 
-Boxes come from the official instances_train2017.json and instances_val2017.json. Photos are scaled
-to a longest side of `LONGEST` pixels, and their boxes with them.
+Boxes come from the official instances_train2017.json and instances_val2017.json. Photos are scaled,
+and their boxes with them.
 """
 
 from __future__ import annotations
@@ -15,19 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
-import cv2
-import numpy as np
 from tqdm import tqdm
 
 from ...files import write_text, written_whole
 from ..json_stream import stream_json
+from .scaling import scaled_jpeg, scaled_size
 from .sets import PhotosError, coco_file_name
 
 SERVER = "http://images.cocodataset.org"  # COCO's own; its certificate is of another name
 ANNOTATIONS = f"{SERVER}/annotations/annotations_trainval2017.zip"
 SPLITS_2017 = ("train2017", "val2017")
-LONGEST = 480
-QUALITY = 92
 TRIES = 3
 AT_ONCE = 8
 
@@ -166,8 +163,11 @@ def _write_photos(
         except OSError as error:
             failed[image_id] = error
             return
+        image = images[image_id]
+        where = f"{_address(image)}, or its copy in your COCO,"
+        jpeg = scaled_jpeg(content, image["width"], image["height"], where)
         with written_whole(folder / coco_file_name(image_id), binary=True) as file:
-            file.write(_scaled(content, images[image_id]))
+            file.write(jpeg)
 
     bar = tqdm(
         total=len(images),
@@ -208,37 +208,11 @@ def _unreachable(failed: dict[int, OSError], images: dict[int, dict], root: Path
     )
 
 
-def _scaled(content: bytes, image: dict) -> bytes:
-    """The photo as a JPEG file, its longest side at most `LONGEST`. Raises `PhotosError` if it
-    isn't a picture of the size that the annotations say."""
-    where = f"{_address(image)}, or its copy in your COCO"
-    pixels = cv2.imdecode(
-        np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    )
-    if pixels is None:
-        raise PhotosError(f"{where}, is no picture: fetch it again")
-    if pixels.shape[:2] != (image["height"], image["width"]):
-        raise PhotosError(
-            f"{where}, is {pixels.shape[1]} x {pixels.shape[0]}, the annotations say "
-            f"{image['width']} x {image['height']}"
-        )
-    width, height = _size(image)
-    if (width, height) != (image["width"], image["height"]):
-        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
-
-
-def _size(image: dict) -> tuple[int, int]:
-    """(width, height) after scaling."""
-    factor = min(1.0, LONGEST / max(image["width"], image["height"]))
-    return max(round(image["width"] * factor), 1), max(round(image["height"] * factor), 1)
-
-
 def _document(images: list[dict], boxes: dict[int, list[dict]], categories: list[dict]) -> dict:
     """COCO JSON of the scaled photos; ids are COCO's."""
     entries, annotations = [], []
     for image in images:
-        width, height = _size(image)
+        width, height = scaled_size(image["width"], image["height"])
         x, y = width / image["width"], height / image["height"]
         kept = {k: image[k] for k in ("coco_url", "flickr_url", "license") if k in image}
         name = coco_file_name(image["id"])

@@ -1,0 +1,38 @@
+"""Photos as they are kept: JPEG, the longest side at most `LONGEST` pixels."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from .sets import PhotosError
+
+LONGEST = 480
+QUALITY = 92
+
+
+def scaled_size(width: int, height: int) -> tuple[int, int]:
+    """(width, height) after scaling."""
+    factor = min(1.0, LONGEST / max(width, height))
+    return max(round(width * factor), 1), max(round(height * factor), 1)
+
+
+def scaled_jpeg(content: bytes, width: int, height: int, where: str) -> bytes:
+    """A picture file as a JPEG file of `scaled_size`.
+
+    Raises `PhotosError` if it isn't a picture of the size that its annotations say.
+    """
+    pixels = cv2.imdecode(
+        np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    )
+    if pixels is None:
+        raise PhotosError(f"{where} is no picture: fetch it again")
+    if pixels.shape[:2] != (height, width):
+        raise PhotosError(
+            f"{where} is {pixels.shape[1]} x {pixels.shape[0]}, the annotations say "
+            f"{width} x {height}"
+        )
+    size = scaled_size(width, height)
+    if size != (width, height):
+        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
