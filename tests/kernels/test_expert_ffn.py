@@ -125,7 +125,8 @@ def test_the_same_expert_twice_in_a_row_counts_twice():
 def test_gradcheck(activation):
     args, ids = draw(tokens=5, slots=2, experts=4, dim=3, hidden=4)
     ids[0, 1] = ids[2, 0] = -1
-    for backend in BACKENDS:
+    # Triton's derivatives of the others are compared with the reference's: its interpreter is slow.
+    for backend in BACKENDS if activation == "relu" else [b for b in BACKENDS if b != "triton"]:
         torch.autograd.gradcheck(
             lambda *values: run(
                 dict(zip(NAMES, values, strict=True)),
@@ -134,7 +135,7 @@ def test_gradcheck(activation):
                 backend=backend,  # noqa: B023
             ),
             tuple(args[name] for name in NAMES),
-            fast_mode=backend == "triton",  # its interpreter is slow
+            fast_mode=backend == "triton",
         )
 
 

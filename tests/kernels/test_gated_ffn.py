@@ -123,7 +123,8 @@ def test_sizes_at_the_edge(tokens, slots, experts, dim, hidden, biases):
 def test_gradcheck(activation):
     args, ids = draw(activation, tokens=5, experts=4, dim=3, hidden=4)
     ids[0, 1] = ids[2, 0] = -1
-    for backend in BACKENDS:
+    # Triton's derivatives of the others are compared with the reference's: its interpreter is slow.
+    for backend in BACKENDS if activation == "swiglu" else [b for b in BACKENDS if b != "triton"]:
         torch.autograd.gradcheck(
             lambda *values: run(
                 dict(zip(args, values, strict=True)),
@@ -132,7 +133,7 @@ def test_gradcheck(activation):
                 backend=backend,  # noqa: B023
             ),
             tuple(args.values()),
-            fast_mode=backend == "triton",  # its interpreter is slow
+            fast_mode=backend == "triton",
         )
 
 
