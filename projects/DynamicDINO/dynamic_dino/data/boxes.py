@@ -19,7 +19,7 @@ def read_size(item: dict, name: str) -> tuple[int, int]:
     """(width, height) of an image, which Flickr30k writes as text; raises DataError."""
     try:
         size = int(item["width"]), int(item["height"])
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         size = (0, 0)
     if min(size) <= 0:
         raise DataError(

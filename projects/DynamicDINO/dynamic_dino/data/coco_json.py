@@ -181,6 +181,7 @@ class CocoFile:
         require_fields(image, "id", "width", "height")
         name, extra = self.read_image(image)
         size = read_size(image, name)
+        _require_plain(image, "id")
         number = self._ids.setdefault(image["id"], len(self._ids))
         if number in self._image_of:
             raise DataError(
@@ -191,6 +192,7 @@ class CocoFile:
 
     def _add_annotation(self, index: int, annotation: Any) -> None:
         require_fields(annotation, "image_id", "bbox")
+        _require_plain(annotation, "id", "image_id", "category_id")
         box, key = read_box(annotation["bbox"], "xywh"), self.read_key(annotation)
         own_id = annotation.get("id", NO_ID)
         if type(own_id) is not int:
@@ -244,7 +246,17 @@ def _read_image(image: dict) -> tuple[str, dict | None]:
     else:
         require_fields(image, "file_name")
         name = image["file_name"]
+        if not isinstance(name, str):
+            raise DataError("missing field", f"'file_name' is {str(name)[:40]}: write a path")
     return name, {key: image[key] for key in LVIS_FIELDS if key in image} or None
+
+
+def _require_plain(item: dict, *fields: str) -> None:
+    """Raises DataError for an id that is no number or text."""
+    for field in fields:
+        if isinstance(item.get(field), list | dict):
+            what = f"{field!r} is {str(item[field])[:40]}: write a number"
+            raise DataError("missing field", what)
 
 
 def _read_category(annotation: dict) -> Hashable:
@@ -258,6 +270,7 @@ def _check_categories(path: Path, categories: list, report: Reporter) -> list[di
     for i, category in enumerate(categories):
         try:
             require_fields(category, "id")
+            _require_plain(category, "id")
             name = category.get("name")
             if not isinstance(name, str) or not re.search(r"\w", name):
                 raise DataError(
@@ -280,7 +293,7 @@ def _check_categories(path: Path, categories: list, report: Reporter) -> list[di
     if not categories:
         what = "'categories' is empty: list every category with id and name"
         report(DataError("missing field", what, str(path)))
-    return sorted(good.values(), key=lambda category: category["id"])
+    return sorted(good.values(), key=lambda c: (isinstance(c["id"], str), c["id"]))
 
 
 def _metadata(

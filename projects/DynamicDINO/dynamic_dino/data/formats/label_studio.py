@@ -71,22 +71,32 @@ def _results(task: dict, into: Collector) -> list[tuple[dict, dict]] | None:
     if "data" not in task:  # JSON-MIN has the values of all results in lists by their name
         lists = [v for v in task.values() if isinstance(v, list)]
         return [(item, item) for items in lists for item in items if isinstance(item, dict)]
-    annotations = task.get("annotations") or task.get("completions") or []
+    annotations = _list(task, "annotations") or _list(task, "completions")
     good = [a for a in annotations if isinstance(a, dict) and not a.get("was_cancelled")]
     if not good:
         return None
     if len(good) > 1:
         into.notes["{n} tasks have several annotations, of which one was taken"] += 1
     chosen = next((a for a in good if a.get("ground_truth")), good[0])
-    results = [r for r in chosen.get("result") or () if isinstance(r, dict)]
+    results = [r for r in _list(chosen, "result") if isinstance(r, dict)]
     shapes = [(r, r["value"]) for r in results if isinstance(r.get("value"), dict)]
     # <Rectangle> with <Labels> writes a shape twice, without and with its label
-    named = {r.get("id") for r, value in shapes if value.keys() & set(LABEL_STUDIO_NAMES)}
+    named = {str(r.get("id")) for r, value in shapes if value.keys() & set(LABEL_STUDIO_NAMES)}
     return [
         (r, value)
         for r, value in shapes
-        if value.keys() & set(LABEL_STUDIO_NAMES) or r.get("id") not in named
+        if value.keys() & set(LABEL_STUDIO_NAMES) or str(r.get("id")) not in named
     ]
+
+
+def _list(item: dict, field: str) -> list:
+    """Raises DataError for what is there but no list."""
+    value = item.get(field) or []
+    if not isinstance(value, list):
+        raise DataError(
+            "missing field", f"{field!r} is {str(value)[:40]}, no list: export it again"
+        )
+    return value
 
 
 def _add_image(task: dict, results: list, file: Path, where: str, into: Collector) -> int:
@@ -126,8 +136,8 @@ def _size(item: dict) -> tuple[Any, Any] | None:
 
 def _outline(value: dict, size: tuple[Any, Any]) -> list[tuple[float, float]] | None:
     """Points in pixels around which the box lies, None for what has none; raises DataError."""
-    width, height = (float(side) / 100 for side in size)
     try:
+        width, height = (float(side) / 100 for side in size)
         if "points" in value:
             return [(float(x) * width, float(y) * height) for x, y in value["points"]]
         turn = math.radians(value.get("rotation") or 0)
@@ -140,9 +150,9 @@ def _outline(value: dict, size: tuple[Any, Any]) -> list[tuple[float, float]] | 
         if not {"x", "y", "width", "height"} <= value.keys():
             return None
         x, y, w, h = (float(value[key]) for key in ("x", "y", "width", "height"))
-    except (KeyError, TypeError, ValueError):
+        left, top, right, bottom = x * width, y * height, (x + w) * width, (y + h) * height
+        corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
+        return rotate(corners, (left, top), turn)
+    except (KeyError, OverflowError, TypeError, ValueError):
         what = f"{str(value)[:80]} are not numbers in per cent: correct or remove it"
         raise DataError("malformed box", what) from None
-    left, top, right, bottom = x * width, y * height, (x + w) * width, (y + h) * height
-    corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
-    return rotate(corners, (left, top), turn)
