@@ -34,15 +34,12 @@ SIZES = (90, 101), (77, 120), (80, 88)
 TERMS = {"loss_class": "loss_ce", "loss_bbox": "loss_bbox", "loss_giou": "loss_giou"}
 
 
-def random_targets(samples) -> list[Target]:
-    targets = []
-    for sample in samples:
-        count = int(torch.randint(1, 5, ()))
-        size = torch.rand(count, 2) * 0.6 + 0.1
-        centre = size / 2 + torch.rand(count, 2) * (1 - size)
-        labels = torch.randint(len(sample["prompt"].spans), (count,))
-        targets.append(Target(torch.cat([centre, size], 1), labels))
-    return targets
+def random_target(sample) -> Target:
+    count = int(torch.randint(1, 5, ()))
+    size = torch.rand(count, 2) * 0.6 + 0.1
+    centre = size / 2 + torch.rand(count, 2) * (1 - size)
+    labels = torch.randint(len(sample["prompt"].spans), (count,))
+    return Target(torch.cat([centre, size], 1), labels)
 
 
 def is_clear(cost: np.ndarray) -> bool:
@@ -59,22 +56,25 @@ def is_clear(cost: np.ndarray) -> bool:
 
 
 def clear_targets(model, output, samples) -> list[Target]:
-    """`random_targets` that both models match alike in each layer."""
-    for _ in range(100):
-        targets = random_targets(samples)
-        clear = True
+    """A `random_target` for each image, that both models match alike in each layer."""
+
+    def is_clear_target(i: int, target: Target) -> bool:
+        phrases = output.text.phrase_map[i : i + 1, target.labels]
+        phrases = phrases / phrases.sum(-1, keepdim=True)
         for layer in [*output.layers, output.selection]:
-            for i, target in enumerate(targets):
-                phrases = output.text.phrase_map[i : i + 1, target.labels]
-                prediction = type(layer)(
-                    layer.logits[None, i : i + 1].detach(), layer.boxes[None, i : i + 1].detach()
-                )
-                phrases = phrases / phrases.sum(-1, keepdim=True)
-                cost = model.criterion.matcher._cost(prediction, target.boxes[None], phrases)
-                clear = clear and is_clear(cost[0, 0].double().numpy())
-        if clear:
-            return targets
-    raise AssertionError("no clear targets")
+            image = type(layer)(
+                layer.logits[None, i : i + 1].detach(), layer.boxes[None, i : i + 1].detach()
+            )
+            cost = model.criterion.matcher._cost(image, target.boxes[None], phrases)
+            if not is_clear(cost[0, 0].double().numpy()):
+                return False
+        return True
+
+    targets = []
+    for i, sample in enumerate(samples):
+        drawn = (random_target(sample) for _ in range(100))
+        targets.append(next(target for target in drawn if is_clear_target(i, target)))
+    return targets
 
 
 def as_labels(targets: list[Target]) -> list[dict]:

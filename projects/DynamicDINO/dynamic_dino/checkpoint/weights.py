@@ -61,7 +61,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()
             raise ValueError(f"nothing of the model matches {pattern!r}, which should be skipped")
         skipped.update(matching)
         state = {k: v for k, v in state.items() if not fnmatch.fnmatchcase(k, pattern)}
-    encoders = {prefix: getattr(model, prefix.partition(".")[0]) for prefix in FROZEN_ENCODERS}
+    encoders = _encoders(model)
     brought = tuple(prefix for prefix, encoder in encoders.items() if encoder.pretrained)
     absent = [k for k in model_state if k.startswith(FROZEN_ENCODERS) and k not in state]
     kept = [k for k in absent if k.startswith(brought or ("\0",))]
@@ -92,12 +92,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()
 def export_weights(model: nn.Module, path: str | Path) -> None:
     """Writes the model in fp16, as safetensors, without the encoders that are frozen and still have
     the weights that they bring."""
-    skip = tuple(
-        prefix
-        for prefix in FROZEN_ENCODERS
-        for encoder in [getattr(model, prefix.partition(".")[0])]
-        if encoder.frozen and encoder.pretrained
-    )
+    encoders = _encoders(model)
+    skip = tuple(p for p, encoder in encoders.items() if encoder.frozen and encoder.pretrained)
     state = {
         k: (v.half() if v.is_floating_point() else v).contiguous()
         for k, v in model.state_dict().items()
@@ -105,6 +101,12 @@ def export_weights(model: nn.Module, path: str | Path) -> None:
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file(state, path)
+
+
+def _encoders(model: nn.Module) -> dict[str, nn.Module]:
+    """By prefix those of `FROZEN_ENCODERS` that the model has; `load_detector` takes any module."""
+    names = {prefix: prefix.partition(".")[0] for prefix in FROZEN_ENCODERS}
+    return {p: getattr(model, name) for p, name in names.items() if hasattr(model, name)}
 
 
 def _differ(state: dict[str, Tensor], own: dict[str, Tensor], prefix: str) -> bool:
