@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast fuzz bench gpu gpu-site docs docs-serve lint types own
+.PHONY: help setup demo test test-fast fuzz bench aot gpu gpu-site docs docs-serve lint types own
 
 # The active environment if there is one, else .venv, which `make setup` creates.
 VENV := $(or $(VIRTUAL_ENV),.venv)
@@ -50,6 +50,9 @@ bench: $(READY)  ## measure this machine, into benchmarks/results/<machine> (min
 	@$(PY) benchmarks/moe_layer.py --save --name moe_scaling --measure layer \
 	    --tokens 100 300 900 2700 --experts 4 16
 	@$(PY) benchmarks/results.py
+
+aot: $(READY)  ## compile every kernel for every GPU, and check that it fits (minutes; needs no GPU)
+	@$(PY) -m dynamic_dino_kernels.aot --targets all
 
 # Installs nothing: on a machine without a network, `python3 benchmarks/gpu.py` is the same.
 gpu:  ## measure a GPU in ten minutes, into gpu_results/<gpu>: make gpu GPU="--seconds 300"
