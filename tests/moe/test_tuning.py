@@ -107,6 +107,7 @@ def test_recipe_converts_a_dense_checkpoint(nano, tmp_path, suffix):
         model = copy.deepcopy(model)
         load_checkpoint(model, path)  # the weights as fp16 keeps them
     config = load_config(CONFIGS / "moe_tuning/nano_x16_drawn.py").model
+    config.query_selection.num_queries = nano.config.query_selection.num_queries
     moe = instantiate(config).eval()
     assert all(layer.ffn.router.num_experts == 16 for layer in moe.decoder.layers)
     load_checkpoint(moe, path)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from dynamic_dino.checkpoint.public import Account, convert_weights
 from dynamic_dino.checkpoint.weight_names import UNUSED, canonical_name
-from dynamic_dino.modeling.structures import Target
+from dynamic_dino.modeling.structures import DetectorOutput, Target
 from helpers.twins import as_transformers, clear_samples, their_inputs
 from scipy.optimize import linear_sum_assignment
 from transformers.loss.loss_grounding_dino import (
@@ -55,10 +55,20 @@ def is_clear(cost: np.ndarray) -> bool:
     return True
 
 
-def clear_targets(model, output, samples) -> list[Target]:
-    """A `random_target` for each image, that both models match alike in each layer."""
+def clear_case(model, draw_samples) -> tuple[list[dict], DetectorOutput, list[Target]]:
+    """Samples, what the model makes of them, and a `random_target` for each image, that both models
+    match alike in each layer. Where two queries are nearly the same, no target is: draw again."""
+    for _ in range(20):
+        samples = draw_samples()
+        output = encode(model, samples)
+        targets = [clear_target(model, output, i, sample) for i, sample in enumerate(samples)]
+        if None not in targets:
+            return samples, output, targets
+    raise AssertionError("no clear targets")
 
-    def is_clear_target(i: int, target: Target) -> bool:
+
+def clear_target(model, output, i: int, sample) -> Target | None:
+    def is_clear_target(target: Target) -> bool:
         phrases = output.text.phrase_map[i : i + 1, target.labels]
         phrases = phrases / phrases.sum(-1, keepdim=True)
         for layer in [*output.layers, output.selection]:
@@ -70,11 +80,8 @@ def clear_targets(model, output, samples) -> list[Target]:
                 return False
         return True
 
-    targets = []
-    for i, sample in enumerate(samples):
-        drawn = (random_target(sample) for _ in range(100))
-        targets.append(next(target for target in drawn if is_clear_target(i, target)))
-    return targets
+    drawn = (random_target(sample) for _ in range(50))
+    return next((target for target in drawn if is_clear_target(target)), None)
 
 
 def as_labels(targets: list[Target]) -> list[dict]:
@@ -115,9 +122,8 @@ def alike_samples(twins, *sizes):
 def test_padded_batch(twins):
     theirs, model = with_our_costs(twins)
     model = as_transformers(model)
-    samples = alike_samples(twins, (90, 101), (77, 120))
-    output = encode(model, samples)
-    targets = clear_targets(model, output, samples)
+    sizes = (90, 101), (77, 120)
+    samples, output, targets = clear_case(model, lambda: alike_samples(twins, *sizes))
     inputs = their_inputs(samples, model)
     expected = theirs(**inputs, labels=as_labels(targets))
     found = our_losses(model, output, targets)
@@ -154,9 +160,7 @@ def test_padded_batch(twins):
 def test_batch_is_the_sum_of_its_images(twins):
     """Prompts of several lengths; each image alone in transformers, all together here."""
     theirs, model = with_our_costs(twins)
-    samples = clear_samples(twins, *SIZES)
-    output = encode(model, samples)
-    targets = clear_targets(model, output, samples)
+    samples, output, targets = clear_case(model, lambda: clear_samples(twins, *SIZES))
     found = our_losses(model, output, targets)
     total = sum(len(target.labels) for target in targets)
     for ours, name in TERMS.items():
@@ -171,9 +175,9 @@ def test_batch_is_the_sum_of_its_images(twins):
 def both_gradients(twins) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Of each parameter, ours and theirs, for the decoder layers' losses with our weights."""
     theirs, model = twins.theirs, twins.ours
-    samples = alike_samples(twins, (90, 101), (77, 120))
+    sizes = (90, 101), (77, 120)
     with torch.no_grad():
-        targets = clear_targets(model, encode(model, samples), samples)
+        samples, _, targets = clear_case(model, lambda: alike_samples(twins, *sizes))
     for each in (theirs, model):
         each.requires_grad_(True).zero_grad()
     losses = model.criterion(encode(model, samples), targets)
