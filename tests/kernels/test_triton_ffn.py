@@ -140,36 +140,45 @@ def test_operator_checks():
         torch.library.opcheck(expert_ffn_backward_op, inputs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "setting, value, expected",
-    [
-        ("fp32_precision", "tf32", "tf32"),
-        ("fp32_precision", "ieee", "ieee"),
-        ("allow_tf32", True, "tf32"),
-        ("allow_tf32", False, "ieee"),
-        (None, None, "tf32x3"),  # nothing is set: on this GPU three products are the fastest way
-    ],
-)
-def test_tf32_is_pytorchs_choice(setting, value, expected):
-    """Both ways to set it, each in a fresh process: PyTorch doesn't let them be mixed."""
-    line = f"torch.backends.cuda.matmul.{setting} = {value!r}" if setting else ""
-    code = f"""
+PRECISIONS = """
+import os
 import torch
 from dynamic_dino_kernels.launch import GPU, recorded_launches
 from dynamic_dino_kernels.moe.ops import forward
-{line}
-for dtype in (torch.float32, torch.float16):
-    shapes = [(9, 8), (3, 6, 8), (3, 6), (3, 8, 6), (3, 8), (9, 2)]
-    *args, gates = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
-    ids = torch.empty(9, 2, dtype=torch.int32, device="meta")
-    with recorded_launches(GPU("sm_90", 132, 232448)) as launches:
-        forward(*args, ids, gates, *[None] * 4, 0.0, "relu", False, False)
-    print(*(meta["PRECISION"] for _, _, meta in launches if "PRECISION" in meta))
+
+def precisions():
+    for dtype in (torch.float32, torch.float16):
+        shapes = [(9, 8), (3, 6, 8), (3, 6), (3, 8, 6), (3, 8), (9, 2)]
+        *args, gates = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+        ids = torch.empty(9, 2, dtype=torch.int32, device="meta")
+        with recorded_launches(GPU("sm_90", 132, 232448)) as launches:
+            forward(*args, ids, gates, *[None] * 4, 0.0, "relu", False, False)
+        yield from (meta["PRECISION"] for _, _, meta in launches if "PRECISION" in meta)
+
+for setting, value in SETTINGS:
+    if os.fork() == 0:
+        if setting:
+            setattr(torch.backends.cuda.matmul, setting, value)
+        print(setting, value, *precisions(), flush=True)
+        os._exit(0)
+    os.wait()
 """
+
+
+@pytest.mark.slow
+def test_tf32_is_pytorchs_choice():
+    """Both ways to set it, each in a process of its own: PyTorch doesn't let them be mixed."""
+    expected = {
+        ("fp32_precision", "tf32"): ["tf32"],
+        ("fp32_precision", "ieee"): ["ieee"] * 2,  # launches of the FFN
+        ("allow_tf32", True): ["tf32"],
+        ("allow_tf32", False): ["ieee"] * 2,
+        (None, None): ["tf32x3"] * 2,  # nothing is set: three products are the fastest way here
+    }
+    code = PRECISIONS.replace("SETTINGS", repr(list(expected)))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    forms = 2 if expected in ("tf32x3", "ieee") else 1  # launches of the FFN
-    assert done.stdout.split() == [*[expected] * forms, "ieee"], done.stderr
+    lines = [" ".join(map(str, [*setting, *half, "ieee"])) for setting, half in expected.items()]
+    assert done.stdout.splitlines() == lines, done.stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
