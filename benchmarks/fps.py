@@ -177,7 +177,7 @@ def summarise(times: dict[str, list[float]], images: int, memory: dict[str, floa
 
 
 def measure_many_names(models: dict, options: argparse.Namespace) -> dict:
-    """A vocabulary in one call, text cached, and piece by piece with nothing kept."""
+    """A vocabulary in one call, text cached, and chunk by chunk with nothing kept."""
     name, model = list(models.items())[-1]
     precision = options.precisions[-1]
     # Two, so that what one forgets the other still has
@@ -185,21 +185,21 @@ def measure_many_names(models: dict, options: argparse.Namespace) -> dict:
     vocabulary = Prompt.from_phrases([f"object {i}" for i in range(options.many_names)])
     size = options.sizes[0]
     whole = [samples(size, device=options.device)[0] | {"prompt": vocabulary}]
-    pieces = call.model.text_encoder.chunks(vocabulary, call.model.max_phrases)
+    chunks = call.model.text_encoder.chunks(vocabulary, call.model.max_phrases)
 
-    def piece_by_piece() -> None:
-        for piece in pieces:
+    def chunk_by_chunk() -> None:
+        for chunk in chunks:
             forgetful.model.text_encoder.forget()
-            forgetful([whole[0] | {"prompt": piece.prompt}])
+            forgetful([whole[0] | {"prompt": chunk.prompt}])
 
-    ways = {"piece by piece": piece_by_piece, "in one call": lambda: call(whole)}
+    ways = {"piece by piece": chunk_by_chunk, "in one call": lambda: call(whole)}
     for way in ways.values():
         way()
     steps = {n: lambda way=way: timed(way, options.device) for n, way in ways.items()}
     repeats = options.repeats if options.device == "cuda" else 3  # this takes a while
     return {
         "names": options.many_names,
-        "pieces": len(pieces),
+        "pieces": len(chunks),
         "size": size,
         "precision": precision,
         "detector": name,
@@ -318,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.json:
             write_json(options.json, report)
         print_table(
-            f"{row['names']} names in {row['pieces']} pieces, {row['precision']}, "
+            f"{row['names']} names in {row['pieces']} chunks, {row['precision']}, "
             f"{row['detector']}",
             row["results"],
         )

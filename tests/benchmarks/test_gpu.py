@@ -128,7 +128,7 @@ def test_the_whole_script_on_a_pretended_gpu(site, weights, tmp_path, monkeypatc
     # ... and they become pages.
     monkeypatch.setattr(results, "RESULTS", tmp_path / "out")
     page = results.page()
-    assert "## h100-pretended" in page and "45 names in 2 pieces" in page
+    assert "## h100-pretended" in page and "45 names in 2 chunks" in page
     for name in ("fps.json", "fps_tuned.json", "moe_layer.json", "training_step.json"):
         assert f"results/h100-pretended/{name}" in page
 
