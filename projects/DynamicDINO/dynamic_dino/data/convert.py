@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..files import written_whole
 from .builtin import Format
 from .datasets import describe, get_metadata, load_file, locate_dataset
+from .ground_truth import categories_of
 from .problems import BadBoxes
 from .records import Record, Records, Texts
 from .split import VAL, split_rows
@@ -144,20 +145,14 @@ def _odvg_line(record: Record, name: str, metadata: Any) -> dict:
 
 def write_coco(file: IO[str], records: Records, metadata: Any, title: str) -> None:
     """Category ids are those of a COCO source, else they count from 1."""
-    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {
-        i + 1: i for i in range(len(metadata.thing_classes))
-    }
-    category_of = {i: category for category, i in ids.items()}
-    categories = [
-        {"id": category_of[i], "name": name} for i, name in enumerate(metadata.thing_classes)
-    ]
+    categories = categories_of(metadata)
     file.write(f'{{"categories":{json.dumps(categories, **_ONE_LINE)}')
     _write_images_and_annotations(
         file,
         records,
         title,
         lambda record: {},
-        lambda record, category: {"category_id": category_of[category]},
+        lambda record, category: {"category_id": categories[category]["id"]},
     )
 
 

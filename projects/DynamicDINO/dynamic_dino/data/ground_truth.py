@@ -22,10 +22,20 @@ def ground_truth(dataset: str) -> Path | dict:
     return coco_dictionary(records, get_metadata(dataset))
 
 
+def categories_of(metadata) -> list[dict]:
+    """A data set's classes as COCO JSON has them: with the ids of a COCO source, else from 1 on."""
+    classes = metadata.thing_classes
+    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {
+        i + 1: i for i in range(len(classes))
+    }
+    id_of = {i: category for category, i in ids.items()}
+    return [{"id": id_of[i], "name": name} for i, name in enumerate(classes)]
+
+
 def coco_dictionary(records: Records, metadata) -> dict:
     """Records as COCO JSON has them."""
-    id_of = {i: category for category, i in metadata.thing_dataset_id_to_contiguous_id.items()}
-    categories = [{"id": id_of[i], "name": name} for i, name in enumerate(metadata.thing_classes)]
+    categories = categories_of(metadata)
+    id_of = [category["id"] for category in categories]
     for field in ("frequency", "novel"):
         for category, value in zip(categories, metadata.get(field, ()), strict=False):
             category[field] = value

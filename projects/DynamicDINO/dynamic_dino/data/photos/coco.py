@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ...files import write_text, written_whole
 from ..json_stream import stream_json
-from .scaling import scaled_jpeg, scaled_size
+from .scaling import scaled_size, write_scaled
 from .sets import PhotosError, coco_file_name
 
 SERVER = "http://images.cocodataset.org"  # COCO's own; its certificate is of another name
@@ -165,9 +165,8 @@ def _write_photos(
             return
         image = images[image_id]
         where = f"{_address(image)}, or its copy in your COCO,"
-        jpeg = scaled_jpeg(content, image["width"], image["height"], where)
-        with written_whole(folder / coco_file_name(image_id), binary=True) as file:
-            file.write(jpeg)
+        photo = folder / coco_file_name(image_id)
+        write_scaled(photo, content, image["width"], image["height"], where)
 
     bar = tqdm(
         total=len(images),

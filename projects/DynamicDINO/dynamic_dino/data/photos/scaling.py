@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 
+from ...files import written_whole
 from .sets import PhotosError
 
 LONGEST = 480
@@ -17,8 +20,8 @@ def scaled_size(width: int, height: int) -> tuple[int, int]:
     return max(round(width * factor), 1), max(round(height * factor), 1)
 
 
-def scaled_jpeg(content: bytes, width: int, height: int, where: str) -> bytes:
-    """A picture file as a JPEG file of `scaled_size`.
+def write_scaled(path: Path, content: bytes, width: int, height: int, where: str) -> None:
+    """Writes a picture file as a JPEG file of `scaled_size`, whole or not at all.
 
     Raises `PhotosError` if it isn't a picture of the size that its annotations say.
     """
@@ -35,4 +38,5 @@ def scaled_jpeg(content: bytes, width: int, height: int, where: str) -> bytes:
     size = scaled_size(width, height)
     if size != (width, height):
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
+    with written_whole(path, binary=True) as file:
+        file.write(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes())

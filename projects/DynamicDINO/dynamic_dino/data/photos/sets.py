@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from functools import cache
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ...files import written_whole
 from ..builtin import BUILTIN, PHOTO_SETS
 from ..coco_json import load_coco_json
 from ..records import Records
@@ -113,10 +113,8 @@ def place(name: str, source: Path, target: Path, copy: bool, progress: bool = Tr
         to = target / file.relative_to(source)
         if to.is_file() and to.stat().st_size == file.stat().st_size:
             continue
-        to.parent.mkdir(parents=True, exist_ok=True)
-        partial = to.with_name(to.name + ".partial")
-        shutil.copyfile(file, partial)
-        os.replace(partial, to)
+        with file.open("rb") as content, written_whole(to, binary=True) as out:
+            shutil.copyfileobj(content, out)
 
 
 def numbers(found: Mapping[str, Records]) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ...files import write_text, written_whole
+from ...files import write_text
 from ..formats.xml import number, read_xml, text_of
 from ..problems import DataError
-from .scaling import scaled_jpeg, scaled_size
+from .scaling import scaled_size, write_scaled
 from .sets import PhotosError, layout
 
 PICTURES = (".jpg", ".jpeg", ".png")
@@ -64,9 +64,7 @@ def build_voc(
             photo = target / "images" / _file_name(key)
             if not photo.is_file():
                 content = pictures[key].read_bytes()
-                jpeg = scaled_jpeg(content, *sizes[key], str(pictures[key]))
-                with written_whole(photo, binary=True) as file:
-                    file.write(jpeg)
+                write_scaled(photo, content, *sizes[key], str(pictures[key]))
             bar.update()
     names = sorted({phrase for objects in found.values() for phrase, _ in objects})
     for split, keys in wanted.items():
