@@ -3,7 +3,7 @@ brings the photos, ``python -m dynamic_dino.data.synthetic.stamps`` makes Stamps
 
 ``data.train`` and ``data.weights`` say what is mixed, and how much of the samples come from each;
 whoever has only COCO's photos takes ``data.train=[photos_coco_train,stamps_train]
-data.weights=[4,2]``. Scores: photos_coco_val asked for all 80 names (coco) and for those that a
+data.weights=[5,2]``. Scores: photos_coco_val asked for all 80 names (coco) and for those that a
 photo shows (coco_present), and Stamps' val and val_real.
 """
 
@@ -21,7 +21,7 @@ data = dict(
         "photos_animals25_train",
         "stamps_train",
     ],
-    weights=[4, 1, 1, 1, 2],
+    weights=[5, 1, 0.5, 1, 2],
 )
 PRESENT = 1  # a prompt of one name, or of all that the image shows
 TESTS = {
@@ -45,7 +45,7 @@ dataloader = dict(
             min_phrases=10,
             max_phrases=80,
         ),
-        total_batch_size=8,
+        total_batch_size=4,
         num_workers=1,
         seed=0,
         weights="${data.weights}",
