@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
+
+from .renamed import FormerModules
+
+sys.meta_path.insert(0, FormerModules())
 
 __all__ = ["load_detector"]
 

@@ -1,4 +1,5 @@
-"""Former names, so that the config.yaml of a run by an older version is read as it was meant.
+"""Former names, so that the config.yaml of a run by an older version is read as it was meant, and
+code that imports what has moved finds it.
 
 A config.yaml names classes and functions by their paths; `current` brings those up to date, and
 `current_nodes` the arguments that they are called with.
@@ -6,20 +7,33 @@ A config.yaml names classes and functions by their paths; `current` brings those
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
+import warnings
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 _MODELING = (
     "attention backbone decoder deformable_enhancer detector enhancer feed_forward heads losses "
     "neck postprocess prompt query_selection structures swin text vocabulary"
 )
+COMMANDS = {f"dynamic_dino.data.{name}" for name in ("drawn", "glyphs", "stamps")}
+_SERVING = "accelerate deploy inference"
 # Former path -> present path, each for itself and all below it; the longest match counts.
 PATHS = {
     **{f"dynamic_dino.{name}": f"dynamic_dino.modeling.{name}" for name in _MODELING.split()},
+    **{f"dynamic_dino.{name}": f"dynamic_dino.serving.{name}" for name in _SERVING.split()},
+    "dynamic_dino.checkpoint_import": "dynamic_dino.checkpoint.public",
     "dynamic_dino.data.drawn": "dynamic_dino.data.synthetic.drawn",
     "dynamic_dino.data.glyphs": "dynamic_dino.data.synthetic.glyphs",
     "dynamic_dino.data.stamps": "dynamic_dino.data.synthetic.stamps",
+    "dynamic_dino.engine.config": "dynamic_dino.config",
+    "dynamic_dino.hub": "dynamic_dino.sources",
     "dynamic_dino.moe.proposals": "dynamic_dino.modeling.proposals",
+    "dynamic_dino.visualization": "dynamic_dino.data.visualization",
     "dynamic_dino.vocabulary.ClassVocabulary": "dynamic_dino.data.class_names.class_vocabulary",
     "dynamic_dino.vocabulary.count_classes": "dynamic_dino.data.class_names.count_classes",
 }
@@ -71,3 +85,22 @@ def _router_apart(node: dict) -> dict:
         target = "dynamic_dino.moe.routers.SoftmaxRouter"
         node["router"] = {"_target_": target, "dim": node["dim"], **options}
     return node
+
+
+class FormerModules(MetaPathFinder, Loader):
+    """Imports a module by its former path, with a DeprecationWarning that says the present one.
+
+    The first of the finders, since a module in a package that moved would be found twice. The
+    former commands are modules themselves.
+    """
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname in COMMANDS or current_path(fullname) == fullname:
+            return None
+        return ModuleSpec(fullname, self)
+
+    def exec_module(self, module: ModuleType) -> None:
+        former = module.__name__
+        present = current_path(former)
+        warnings.warn(f"{former} is {present} now", DeprecationWarning, stacklevel=2)
+        sys.modules[former] = importlib.import_module(present)
