@@ -33,11 +33,13 @@ import torch
 import transformers
 from detectron2.structures import Instances
 from dynamic_dino.data.catalog import dataset_root
+from dynamic_dino.data.image_files import find_images
+from dynamic_dino.data.images import as_array
 from dynamic_dino.modeling.postprocess import best_pairs, to_instances
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.modeling.structures import Predictions, PromptChunk
 from dynamic_dino.serving.accelerate import MODES
-from dynamic_dino.serving.inference import DTYPES, Detector, as_array, find_images, load_detector
+from dynamic_dino.serving.inference import DTYPES, Detector, load_detector
 from dynamic_dino.sources import HUB, model_directory, resolve_model
 from lib.detectors import NAMES
 from lib.interleaved import interleave, quartiles, timed

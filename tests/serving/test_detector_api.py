@@ -5,11 +5,12 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from dynamic_dino.data.datasets import load_datasets, register_coco_json
+from dynamic_dino.data.image_files import find_images
 from dynamic_dino.data.mapper import TestMapper
 from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.serving import inference
-from dynamic_dino.serving.inference import Detector, Phrases, find_images, load_detector
+from dynamic_dino.serving.inference import Detector, Phrases, load_detector
 from helpers.seeds import fresh_rng
 from PIL import Image
 from safetensors.torch import save_file

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
-from PIL import Image
+from PIL import Image, ImageOps
 
 Record = dict[str, Any]
+ImageLike = str | Path | Image.Image | np.ndarray
 # int: the longest edge; (short, long): the shortest edge, unless the longest would pass `long`;
 # None: as it is
 Size = int | Sequence[int] | None
@@ -34,6 +35,27 @@ def load_image(path: str | Path) -> np.ndarray:
             f"image {path} can't be read ({error}): the file may be corrupt or truncated; "
             "replace or remove it"
         ) from error
+
+
+def as_array(image: ImageLike) -> np.ndarray:
+    """uint8 [H, W, 3] RGB; files and PIL images are turned as their EXIF tag says.
+
+    Raises FileNotFoundError or ValueError, naming the file or what is wrong with the array.
+    """
+    if isinstance(image, str | Path):
+        return load_image(image)
+    if isinstance(image, Image.Image):
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"an image must be a path, a PIL image or a numpy array, not {type(image).__name__}"
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(
+            "an image array must be RGB, uint8 [height, width, 3], not "
+            f"{image.dtype} {list(image.shape)}"
+        )
+    return image
 
 
 def read_image(record: Record) -> np.ndarray:

@@ -14,8 +14,8 @@ from pathlib import Path
 from .builtin import BUILTIN, Builtin, Format
 from .catalog import dataset_root, format_of_file
 from .formats.load import parts_of
-from .formats.pictures import files_under, is_picture
 from .formats.recognise import TITLES, Recognised, find_image_root, kind_of_file, recognise
+from .image_files import files_under, is_picture
 from .json_stream import stream_json, stream_jsonl
 
 IN_ONE_FILE = ("coco", "mdetr", "odvg")  # read without what `recognise` finds

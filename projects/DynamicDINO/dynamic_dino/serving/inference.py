@@ -7,7 +7,6 @@ detections = load_detector("nano-x16")("photo.jpg", ["red panda", "windmill"])
 from __future__ import annotations
 
 import difflib
-import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +16,13 @@ import torch
 from detectron2.config import instantiate
 from detectron2.structures import Instances
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image, ImageOps
 from torch import nn
 
 from ..checkpoint.public import import_public
 from ..checkpoint.weights import load_checkpoint
 from ..config import load_config, split_variant
-from ..data.images import Size, load_image, resize_transform, to_tensor
+from ..data.image_files import find_images as find_images  # where it was before
+from ..data.images import ImageLike, Size, as_array, resize_transform, to_tensor
 from ..engine.checkpointing import last_checkpoint
 from ..files import PACKAGE, configs_folder
 from ..modeling.detector import OpenVocabularyDetector
@@ -32,11 +31,9 @@ from ..modeling.vocabulary import ClassVocabulary
 from ..sources import is_hub_spec
 from .deploy import optimize_for_inference
 
-ImageLike = str | Path | Image.Image | np.ndarray
 PromptLike = str | Sequence[str] | Prompt
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class ShippedModel(NamedTuple):
@@ -263,52 +260,6 @@ def _recipe(model: str | Path, weights: str | Path | None) -> tuple[DictConfig, 
             "`inference` beside `model`, as in: from ..common.models.nano import inference, model"
         )
     return cfg, weights
-
-
-def as_array(image: ImageLike) -> np.ndarray:
-    """uint8 [H, W, 3] RGB; files and PIL images are turned as their EXIF tag says.
-
-    Raises FileNotFoundError or ValueError, naming the file or what is wrong with the array.
-    """
-    if isinstance(image, str | Path):
-        return load_image(image)
-    if isinstance(image, Image.Image):
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    if not isinstance(image, np.ndarray):
-        raise ValueError(
-            f"an image must be a path, a PIL image or a numpy array, not {type(image).__name__}"
-        )
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(
-            "an image array must be RGB, uint8 [height, width, 3], not "
-            f"{image.dtype} {list(image.shape)}"
-        )
-    return image
-
-
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Files, the images of folders, and what matches patterns ("photos/**/*.jpg"), each once.
-
-    Raises FileNotFoundError for a path that names nothing.
-    """
-    found: dict[Path, Path] = {}
-    for given in paths:
-        path = Path(given)
-        if path.is_file():
-            matches = [path]
-        elif path.is_dir():
-            matches = [p for p in sorted(path.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]
-        else:
-            matches = [Path(p) for p in sorted(glob.glob(str(given), recursive=True))]
-            matches = [p for p in matches if p.suffix.lower() in IMAGE_SUFFIXES]
-        if not matches:
-            what = "contains no image" if path.is_dir() else "does not exist"
-            if glob.has_magic(str(given)) and not path.exists():
-                what = "matches no image"
-            raise FileNotFoundError(f"{given} {what}")
-        for match in matches:
-            found.setdefault(match.resolve(), match)
-    return list(found.values())
 
 
 def detection_records(detections: Instances) -> list[dict]:

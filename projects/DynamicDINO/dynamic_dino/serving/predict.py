@@ -84,9 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from PIL import Image
     from tqdm import tqdm
 
+    from ..data.image_files import find_images
+    from ..data.images import as_array
     from ..data.visualization import draw_detections
     from ..files import writable_folder, write_text
-    from .inference import as_array, as_prompt, detection_records, find_images
+    from .inference import as_prompt, detection_records
 
     try:
         check_numbers(args)

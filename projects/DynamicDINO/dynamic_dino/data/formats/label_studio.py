@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from ..image_files import SUFFIXES
 from ..problems import DataError
 from .collector import Collector
 from .cvat import rotate
-from .pictures import SUFFIXES
 from .recognise import LABEL_STUDIO_NAMES, Recognised
 from .text import read_json
 

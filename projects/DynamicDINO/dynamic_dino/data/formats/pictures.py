@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
 
+from ..image_files import files_under, is_picture
 from ..problems import DataError
 
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 # Where tools put pictures when annotations have a folder of their own.
 BESIDE = ("images", "jpegimages", "img", "imgs", "pictures", "photos")
 ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
-
-
-def files_under(folder: Path) -> Iterator[Path]:
-    """All files, in the order of their names, also behind links, but none of hidden folders."""
-    seen = {os.path.realpath(folder)}
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(parent, name)) for name in folders}
-        folders[:] = [n for n in sorted(folders) if not n.startswith(".") and real[n] not in seen]
-        seen.update(real[name] for name in folders)
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield Path(parent, name)
-
-
-def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES
 
 
 def picture_size(path: Path) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import yaml
 
 from ..builtin import Format
 from ..catalog import format_of_file
-from .pictures import files_under
+from ..image_files import files_under
 from .xml import root_tag
 
 TITLES: dict[Format, str] = {

@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
+from ..image_files import files_under, is_picture
 from ..problems import DataError
 from .collector import Collector
-from .pictures import files_under, is_picture
 from .recognise import YOLO_LINE, Recognised, part_of
 from .text import read_lines, read_text
 
