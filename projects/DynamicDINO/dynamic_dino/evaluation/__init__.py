@@ -1,3 +1,4 @@
+from .bootstrap import Interval, bootstrap
 from .coco import class_groups, coco_ap
 from .evaluator import DetectionEvaluator
 from .lvis import lvis_ap
@@ -12,10 +13,12 @@ from .tables import format_results
 __all__ = [
     "DetectionEvaluator",
     "DetectionResult",
+    "Interval",
     "OperatingPoint",
     "PROTOCOLS",
     "PredictionLog",
     "DatasetPredictions",
+    "bootstrap",
     "class_groups",
     "coco_ap",
     "format_results",

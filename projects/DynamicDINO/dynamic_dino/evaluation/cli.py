@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..data.datasets import locate_dataset
 from ..data.ground_truth import ground_truth
 from ..files import write_text
+from .bootstrap import bootstrap
 from .coco import groups_of, ids_of, read_ground_truth
 from .operating_point import operating_points
 from .predictions import DatasetPredictions
@@ -38,6 +39,8 @@ EXAMPLES = """
 examples
   python -m dynamic_dino.evaluation predictions.json --dataset coco_2017_val
   python -m dynamic_dino.evaluation predictions.json --dataset coco_2017_val --operating-point 0.2
+  python -m dynamic_dino.evaluation new.json --dataset coco_2017_val --bootstrap 1000 \\
+      --against old.json
   python -m dynamic_dino.evaluation predictions.json --dataset lvis_v1_minival --protocol lvis
   python -m dynamic_dino.evaluation predictions.json --dataset my/annotations.json --json out.json
 """
@@ -75,12 +78,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="also precision and recall of all boxes from this score on, at IoU 0.5, and the score "
         "with the best F1 (protocol coco)",
     )
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        default=0,
+        metavar="SAMPLES",
+        help="also 95 %% intervals of AP and AP50 over this many drawings of the images; 1000 are "
+        "usual (protocol coco)",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="PREDICTIONS",
+        help="with --bootstrap also those of the difference to these predictions, of the same data "
+        "set",
+    )
     parser.add_argument("--classes", type=int, default=60, help="show this many (default: 60)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
     args = parser.parse_args(arguments)
     try:
+        if args.against and not args.bootstrap:
+            raise ValueError("--against is for the intervals of --bootstrap: add --bootstrap 1000")
         results = score(
-            args.predictions, args.dataset, args.protocol, args.max_dets, args.operating_point
+            args.predictions,
+            args.dataset,
+            args.protocol,
+            args.max_dets,
+            args.operating_point,
+            args.bootstrap,
+            args.against,
         )
         if args.json:
             write_text(args.json, json.dumps(results, indent=1))
@@ -96,11 +122,14 @@ def score(
     protocol: str | None = None,
     max_dets: int | None = None,
     thresholds: Sequence[float] = (),
+    samples: int = 0,
+    against: str | Path | None = None,
 ) -> dict:
     """The content of an evaluation's results.json, of saved predictions. All images count.
 
     With `thresholds` also "operating_points": "at", those of the thresholds, and "best", see
-    `operating_points`.
+    `operating_points`. With `samples` also "intervals", {metric: {"value", "low", "high"}}, and
+    where there are predictions `against`, "differences" to them, see `bootstrap`.
 
     Raises FileNotFoundError or ValueError naming the file, the field and the remedy.
     """
@@ -114,11 +143,12 @@ def score(
     name = protocol or DEFAULTS.get(_kind(truth), "coco")
     chosen = protocol_named(name)
     max_dets = chosen.max_dets if max_dets is None else max_dets
-    if thresholds and name != "coco":
-        raise ValueError(
-            f"an operating point is defined where every object is annotated, not by {name}: use "
-            "--protocol coco"
-        )
+    for what, wanted in (("an operating point", thresholds), ("the bootstrap", samples)):
+        if wanted and name != "coco":
+            raise ValueError(
+                f"{what} is defined where every object is annotated, not by {name}: use --protocol "
+                "coco"
+            )
     predictions = DatasetPredictions.read(predictions)
     result = chosen.score(
         truth,
@@ -130,13 +160,19 @@ def score(
     marks = {
         c["id"]: {k: c[k] for k in ("frequency", "novel") if k in c} for c in truth["categories"]
     }
-    points = {}
+    more = {}
     if thresholds:
         at, best = operating_points(truth, predictions, thresholds)
-        points["operating_points"] = {
+        more["operating_points"] = {
             "at": [asdict(point) for point in at],
             "best": asdict(best) if best else None,
         }
+    if samples:
+        options = {"samples": samples, "max_dets": max_dets}
+        found = {"intervals": bootstrap(truth, predictions, **options)}
+        if against is not None:
+            found["differences"] = bootstrap(truth, predictions, against, **options)
+        more |= {what: {k: asdict(v) for k, v in row.items()} for what, row in found.items()}
     return {
         "dataset": dataset,
         "protocol": name,
@@ -146,7 +182,7 @@ def score(
         "metrics": result.metrics,
         "routing": [],
         "per_class": [row | marks[row["id"]] for row in result.per_class],
-        **points,
+        **more,
     }
 
 

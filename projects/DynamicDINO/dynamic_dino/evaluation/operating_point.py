@@ -6,7 +6,6 @@ the number of their boxes.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from .coco import ids_of, read_ground_truth
+from .matching import match
 from .predictions import DatasetPredictions
-from .refexp import iou_xywh
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ def operating_points(
     """Precision and recall over all images and classes at each threshold, and the point of the best
     F1, of equal ones that of the highest threshold; None if there are no boxes.
 
-    Boxes find objects as in COCO: of an image and class, the better score chooses first, the free
-    object of the largest IoU, at least `iou`. So what a box finds doesn't depend on the threshold.
+    Boxes find objects as in COCO, at the IoU `iou` (`match`), so what a box finds doesn't depend on
+    the threshold.
 
     Raises FileNotFoundError or ValueError as `coco_ap` does.
     """
@@ -59,7 +58,7 @@ def operating_points(
     truth = read_ground_truth(ground_truth)
     predictions = DatasetPredictions.read(predictions)
     predictions.check_ids(*ids_of(truth))
-    right, counts = match(truth, predictions, iou)
+    right, counts = (flags[0] for flags in match(truth, predictions, [iou]))
     order = np.argsort(-predictions.scores, kind="stable")
     order = order[counts[order]]
     scores = predictions.scores[order]
@@ -89,48 +88,3 @@ def operating_points(
     f1 = [2 * hits[n + 1] / (n + 1 + objects) for n in ends]
     best = point(scores[ends[int(np.argmax(f1))]]) if f1 else None
     return [point(threshold) for threshold in thresholds], best
-
-
-def match(
-    truth: dict, predictions: DatasetPredictions, iou: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """bool [N], [N]: the predictions that find an object; those that count, that is all but boxes
-    that find none and lie in a crowd of their class.
-
-    truth  what `read_ground_truth` returns
-    """
-    objects, crowds = defaultdict(list), defaultdict(list)
-    for annotation in truth["annotations"]:
-        group = crowds if annotation["iscrowd"] else objects
-        group[annotation["image_id"], annotation["category_id"]].append(annotation["bbox"])
-    rows = defaultdict(list)
-    ids = zip(predictions.image_ids.tolist(), predictions.category_ids.tolist(), strict=True)
-    for row, key in enumerate(ids):
-        rows[key].append(row)
-
-    right = np.zeros(len(predictions), dtype=bool)
-    counts = np.ones(len(predictions), dtype=bool)
-    for key, members in rows.items():
-        members = np.array(members)
-        members = members[np.argsort(-predictions.scores[members], kind="stable")]
-        boxes = predictions.boxes[members]
-        targets = np.array(objects.get(key, ())).reshape(-1, 4)
-        overlaps = np.array([iou_xywh(boxes, target) for target in targets])  # [objects, boxes]
-        inside = np.zeros(len(members), dtype=bool)
-        for crowd in np.array(crowds.get(key, ())).reshape(-1, 4):
-            inside |= _share_inside(boxes, crowd) >= iou
-        free = np.ones(len(targets), dtype=bool)
-        for i, row in enumerate(members):
-            if free.any():
-                best = int(np.argmax(np.where(free, overlaps[:, i], -1.0)))
-                right[row] = overlaps[best, i] >= iou
-                free[best] &= not right[row]
-            counts[row] = right[row] or not inside[i]
-    return right, counts
-
-
-def _share_inside(boxes: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """How much of each box [N, 4] lies in a crowd's, [4]: float [N]."""
-    low = np.maximum(boxes[:, :2], crowd[:2])
-    high = np.minimum(boxes[:, :2] + boxes[:, 2:], crowd[:2] + crowd[2:])
-    return (high - low).clip(0).prod(1) / np.maximum(boxes[:, 2:].prod(1), 1e-12)

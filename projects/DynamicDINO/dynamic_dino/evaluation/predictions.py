@@ -132,6 +132,14 @@ class DatasetPredictions:
         """The `most` best detections of each class over all images; of equal ones, the first."""
         return self[np.sort(_best(self.category_ids, self, most))]
 
+    def best_per_image_and_class(self, most: int) -> DatasetPredictions:
+        """The `most` best detections of each image and class; of equal ones, the first."""
+        images, classes = (
+            np.unique(ids, return_inverse=True)[1] for ids in (self.image_ids, self.category_ids)
+        )
+        groups = images * (classes.max(initial=0) + 1) + classes
+        return self[np.sort(_best(groups, self, most))]
+
 
 def _best(groups: np.ndarray, predictions: DatasetPredictions, most: int) -> np.ndarray:
     order = np.lexsort((-predictions.scores, groups))  # stable

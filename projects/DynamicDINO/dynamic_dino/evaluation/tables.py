@@ -30,6 +30,12 @@ def format_results(results: dict, max_classes: int | None = None) -> str:
     ]
     if points := results.get("operating_points"):
         parts.append(_operating_table(points))
+    for key, title in (
+        ("intervals", "95 % intervals by bootstrap over images"),
+        ("differences", "Differences to the other predictions, the same images drawn for both"),
+    ):
+        if found := results.get(key):
+            parts.append(f"{title}\n{_interval_table(found)}")
     groups = {s: name for s, name in _GROUPS.items() if f"AP{s}" in metrics}
     if groups:
         rows = [
@@ -87,6 +93,14 @@ def _operating_table(points: dict) -> str:
     ]
     headers = ["", "threshold", "precision", "recall", "F1", "boxes", "an image", "images with any"]
     return "Boxes from a score on, all classes together, IoU 0.5\n" + _table(cells, headers)
+
+
+def _interval_table(found: dict) -> str:
+    rows = [
+        [metric, *(f"{row[key]:.1f}" for key in ("value", "low", "high"))]
+        for metric, row in found.items()
+    ]
+    return _table(rows, ["", "percent", "from", "to"])
 
 
 def _class_table(scored: list[dict], max_classes: int | None) -> str:
