@@ -1,4 +1,7 @@
-"""The page of problems has those that the package knows; to renew it, run this file (PYTHONPATH=tests)."""
+"""The page of problems has those that the package knows.
+
+`PYTHONPATH=tests python tests/docs/test_troubleshooting.py` renews it.
+"""
 
 import re
 
@@ -16,9 +19,7 @@ def renewed(text: str) -> str:
 
 def test_the_table_of_kinds_is_that_of_the_package():
     text = PAGE.read_text()
-    assert text == renewed(text), (
-        "PYTHONPATH=tests python tests/docs/test_troubleshooting.py renews the table"
-    )
+    assert text == renewed(text), "this file renews it, see above"
 
 
 def test_every_kind_of_problem_is_in_it():

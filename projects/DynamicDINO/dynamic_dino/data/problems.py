@@ -35,8 +35,8 @@ class Kind(NamedTuple):
 KINDS = {
     # the file
     "unreadable file": Kind(
-        "It can't be opened, is in another encoding than UTF-8, is no valid JSON or XML, or ends in "
-        "the middle; the message says which.",
+        "It can't be opened, is in another encoding than UTF-8, is no valid JSON or XML, or ends "
+        "in the middle; the message says which.",
         "Save it as UTF-8, correct the line, or export or download it again.",
     ),
     "missing field": Kind(
@@ -142,7 +142,7 @@ KINDS = {
         "Write `iscrowd` 0 where a box holds one object.",
     ),
     "box twice": Kind(
-        "Two boxes are equal in image, name and corners: both are trained, and one is always missed.",
+        "Two boxes are equal in image, name and corners: both are trained, one is always missed.",
         "Remove one of them.",
         note=True,
     ),
