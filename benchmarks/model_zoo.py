@@ -23,7 +23,7 @@ from dynamic_dino.config import load_config
 from dynamic_dino.engine.evaluate import do_test
 from dynamic_dino.files import PACKAGE, configs_folder
 from dynamic_dino.moe.parameters import count_parameters
-from dynamic_dino.serving.inference import SHIPPED_MODELS
+from dynamic_dino.serving.shipped import SHIPPED_MODELS
 from lib import tables as results
 from lib.detectors import samples
 from lib.interleaved import interleave, quartiles, timed

@@ -7,7 +7,7 @@ import model_zoo
 import pytest
 from dynamic_dino.data.datasets import register_builtin
 from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
-from dynamic_dino.serving.inference import SHIPPED_MODELS
+from dynamic_dino.serving.shipped import SHIPPED_MODELS
 from helpers.scripts import run_script
 from lib import tables as results
 

@@ -11,6 +11,7 @@ from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.serving import inference
 from dynamic_dino.serving.inference import Detector, Phrases, load_detector
+from dynamic_dino.serving.shipped import THRESHOLD, ShippedModel
 from helpers.seeds import fresh_rng
 from PIL import Image
 from safetensors.torch import save_file
@@ -207,12 +208,16 @@ def test_a_recipe_and_its_weights(recipe):
 
 def test_shipped_models_take_their_own_weights_or_given_ones(recipe, monkeypatch):
     config, path, weights = recipe
-    shipped = inference.ShippedModel(str(config), str(path))
+    shipped = ShippedModel(str(config), str(path), threshold=0.35)
     monkeypatch.setitem(inference.SHIPPED_MODELS, "tiny", shipped)
-    assert torch.equal(load_detector("tiny", device="cpu").model.bias, weights["bias"])
+    own = load_detector("tiny", device="cpu")
+    assert torch.equal(own.model.bias, weights["bias"])
+    assert own.threshold == 0.35, "it was measured on these weights"
+    assert load_detector("tiny", device="cpu", threshold=0.0).threshold == 0
     other = path.with_name("other.safetensors")
     save_file({**weights, "bias": torch.zeros(3)}, other)
-    assert not load_detector("tiny", other, device="cpu").model.bias.any()
+    others = load_detector("tiny", other, device="cpu")
+    assert not others.model.bias.any() and others.threshold == THRESHOLD
 
 
 def test_unknown_models_and_files_are_named(recipe, monkeypatch):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from dynamic_dino import load_detector
+from dynamic_dino.files import PACKAGE
 from dynamic_dino.moe.layer import MoEFeedForward
-from dynamic_dino.serving.inference import PACKAGE, SHIPPED_MODELS
+from dynamic_dino.serving.shipped import SHIPPED_MODELS
 
 
 @pytest.mark.parametrize("name", SHIPPED_MODELS)

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..serving.shipped import DEFAULT_MIXTURE
+
 DESCRIPTION = """
 What the experts of a model do: a report as one HTML file, every figure also as PNG, its numbers as
 CSV.
@@ -35,7 +37,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", default="nano-x16", help="a shipped model (default: nano-x16)")
+    which.add_argument(
+        "--model", default=DEFAULT_MIXTURE, help="a shipped model (default: %(default)s)"
+    )
     which.add_argument("--config-file", metavar="FILE", help="the recipe of a model of your own")
     which.add_argument(
         "--run",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,23 +29,11 @@ from ..modeling.prompt import Prompt
 from ..modeling.vocabulary import ClassVocabulary
 from ..sources import is_hub_spec
 from .deploy import optimize_for_inference
+from .shipped import DEFAULT_MODEL, SHIPPED_MODELS, THRESHOLD
 
 PromptLike = str | Sequence[str] | Prompt
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class ShippedModel(NamedTuple):
-    """A recipe under configs/ and its weights in this package's weights/."""
-
-    config: str
-    weights: str
-
-
-SHIPPED_MODELS = {
-    "nano-dense": ShippedModel("pretrain/nano_stamps.py", "nano_dense.safetensors"),
-    "nano-x16": ShippedModel("moe_tuning/nano_x16_stamps.py", "nano_x16.safetensors"),
-}
 
 
 class Phrases(list):
@@ -80,7 +67,7 @@ class Detector:
         model: nn.Module,
         size: Size,
         device: str | torch.device = "cpu",
-        threshold: float = 0.2,
+        threshold: float = THRESHOLD,
         batch_size: int | None = None,
     ) -> None:
         self.device = torch.device(device)
@@ -158,10 +145,10 @@ class Detector:
 
 
 def load_detector(
-    model: str | Path = "nano-x16",
+    model: str | Path = DEFAULT_MODEL,
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
-    threshold: float = 0.2,
+    threshold: float | None = None,
     dtype: str = "float32",
     accelerate: str = "eager",
     pack: str = "auto",
@@ -169,13 +156,13 @@ def load_detector(
     """A detector by the name of a shipped model, or by its recipe and weights.
 
     Args:
-        model: "nano-dense", "nano-x16", the path of a LazyConfig file (.py, or the config.yaml of a
+        model: one of `SHIPPED_MODELS`, the path of a LazyConfig file (.py, or the config.yaml of a
             run), the folder of a run, or public weights of Grounding DINO, "hf:OWNER/NAME" or
-            "hf:DIRECTORY".
+            "hf:DIRECTORY". Default: the best of the shipped ones.
         weights: checkpoint, or public weights; default for a shipped model: the shipped one; for a
             run: its last. Public weights without a recipe are a model of their own.
         device: "cuda", "cpu", ...; default: a GPU if there is one.
-        threshold: default of `Detector`'s.
+        threshold: default of `Detector`'s. If not given: that of a shipped model, or 0.2.
         dtype: "float32", "float16" or "bfloat16", what the weights are cast to, once.
         accelerate: "eager", "graph" (CUDA graphs, captured at the first image of a size) or
             "compile" (torch.compile, which takes minutes at the first image of a size).
@@ -189,11 +176,14 @@ def load_detector(
     detector, cfg = load_model(model, weights, device, dtype, accelerate, pack)
     if isinstance(detector, OpenVocabularyDetector):
         detector.return_routings = False  # a `Detector` has no place for them
+    if threshold is None:
+        shipped = SHIPPED_MODELS.get(str(model)) if weights is None else None
+        threshold = shipped.threshold if shipped else THRESHOLD
     return Detector(detector, cfg.inference.size, device, threshold)
 
 
 def load_model(
-    model: str | Path = "nano-x16",
+    model: str | Path = DEFAULT_MODEL,
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str = "float32",

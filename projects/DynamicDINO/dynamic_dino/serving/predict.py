@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from .shipped import DEFAULT_MODEL
+
 DESCRIPTION = "Detects what a text names in images; writes annotated pictures, predictions.json."
 EXAMPLES = """\
 examples:
@@ -38,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
         "(default: all classes, of a closed-set detector)",
     )
     which = p.add_mutually_exclusive_group()
-    which.add_argument("--model", default="nano-x16", help="a shipped model (default: nano-x16)")
+    which.add_argument(
+        "--model", default=DEFAULT_MODEL, help="a shipped model (default: %(default)s)"
+    )
     which.add_argument("--config-file", metavar="FILE", help="the recipe of a model of your own")
     p.add_argument(
         "--weights",
@@ -47,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
         "(default: the shipped model's)",
     )
     p.add_argument(
-        "--threshold", type=float, default=0.2, help="lowest score that is shown (default: 0.2)"
+        "--threshold",
+        type=float,
+        help="lowest score that is shown (default: what suits the shipped model; 0.2 for others)",
     )
     p.add_argument(
         "--max-detections", type=int, default=100, metavar="N", help="per image (default: 100)"
@@ -107,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(error)
     print(f"{named(args)} on {detector.device}, ready in {time.perf_counter() - start:.1f} s")
 
+    threshold = detector.threshold if args.threshold is None else args.threshold
     prompts = prompts if len(prompts) > 1 else prompts * len(files)
     pictures = picture_paths(files, folder)
     results, failed = [], 0
@@ -127,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = detector(
                 [image for _, image in loaded],
                 [prompts[i] for i, _ in loaded],
-                args.threshold,
+                threshold,
                 args.max_detections,
             )
             for (i, image), detections in zip(loaded, found, strict=True):
@@ -145,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     }
                 )
                 with tqdm.external_write_mode(sys.stdout):
-                    print("\n" + detection_table(results[-1], args.threshold))
+                    print("\n" + detection_table(results[-1], threshold))
                 progress.update()
     except KeyboardInterrupt:
         failed = fail("interrupted")
@@ -161,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    if not 0 <= args.threshold <= 1:
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold:g} is not between 0 and 1")
     if args.max_detections < 1:
         raise ValueError(f"--max-detections {args.max_detections} is less than 1")

@@ -1,0 +1,29 @@
+"""The detectors that are shipped with the package, and which of them is meant where none is named.
+
+Their cards are in weights/README.md. Imports nothing, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+THRESHOLD = 0.2  # of detectors for which none has been measured
+
+
+class ShippedModel(NamedTuple):
+    """config     a recipe under configs/
+    weights    a file of this package's weights/
+    threshold  lowest score that is shown, unless another one is asked for
+    """
+
+    config: str
+    weights: str
+    threshold: float = THRESHOLD
+
+
+SHIPPED_MODELS = {
+    "nano-dense": ShippedModel("pretrain/nano_stamps.py", "nano_dense.safetensors"),
+    "nano-x16": ShippedModel("moe_tuning/nano_x16_stamps.py", "nano_x16.safetensors"),
+}
+DEFAULT_MODEL = "nano-x16"
+DEFAULT_MIXTURE = "nano-x16"  # where experts are looked at
