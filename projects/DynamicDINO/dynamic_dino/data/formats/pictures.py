@@ -7,26 +7,20 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 
-from PIL import Image
-
 from ..image_files import files_under, is_picture
+from ..images import image_size
 from ..problems import DataError
 
 # Where tools put pictures when annotations have a folder of their own.
 BESIDE = ("images", "jpegimages", "img", "imgs", "pictures", "photos")
-ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
 
 
 def picture_size(path: Path) -> tuple[int, int]:
     """(width, height) of an image file, turned as its EXIF tag says; raises DataError."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        what = f"image {path} can't be read ({error}): replace or remove it"
-        raise DataError("bad image", what) from None
-    return (height, width) if turned else (width, height)
+        return image_size(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError("bad image", str(error)) from None
 
 
 class Pictures:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import cv2
-import numpy as np
+from PIL import Image
 
 from ...files import written_whole
+from ..image_files import FORMATS
+from ..images import DAMAGES
+from ..pixels import pixels_of_image
 from .sets import PhotosError
 
 LONGEST = 480
@@ -25,11 +29,11 @@ def write_scaled(path: Path, content: bytes, width: int, height: int, where: str
 
     Raises `PhotosError` if it isn't a picture of the size that its annotations say.
     """
-    pixels = cv2.imdecode(
-        np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    )
-    if pixels is None:
-        raise PhotosError(f"{where} is no picture: fetch it again")
+    try:
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
+            pixels = pixels_of_image(image, turn=False)  # boxes lie in the stored picture
+    except DAMAGES:
+        raise PhotosError(f"{where} is no picture: fetch it again") from None
     if pixels.shape[:2] != (height, width):
         raise PhotosError(
             f"{where} is {pixels.shape[1]} x {pixels.shape[0]}, the annotations say "
@@ -38,5 +42,6 @@ def write_scaled(path: Path, content: bytes, width: int, height: int, where: str
     size = scaled_size(width, height)
     if size != (width, height):
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    jpeg = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1]
     with written_whole(path, binary=True) as file:
-        file.write(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes())
+        file.write(jpeg.tobytes())

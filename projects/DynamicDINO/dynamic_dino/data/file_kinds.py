@@ -1,0 +1,39 @@
+"""What a file is that isn't read as a picture, by its first bytes, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_HEIC = "pip install pillow-heif, which reads it, or convert it to JPEG"
+_CONVERT = "convert it to JPEG or PNG"
+_FETCH = "fetch the picture itself"
+# (what the first bytes are, what the file is, the remedy); the first that fits counts
+_KINDS = (
+    (rb"$", "empty", "fetch or write it again"),
+    (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC, the format of iPhones", _HEIC),
+    (rb"....ftypavi[fs]", "AVIF, which this Pillow doesn't read", f"update Pillow, or {_CONVERT}"),
+    (rb"....ftyp", "a video (or a camera's raw format)", "give its frames as images"),
+    (rb"(\xff\x0a|\0\0\0\x0cJXL )", "JPEG XL", _CONVERT),
+    (rb"version https://git-lfs", "a pointer of Git LFS, not the picture", "run git lfs pull"),
+    (rb"\s*(<!doctype html|<html)", "a web page", _FETCH),
+    (rb"\s*(<\?xml|<!--|<svg)", "SVG or XML", _CONVERT),
+    (rb"\s*[{\[]", "JSON", _FETCH),
+    (rb"%PDF", "PDF", "convert its pages to PNG"),
+    (rb"8BPS", "a Photoshop file", _CONVERT),
+    (rb"\x93NUMPY", "a numpy array", "give the array itself, np.load(...)"),
+    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "an archive", "unpack it"),
+    (rb".{128}DICM", "DICOM", _CONVERT),
+    (rb"\0\x05\x16\x07", "what macOS stores beside a file (._NAME), not the picture", "remove it"),
+    (rb"II\*\0|MM\0\*|II\+\0|MM\0\+", "TIFF of a kind that Pillow doesn't decode", _CONVERT),
+)
+
+
+def what_it_is(path: Path) -> tuple[str, str] | None:
+    """(what the file is, the remedy), None if its first bytes say nothing."""
+    with path.open("rb") as file:
+        head = file.read(256)
+    for pattern, kind, remedy in _KINDS:
+        if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
+            return kind, remedy
+    return None
