@@ -97,6 +97,8 @@ def test_thresholds(tmp_path, photos, capsys):
 
 
 def test_a_folder_with_one_text_for_all(tmp_path, photos, capsys):
+    for name in ("._photo0.jpg", "IMG_1.SVG", "notes.txt"):
+        (photos / name).touch()
     assert run(tmp_path, photos, "--text", "mug.") == 0
     assert [r["width"] for r in saved(tmp_path)] == [60, 80, 100]
     assert [r["prompt"] for r in saved(tmp_path)] == [["mug"]] * 3
@@ -109,6 +111,9 @@ def test_a_folder_with_one_text_for_all(tmp_path, photos, capsys):
     printed = capsys.readouterr()
     assert "3/3" in printed.err, "progress"
     assert "3 of 3 images" in printed.out
+    assert "left out: 1 .svg (IMG_1.SVG; convert it to JPEG or PNG), 1 .txt (notes.txt)\n" in (
+        printed.out
+    )
 
 
 def test_each_image_with_its_own_text(tmp_path, photos):

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from PIL import Image
     from tqdm import tqdm
 
-    from ..data.image_files import find_images
+    from ..data.image_files import left_out, search_images
     from ..data.images import as_array
     from ..data.visualization import draw_detections
     from ..files import writable_folder, write_text
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_numbers(args)
         prompts = [as_prompt(text) for text in args.text]
-        files = find_images(args.images)
+        files, others = search_images(args.images)
         if prompts and len(prompts) not in (1, len(files)):
             raise ValueError(
                 f"--text was given {len(prompts)} times for {len(files)} images: give one for all "
@@ -112,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return fail(error)
     print(f"{named(args)} on {detector.device}, ready in {time.perf_counter() - start:.1f} s")
+    if others:
+        print(left_out(others))
 
     threshold = detector.threshold if args.threshold is None else args.threshold
     prompts = prompts if len(prompts) > 1 else prompts * len(files)
