@@ -52,6 +52,7 @@ setup(
         "console_scripts": [
             "dynamic-dino-train = dynamic_dino.engine.cli:main",
             "dynamic-dino-predict = dynamic_dino.serving.predict:main",
+            "dynamic-dino-finetune = dynamic_dino.finetune.cli:main",
         ],
     },
     # Lower bounds only, for a user's own environment; constraints.txt pins what is tested.

@@ -40,7 +40,7 @@ DENSE = """
     pretrain/gdino15_edge_7ep pretrain/gdino_nano_stamps pretrain/nano_drawn pretrain/nano_glyphs
     pretrain/nano_glyphs_described pretrain/nano_photos pretrain/nano_stamps
     finetune/gdino_base_custom finetune/gdino_nano_custom finetune/gdino_tiny_custom
-    finetune/mm_gdino_tiny_custom
+    finetune/mm_gdino_tiny_custom finetune/nano_custom
     moe_tuning/nano_dense_control_glyphs moe_tuning/nano_dense_control_stamps himoe/edge_dense
 """.split()
 IN_DECODER = {

@@ -30,6 +30,7 @@ LAUNCHERS = ("torchrun", "srun")
 CONSOLE_SCRIPTS = {
     "dynamic-dino-train": "dynamic_dino.engine.cli",
     "dynamic-dino-predict": "dynamic_dino.serving.predict",
+    "dynamic-dino-finetune": "dynamic_dino.finetune.cli",
 }
 # Not the project's: their arguments aren't looked at.
 OTHERS = ("export", "source", "pip", "git", "cd", "apt", "pre-commit", "gh", "hf", "deactivate")

@@ -76,7 +76,7 @@ def test_console_scripts_exist(wheel):
     config = configparser.ConfigParser()
     config.read_string(wheel.read(entry_points).decode())
     scripts = dict(config["console_scripts"])
-    assert set(scripts) == {"dynamic-dino-train", "dynamic-dino-predict"}
+    assert set(scripts) == {f"dynamic-dino-{name}" for name in ("train", "predict", "finetune")}
     for target in scripts.values():
         module, function = target.split(":")
         assert callable(getattr(importlib.import_module(module), function))
