@@ -1,26 +1,34 @@
 #!/usr/bin/env python
-"""The shipped models: scores on Stamps, parameters, and speed over that of the dense one.
+"""The shipped models: AP on photos and Stamps with intervals, threshold, parameters, and speed.
 
-    python benchmarks/model_zoo.py                         # all, as a table
-    python benchmarks/model_zoo.py --save                  # ... kept in benchmarks/results/
-    python benchmarks/model_zoo.py dataloader.test.val.mapper.features=datasets/stamps/features
+    python benchmarks/model_zoo.py --save                          # all, on all sets that are there
+    python benchmarks/model_zoo.py --save nano-photos --tests coco coco_present
+    python benchmarks/model_zoo.py --save nano-photos control=output/nano_photos_control
 
-Evaluates the weights that this package ships as `train_net.py --eval-only` does, on the test sets
-of their recipes, which `python -m dynamic_dino.data.synthetic.stamps` makes. Then they take turns
-on one image, served as `load_detector` does, text cached.
+A model is the name of a shipped one, or NAME=RUN, where RUN is the folder of a run (its last
+checkpoint) or a checkpoint in one. Each is evaluated on the sets of ``configs/eval/shipped.py``, as
+`train_net.py --eval-only` does; intervals are 95 %, by bootstrap over images. The threshold is the
+one with the best F1 among those of at least half right boxes, on COCO photos asked for what they
+show. Then the models take turns with nano-dense on one image, served as `load_detector` does, text
+cached. What the results have of other models or sets stays in them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import tempfile
+import json
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from detectron2.config import instantiate
 from dynamic_dino import load_detector
 from dynamic_dino.checkpoint.weights import load_checkpoint
 from dynamic_dino.config import load_config
+from dynamic_dino.data.ground_truth import ground_truth
+from dynamic_dino.engine.checkpointing import last_checkpoint
 from dynamic_dino.engine.evaluate import do_test
+from dynamic_dino.evaluation import Interval, best_point, bootstrap, operating_points
 from dynamic_dino.files import PACKAGE, configs_folder
 from dynamic_dino.moe.parameters import count_parameters
 from dynamic_dino.serving.shipped import SHIPPED_MODELS
@@ -30,60 +38,195 @@ from lib.interleaved import interleave, quartiles, timed
 from lib.options import add_machine, add_output, new_parser, place_output, use_threads
 from lib.provenance import provenance, write_json
 
-WEIGHTS = PACKAGE / "weights"
 PACKAGES = ("torch", "triton", "timm", "transformers", "numpy", "faster-coco-eval")
+REFERENCE = "nano-dense"  # what speeds are compared with
+CLASSES, THRESHOLD = "coco", "coco_present"  # the sets of AP by class, and of the threshold
+GRID = [n / 100 for n in range(1, 100)]  # thresholds that are tried
 
 
-def scores(name: str, overrides: list[str], device: str) -> tuple[dict, dict]:
-    """{"<test set>/<metric>": percent} of the shipped weights, and their parameter counts."""
-    shipped = SHIPPED_MODELS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        overrides = [*overrides, f"train.output_dir={folder}", f"train.device={device}"]
-        cfg = load_config(configs_folder() / shipped.config, overrides)
-        model = instantiate(cfg.model).to(device)
-        load_checkpoint(model, WEIGHTS / shipped.weights)
-        return do_test(cfg, model), count_parameters(model)
+def find(model: str) -> tuple[str, Path, Path]:
+    """Name, recipe and weights of a model; raises ValueError."""
+    name, equals, place = model.partition("=")
+    if not equals:
+        if name not in SHIPPED_MODELS:
+            raise ValueError(f"{name} is none of {', '.join(SHIPPED_MODELS)}")
+        shipped = SHIPPED_MODELS[name]
+        return name, configs_folder() / shipped.config, PACKAGE / "weights" / shipped.weights
+    path = Path(place)
+    weights = last_checkpoint(path) if path.is_dir() else path
+    recipe = (path if path.is_dir() else path.parent) / "config.yaml"
+    if not weights or not Path(weights).is_file() or not recipe.is_file():
+        raise ValueError(f"{place} is no run with a checkpoint and a config.yaml")
+    return name, recipe, Path(weights)
+
+
+def evaluate(recipe: Path, weights: Path, output: Path, options) -> tuple[dict, dict]:
+    """What is found out about a model on each set, and its parameter counts."""
+    changes = [*options.overrides, f"train.output_dir={output}", f"train.device={options.device}"]
+    cfg = load_config(configs_folder() / "eval/shipped.py", changes, recipe)
+    for name in list(cfg.dataloader.test):
+        if options.tests and name not in options.tests:
+            del cfg.dataloader.test[name]
+    model = instantiate(cfg.model).to(options.device)
+    load_checkpoint(model, weights)
+    scores, found = do_test(cfg, model), {}
+    for name, loader in cfg.dataloader.test.items():
+        if f"{name}/AP" not in scores:
+            continue  # the set isn't there
+        truth, file = ground_truth(loader.dataset.names), predictions(output, name)
+        found[name] = {
+            "dataset": loader.dataset.names,
+            "prompt_names": loader.mapper.prompt_names,
+            "scores": as_rows(bootstrap(truth, file, samples=options.samples)),
+        }
+        if name in (CLASSES, THRESHOLD):
+            points, _ = operating_points(truth, file, GRID)
+            found[name]["curve"] = [asdict(point) for point in points[4::5]]
+            found[name]["points"] = {point.threshold: point for point in points}
+        if name == CLASSES:
+            classes = json.loads(file.with_name("results.json").read_text())["per_class"]
+            found[name]["classes"] = {
+                row["name"]: {key: row[key] for key in ("objects", "AP50")} for row in classes
+            }
+    return found, count_parameters(model)
+
+
+def predictions(output: Path, test: str) -> Path:
+    return output / "evaluation" / test / "predictions.json"
+
+
+def as_rows(intervals: dict[str, Interval]) -> dict[str, dict]:
+    return {metric: asdict(interval) for metric, interval in intervals.items()}
+
+
+def chosen_points(tests: dict[str, dict]) -> dict[str, dict]:
+    """Of each set with a curve the point of the threshold that is chosen on THRESHOLD; {} without
+    that set. Takes the points out of `tests`."""
+    points = {name: row.pop("points") for name, row in tests.items() if "points" in row}
+    best = best_point(points.get(THRESHOLD, {}).values(), least_precision=50)
+    return {name: asdict(row[best.threshold]) for name, row in points.items()} if best else {}
+
+
+def differences(output: Path, other: Path, tests: dict[str, dict], samples: int) -> dict[str, dict]:
+    """Of each set that both were evaluated on: metric -> interval of the difference."""
+    return {
+        name: as_rows(
+            bootstrap(
+                ground_truth(row["dataset"]),
+                predictions(output, name),
+                predictions(other, name),
+                samples=samples,
+            )
+        )
+        for name, row in tests.items()
+        if predictions(other, name).is_file()
+    }
+
+
+def speeds(found: dict[str, tuple[Path, Path]], repeats: int, device: str) -> dict[str, dict]:
+    """Name -> quartiles of the time of one image, all taking turns."""
+    steps = {}
+    for name, (recipe, weights) in found.items():
+        detector = load_detector(recipe, weights, device=device)
+        batch = samples((320, 320), device=device)
+
+        def step(model=detector.model, batch=batch) -> float:
+            with torch.inference_mode():
+                return timed(lambda: model(batch), device)
+
+        step()
+        steps[name] = step
+    return {name: quartiles(seconds) for name, seconds in interleave(steps, repeats).items()}
+
+
+def plot(models: dict[str, dict], path: Path) -> None:
+    """Precision over recall at each threshold, and the threshold that is the default."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    titles = {THRESHOLD: "asked for what the photo shows", CLASSES: "asked for all 80 names"}
+    for axis, (test, title) in zip(axes, titles.items(), strict=True):
+        for name, row in models.items():
+            curve = [p for p in row["tests"].get(test, {}).get("curve", ()) if p["boxes"]]
+            line = axis.plot(*([p[k] for p in curve] for k in ("recall", "precision")), ".-")
+            if (point := row.get("threshold", {}).get(test)) and curve:
+                axis.plot(point["recall"], point["precision"], "o", color=line[0].get_color())
+                name = f"{name}: {point['threshold']:.2f}"
+            if curve:
+                line[0].set_label(name)
+        axis.axhline(50, color="grey", linewidth=0.8, linestyle=":")
+        axis.set(title=f"COCO photos, {title}", xlabel="recall, percent", ylim=(0, 100))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0].set_ylabel("precision, percent")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
     parser = new_parser(__doc__)
-    add_machine(parser)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="default: all that are shipped")
+    parser.add_argument("--tests", nargs="+", metavar="SET", help="default: all that are there")
+    parser.add_argument("--against", metavar="NAME", help="also differences to this model's boxes")
+    parser.add_argument("--samples", type=int, default=1000, help="of the bootstrap")
     parser.add_argument("--repeats", type=int, default=30, help="rounds of the timing")
-    add_output(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the recipes")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/model_zoo"), help="folder of the predictions"
+    )
+    add_machine(parser)
+    add_output(parser, plot=True)
+    parser.add_argument(
+        "--set", dest="overrides", nargs="+", default=[], metavar="key=value", help="of the recipe"
+    )
     options = parser.parse_args()
     place_output(options, "model_zoo")
     use_threads(options)
-    rows = {}
-    for name, shipped in SHIPPED_MODELS.items():
-        found, parameters = scores(name, options.overrides, options.device)
-        weights = (WEIGHTS / shipped.weights).read_bytes()
-        rows[name] = {
-            "config": f"configs/{shipped.config}",
-            "weights": shipped.weights,
-            "bytes": len(weights),
-            "sha256": hashlib.sha256(weights).hexdigest(),
+    try:
+        found = {name: rest for name, *rest in map(find, options.models or SHIPPED_MODELS)}
+    except ValueError as error:
+        parser.error(str(error))
+    report = provenance(PACKAGES, options.device) | {"models": {}}
+    if options.json and options.json.is_file():
+        report["models"] = json.loads(options.json.read_text())["models"]
+    of_run = {key: report[key] for key in ("machine", "commit", "command")}
+    _, *reference = find(REFERENCE)
+    times = speeds({REFERENCE: reference} | found, options.repeats, options.device)
+    for name, (recipe, weights) in found.items():
+        output = options.output / name
+        tests, parameters = evaluate(recipe, weights, output, options)
+        content = weights.read_bytes()
+        row = {
+            "config": f"configs/{SHIPPED_MODELS[name].config}" if name in SHIPPED_MODELS else None,
+            "weights": weights.name,
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
             "parameters": parameters,
-            "scores": found,
+            "times": times[name],
+            "speed": times[REFERENCE]["median_ms"] / times[name]["median_ms"],
         }
-    steps = {}
-    for name in SHIPPED_MODELS:
-        detector = load_detector(name, device=options.device)
-        batch = samples((320, 320), device=options.device)
-
-        def step(model=detector.model, batch=batch) -> float:
-            with torch.inference_mode():
-                return timed(lambda: model(batch), options.device)
-
-        step()
-        steps[name] = step
-    times = interleave(steps, options.repeats)
-    for name, seconds in times.items():
-        rows[name]["times"] = quartiles(seconds)
-    report = provenance(PACKAGES, options.device) | {"models": rows}
-    if options.json:
-        write_json(options.json, report)
-    print(results.model_zoo(report))
+        before = report["models"].get(name, {})
+        if before.get("sha256") != row["sha256"]:
+            before = {}
+        row["threshold"] = chosen_points(tests) or before.get("threshold", {})
+        tests = {test: of_run | result for test, result in tests.items()}
+        if options.against and options.against != name:
+            other = options.output / options.against
+            row["differences"] = {
+                "to": options.against,
+                "tests": differences(output, other, tests, options.samples),
+            }
+        row["tests"] = before.get("tests", {}) | tests
+        report["models"][name] = before | row
+        if options.json:  # after each: the next may take long
+            write_json(options.json, report)
+    if options.plot:
+        plot(report["models"], options.plot)
+    for table in (results.model_zoo, results.model_zoo_sets, results.model_zoo_thresholds):
+        print(table(report))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,6 @@ import argparse
 import json
 from pathlib import Path
 
-from detectron2.data import MetadataCatalog
-from dynamic_dino import load_detector
-from dynamic_dino.data.datasets import load_datasets
-from dynamic_dino.demo import draw_photos
 from lib import tables as results
 from lib.finished_run import read_folder
 from lib.provenance import provenance, write_json
@@ -31,9 +27,6 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu"))
-    parser.add_argument(
-        "--picture", metavar="MODEL", help="also draw its detections on public-domain photos"
-    )
     args = parser.parse_args()
     report, out = provenance(PACKAGES), args.out / "nano_stamps.json"
     rows = json.loads(out.read_text())["runs"] if out.is_file() else {}
@@ -45,9 +38,6 @@ def main() -> None:
     report["runs"] = rows
     write_json(out, report)
     print(results.nano_stamps(report))
-    if args.picture:
-        name = args.picture.replace("-", "_")
-        draw_public_domain(args.picture, args.out / f"{name}_photos.jpg")
 
 
 def read_run(folder: Path) -> dict:
@@ -55,20 +45,6 @@ def read_run(folder: Path) -> dict:
     run = read_folder(folder)
     command = run.commands[-1] if run.commands else ""
     return {"command": command, "iterations": run.iterations, "scores": run.scores}
-
-
-def draw_public_domain(model: str, path: Path, count: int = 12) -> None:
-    """Detections on photos of val_real that anyone may show, evenly spread over the set."""
-    registered = load_datasets("stamps_val_real")
-    annotations = json.loads(Path(MetadataCatalog.get("stamps_val_real").json_file).read_text())
-    free = {
-        image["id"]
-        for image in annotations["images"]
-        if image["licence"].lower() in ("public domain", "cc0-1.0")
-    }
-    records = [r for r in registered if r["image_id"] in free]
-    draw_photos(load_detector(model), records, count, path)
-    print(path)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ from transformers.models.grounding_dino import (
 
 SCORES, PIXELS = 1e-3, 0.5  # as far may a detection and its twin be apart
 SHARE = 0.99  # of the detections must have a twin
-PICTURE = Path(__file__).parent / "results/cpu/nano_x16_photos.jpg"
+PICTURE = Path(__file__).parent / "results/cpu/shipped_photos.jpg"
 MODELS = {  # the published sizes: (MM-Grounding-DINO?, Swin)
     "tiny": (False, SWIN_TINY),
     "base": (False, SWIN_BASE),

@@ -62,28 +62,125 @@ def _percent(score: float | None) -> str:
     return "-" if score is None else f"{score:.1f}"
 
 
+# set of configs/eval/shipped.py: what it is, and the classes that count there
+ZOO_SETS = {
+    "coco": ("COCO photos, all 80 names", [""]),
+    "coco_present": ("COCO photos, names that are there", [""]),
+    "groceries": ("groceries, all 25 names", [""]),
+    "airport_debris": ("small things on tarmac, all 31 names", [""]),
+    "animals25": ("animals, all 25 names", [""]),
+    "val": ("Stamps val, 30 names", ["_seen"]),
+    "val_novel": ("Stamps val_novel, 30 names", ["_novel"]),
+    "val_real": ("Stamps val_real, 30 names", ["_seen", "_novel"]),
+    "val_real_all": ("Stamps val_real, all 363 names", ["_seen", "_novel"]),
+    "raccoon": ("Raccoon, one name", [""]),
+}
+
+
 def model_zoo(report: dict) -> str:
     columns = {
-        "val": "val/AP50",
-        "val_novel": "val_novel/AP50_novel",
-        "val_real": "val_real/AP50_seen",
+        "COCO photos, 80 names": ("coco", "AP50"),
+        "names that are there": ("coco_present", "AP50"),
+        "Stamps val": ("val", "AP50_seen"),
+        "val_novel": ("val_novel", "AP50_novel"),
+        "val_real": ("val_real", "AP50_seen"),
     }
-    times = {name: model["times"]["median_ms"] for name, model in report["models"].items()}
     rows = []
+    first = next(iter(report["models"].values()))["times"]["median_ms"]
     for name, model in report["models"].items():
+        if not model["config"]:
+            continue  # a run that isn't shipped
         parameters = (f"{model['parameters'][kind] / 1e6:.1f}M" for kind in ("active", "total"))
         rows.append(
             [
                 f"`{name}`",
                 f"`{model['config']}`",
-                f"`{model['weights']}`, {model['bytes'] / 1e6:.0f} MB",
-                *(_percent(model["scores"].get(key)) for key in columns.values()),
+                f"{model['bytes'] / 1e6:.0f} MB",
+                *(_percent(_zoo_score(model, *place).get("value")) for place in columns.values()),
                 " / ".join(parameters),
-                f"{times[next(iter(times))] / times[name]:.2f}",
+                f"{first / model['times']['median_ms']:.2f}"
+                if "speed" not in model
+                else f"{model['speed']:.2f}",
             ]
         )
-    head = ["model", "config", "weights", *(f"AP50, {c}" for c in columns)]
-    return table([*head, "parameters, active / total", "FPS / that of dense"], rows)
+    head = ["model", "config", "size", *columns, "parameters, active / total", "speed"]
+    return table(head, rows)
+
+
+def _zoo_score(model: dict, test: str, metric: str) -> dict:
+    if "scores" in model:  # a file of before there were intervals
+        value = model["scores"].get(f"{test}/{metric}")
+        return {} if value is None else {"value": value, "low": value, "high": value}
+    return model["tests"].get(test, {}).get("scores", {}).get(metric, {})
+
+
+def _with_interval(score: dict, sign: str = "") -> str:
+    if not score:
+        return "-"
+    return f"{score['value']:{sign}.1f} [{score['low']:{sign}.1f}, {score['high']:{sign}.1f}]"
+
+
+def model_zoo_sets(report: dict) -> str:
+    models = report["models"]
+    text = "AP and AP50 in percent, 95 % intervals by bootstrap over images.\n\n"
+    rows, differences = [], []
+    compared = {name: row["differences"] for name, row in models.items() if "differences" in row}
+    for test, (title, groups) in ZOO_SETS.items():
+        for group in groups:
+            what = f"{title}{', ' + group[1:] if len(groups) > 1 else ''}"
+            for metric in ("AP", "AP50"):
+                key = f"{metric}{group}"
+                cells = [_with_interval(_zoo_score(model, test, key)) for model in models.values()]
+                if {*cells} != {"-"}:
+                    rows.append([what, metric, *cells])
+                cells = [
+                    _with_interval(found["tests"].get(test, {}).get(key, {}), "+")
+                    for found in compared.values()
+                ]
+                if cells and {*cells} != {"-"}:
+                    differences.append([what, metric, *cells])
+    text += table(["photos and names", "", *(f"`{name}`" for name in models)], rows)
+    if differences:
+        head = [f"`{name}` less `{found['to']}`" for name, found in compared.items()]
+        text += "\nDifferences, the same images drawn for both:\n\n"
+        text += table(["photos and names", "", *head], differences)
+    return text
+
+
+def model_zoo_classes(report: dict) -> str:
+    models = {
+        name: model["tests"]["coco"]["classes"]
+        for name, model in report["models"].items()
+        if "coco" in model.get("tests", {})
+    }
+    if not models:
+        return ""
+    *_, last = models.values()
+    rows = [
+        [name, str(row["objects"]), *(f"{c[name]['AP50']:.1f}" for c in models.values())]
+        for name, row in sorted(last.items(), key=lambda item: -item[1]["objects"])
+        if row["objects"]
+    ]
+    return table(["COCO name", "boxes", *(f"`{name}`" for name in models)], rows)
+
+
+def model_zoo_thresholds(report: dict) -> str:
+    asked = {"coco_present": "names that are there", "coco": "all 80 names"}
+    rows = [
+        [
+            f"`{name}`",
+            f"{point['threshold']:.2f}",
+            asked[test],
+            *(f"{point[k]:.1f} %" for k in ("precision", "recall")),
+            f"{point['per_image']:.1f}",
+            f"{point['images']:.0f} %",
+        ]
+        for name, model in report["models"].items()
+        for test in asked
+        if (point := model.get("threshold", {}).get(test))
+    ]
+    head = ["model", "threshold", "asked for", "boxes that are right", "objects that are found"]
+    return table([*head, "boxes a photo", "photos with any"], rows)
 
 
 def moe_layer(report: dict) -> str:
@@ -313,7 +410,10 @@ def expert_analysis(report: dict) -> str:
 
 # name: title, file in results/<machine>/, and what makes a table of it
 TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
-    "model_zoo": ("The shipped models, on Stamps", "model_zoo", model_zoo),
+    "model_zoo": ("The shipped models: AP50, percent", "model_zoo", model_zoo),
+    "model_zoo_sets": ("The same on each set, with intervals", "model_zoo", model_zoo_sets),
+    "model_zoo_thresholds": ("Their thresholds, on COCO photos", "model_zoo", model_zoo_thresholds),
+    "model_zoo_classes": ("AP50 by class, COCO photos, 80 names", "model_zoo", model_zoo_classes),
     "nano_stamps": ("AP50 of nano on Stamps, percent", "nano_stamps", nano_stamps),
     "finetune_public": (
         "A nano-size MM-Grounding-DINO, tuned from a directory of transformers, percent",

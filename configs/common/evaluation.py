@@ -23,13 +23,21 @@ evaluation = dict(batch_size=8, num_workers=4)  # of every process
 LVIS = dict(max_phrases=40, max_detections=300, max_detections_per="chunk")
 
 
-def evaluate(datasets: dict[str, str], detector: dict | None = None) -> dict:
-    """`dataloader` of test sets only: their names -> registered data sets."""
+def evaluate(
+    datasets: dict[str, str], detector: dict | None = None, prompt_names: dict | None = None
+) -> dict:
+    """`dataloader` of test sets only: their names -> registered data sets. `prompt_names`: what the
+    `TestMapper` of a test set asks for; "all" names where nothing is said."""
+    asked = prompt_names or {}
     return dict(
         test={
             name: L(build_test_loader)(
                 dataset=L(load_datasets)(names=dataset),
-                mapper=L(TestMapper)(dataset=dataset, size="${inference.size}"),
+                mapper=L(TestMapper)(
+                    dataset=dataset,
+                    size="${inference.size}",
+                    prompt_names=asked.get(name, "all"),
+                ),
                 batch_size="${evaluation.batch_size}",
                 num_workers="${evaluation.num_workers}",
             )

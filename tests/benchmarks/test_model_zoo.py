@@ -1,4 +1,4 @@
-"""The shipped models are evaluated and timed, here on a few drawn shapes."""
+"""The shipped models are evaluated and timed, here on a few drawn shapes; pages say what is so."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,12 @@ import model_zoo
 import pytest
 from dynamic_dino.data.datasets import register_builtin
 from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
-from dynamic_dino.serving.shipped import SHIPPED_MODELS
+from dynamic_dino.serving.shipped import DEFAULT_MIXTURE, DEFAULT_MODEL, SHIPPED_MODELS, THRESHOLD
 from helpers.scripts import run_script
 from lib import tables as results
 
 ROOT = Path(__file__).parents[2]
+COMMITTED = json.loads((ROOT / "benchmarks/results/cpu/model_zoo.json").read_text())["models"]
 
 
 @pytest.fixture
@@ -24,9 +25,9 @@ def drawn(tmp_path):
 
 @pytest.mark.slow
 def test_evaluates_and_times_what_is_shipped(drawn, tmp_path):
-    overrides = [
+    changes = [
         f"dataloader.{key}=drawn_val"
-        for name in ("val", "val_novel", "val_real")
+        for name in ("coco", "coco_present")
         for key in (
             f"test.{name}.dataset.names",
             f"test.{name}.mapper.dataset",
@@ -34,20 +35,58 @@ def test_evaluates_and_times_what_is_shipped(drawn, tmp_path):
         )
     ]
     output = tmp_path / "zoo.json"
-    arguments = ["--device", "cpu", "--repeats", "2", "--json", output]
-    text = run_script(model_zoo.main, *arguments, *overrides)
+    common = ["--device", "cpu", "--repeats", "2", "--samples", "10", "--json", output]
+    common += ["--output", tmp_path / "out", "--plot", tmp_path / "zoo.png"]
+    run_script(model_zoo.main, "nano-dense", *common, "--set", *changes)
+    text = run_script(
+        model_zoo.main,
+        *("nano-x16", "--tests", "coco", "--against", "nano-dense", *common, "--set", *changes),
+    )
     report = json.loads(output.read_text())
-    assert list(report["models"]) == list(SHIPPED_MODELS)
+    assert list(report["models"]) == ["nano-dense", "nano-x16"], "the first run's stays"
     dense, experts = report["models"].values()
+    assert [list(model["tests"]) for model in (dense, experts)] == [
+        ["coco", "coco_present"],  # sets that aren't there are left out
+        ["coco"],
+    ]
     assert dense["parameters"]["active"] == dense["parameters"]["total"]
     assert experts["parameters"]["active"] < experts["parameters"]["total"]
     for model in (dense, experts):
-        assert 0 <= model["scores"]["val/AP50"] <= 100 and model["times"]["median_ms"] > 0
-        assert (ROOT / model["config"]).is_file()
-    assert results.model_zoo(report) in text
+        test = model["tests"]["coco"]
+        score = test["scores"]["AP50"]
+        assert 0 <= score["low"] <= score["value"] <= score["high"] <= 100
+        assert len(test["curve"]) == 19 and sum(c["objects"] for c in test["classes"].values()) > 0
+        assert model["times"]["median_ms"] > 0 and (ROOT / model["config"]).is_file()
+        assert "points" not in test
+    assert dense["speed"] == pytest.approx(1, abs=0.9)
+    assert list(experts["differences"]["tests"]) == ["coco"]
+    assert results.model_zoo(report) in text and results.model_zoo_sets(report) in text
+    assert (tmp_path / "zoo.png").stat().st_size > 1000
+
+
+def test_a_run_is_found_by_its_folder_or_its_checkpoint(tmp_path):
+    for wrong in ("nano-y16", f"mine={tmp_path}", f"mine={tmp_path / 'model_final.pth'}"):
+        with pytest.raises(ValueError, match="none of nano-dense|no run with a checkpoint"):
+            model_zoo.find(wrong)
+    for name in ("config.yaml", "model_0000009.pth", "model_final.pth"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    for place, weights in (
+        (tmp_path, "model_final.pth"),
+        (tmp_path / "model_0000009.pth", "model_0000009.pth"),
+    ):
+        expected = ("mine", tmp_path / "config.yaml", tmp_path / weights)
+        assert model_zoo.find(f"mine={place}") == expected
 
 
 def test_the_model_cards_name_every_shipped_model():
     cards = results.CARDS.read_text()
     for name, shipped in SHIPPED_MODELS.items():
         assert name in cards and f"configs/{shipped.config}" in cards
+    assert {DEFAULT_MODEL, DEFAULT_MIXTURE} <= {*SHIPPED_MODELS}
+
+
+def test_thresholds_are_those_that_were_measured():
+    for name, shipped in SHIPPED_MODELS.items():
+        if shipped.threshold != THRESHOLD:
+            assert COMMITTED[name]["threshold"]["coco_present"]["threshold"] == shipped.threshold

@@ -100,7 +100,7 @@ def test_weights_of_ones_own_and_half_precision(benchmark, tmp_path):
 
 def test_a_picture_of_the_repository_where_there_are_no_photos(benchmark, tmp_path):
     [photo], what = benchmark.photos_of(None, 3)
-    assert what == "nano_x16_photos.jpg" and photo.width > 500
+    assert what == "shipped_photos.jpg" and photo.width > 500
     assert [p.size for p in benchmark.photos_of(["photos"], 1)[0]] == [(180, 120)]
     with pytest.raises(FileNotFoundError, match="nothing-here"):
         benchmark.photos_of(["nothing-here"], 3)

@@ -26,6 +26,7 @@ from .engine.setup import setup
 from .engine.train import do_train
 from .files import configs_folder
 from .serving.inference import Detector, load_detector
+from .serving.shipped import DEFAULT_DENSE, DEFAULT_MODEL, EXAMPLES, SHIPPED_MODELS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -59,15 +60,17 @@ def run_demo(output: Path, photos: int, overrides: Sequence[str] = ()) -> None:
 
     _title(2, "The same boxes, before and after its FFNs become 16 experts each")
     recipe = configs_folder() / "demo/nano_x16.py"
-    cfg = load_config(recipe, [f"train.output_dir={_fresh(output / 'x16')}", *overrides])
+    weights = f"package:dynamic_dino/weights/{SHIPPED_MODELS[DEFAULT_DENSE].weights}"
+    own = [f"train.output_dir={_fresh(output / 'x16')}", f"train.init_checkpoint={weights}"]
+    cfg = load_config(recipe, [*own, *overrides])
     setup(cfg)
-    dense = load_detector("nano-dense", device=cfg.train.device)
+    dense = load_detector(DEFAULT_DENSE, device=cfg.train.device)
     converted = Detector(load_for_evaluation(cfg, resume=False), cfg.inference.size, dense.device)
     records = load_datasets("stamps_val_real")
-    print(compare(dense, converted, [r["file_name"] for r in records[:8]], ["dog", "red panda"]))
+    print(compare(dense, converted, [r["file_name"] for r in records[:8]], ["dog", "fish"]))
 
     _title(3, f"MoE-Tuning for {cfg.train.max_iter} iterations (the recipe: {recipe})")
-    tuned = do_train(cfg)
+    do_train(cfg)
 
     _title(4, "AP before and after")
     dense_cfg = load_config(configs_folder() / "pretrain/nano_stamps.py")
@@ -77,10 +80,9 @@ def run_demo(output: Path, photos: int, overrides: Sequence[str] = ()) -> None:
     scores = {"dense": do_test(dense_cfg, dense.model)}
     scores["x16-Top2"] = json.loads((Path(cfg.train.output_dir) / "results.json").read_text())
 
-    _title(5, "Real photos")
-    x16 = Detector(tuned.eval(), cfg.inference.size, dense.device)
+    _title(5, f"Real photos, by {DEFAULT_MODEL}, the shipped model that is used by default")
     picture = output / "real_photos.jpg"
-    draw_photos(x16, records, photos, picture)
+    draw_photos(load_detector(device=cfg.train.device), records, photos, picture)
     curves = output / "curves.png"
     plot_curves(Path(cfg.train.output_dir) / "metrics.json", curves)
 
@@ -93,7 +95,7 @@ def run_demo(output: Path, photos: int, overrides: Sequence[str] = ()) -> None:
     )
     print(f"routing       {cfg.train.output_dir}/evaluation/*/results.txt")
     print(f"TensorBoard   tensorboard --logdir {output}")
-    print('your photos   python projects/DynamicDINO/predict.py PHOTO --text "red panda. dog."')
+    print(f'your photos   python projects/DynamicDINO/predict.py PHOTO --text "{EXAMPLES[0]}"')
 
 
 def compare(
@@ -114,27 +116,29 @@ def compare(
 
 
 def draw_photos(detector: Detector, records: list[dict], count: int, path: Path) -> None:
-    """A sheet of photos, each asked for what it shows and some names that it doesn't show.
+    """A sheet of photos of val_real, each asked for what it shows and eight names that it doesn't
+    show, at the detector's threshold.
 
-    Only photos of names that training has seen: what the detector is good for.
+    Which ones is a rule, not a choice: of each name that Stamps' training knows the first photo
+    that shows nothing else, and `count` of these names, evenly spread over the set.
     """
     metadata = get_metadata("stamps_val_real")
-    names = [
-        n for n, novel in zip(metadata.thing_classes, metadata.novel, strict=True) if not novel
-    ]
-    shown = [
-        list(dict.fromkeys(metadata.thing_classes[a["category_id"]] for a in r["annotations"]))
-        for r in records
-    ]
-    chosen = [(r, s) for r, s in zip(records, shown, strict=True) if set(s) <= set(names)]
+    names, novel = metadata.thing_classes, metadata.novel
+    known = [name for name, is_novel in zip(names, novel, strict=True) if not is_novel]
+    first: dict[str, dict] = {}
+    for record in records:
+        shown = {names[a["category_id"]] for a in record["annotations"]}
+        if len(shown) == 1 and shown <= {*known}:
+            first.setdefault(*shown, record)
+    spread = np.linspace(0, len(first) - 1, min(count, len(first))).round().astype(int)
     rng = np.random.default_rng(0)
     pictures, captions = [], []
-    for record, present in chosen[:: max(len(chosen) // count, 1)][:count]:
-        others = [n for n in names if n not in present]
-        prompt = [*present, *rng.choice(others, 8, replace=False).tolist()]
+    for name, record in [list(first.items())[i] for i in spread]:
+        others = [other for other in known if other != name]
         pixels = load_image(record["file_name"])
-        pictures.append(draw_detections(pixels, detector(pixels, prompt)))
-        captions.append(", ".join(present))
+        found = detector(pixels, [name, *rng.choice(others, 8, replace=False).tolist()])
+        pictures.append(draw_detections(pixels, found))
+        captions.append(name)
     Image.fromarray(contact_sheet(pictures, columns=4, captions=captions)).save(path, quality=88)
 
 

@@ -2,7 +2,7 @@ from .bootstrap import Interval, bootstrap
 from .coco import class_groups, coco_ap
 from .evaluator import DetectionEvaluator
 from .lvis import lvis_ap
-from .operating_point import OperatingPoint, operating_points
+from .operating_point import OperatingPoint, best_point, operating_points
 from .precision_recall import DetectionResult
 from .prediction_log import PredictionLog
 from .predictions import DatasetPredictions
@@ -18,6 +18,7 @@ __all__ = [
     "PROTOCOLS",
     "PredictionLog",
     "DatasetPredictions",
+    "best_point",
     "bootstrap",
     "class_groups",
     "coco_ap",

@@ -88,3 +88,12 @@ def operating_points(
     f1 = [2 * hits[n + 1] / (n + 1 + objects) for n in ends]
     best = point(scores[ends[int(np.argmax(f1))]]) if f1 else None
     return [point(threshold) for threshold in thresholds], best
+
+
+def best_point(
+    points: Iterable[OperatingPoint], least_precision: float = 0.0
+) -> OperatingPoint | None:
+    """The point of the best F1 among those with boxes and at least that precision, in percent; of
+    equal ones that of the highest threshold. None if there is no such point."""
+    good = [p for p in points if p.boxes and p.precision >= least_precision]
+    return max(good, key=lambda p: (p.f1, p.threshold), default=None)
