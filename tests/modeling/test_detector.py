@@ -1,16 +1,20 @@
 """The whole detector: training steps, prompts in chunks, padding, cached features, autocast."""
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.structures import Instances
+from dynamic_dino.data.synthetic.drawn import NAMES
 from dynamic_dino.modeling.backbone import Backbone
+from dynamic_dino.modeling.detector import OpenVocabularyDetector
 from dynamic_dino.modeling.losses.boxes import cxcywh_to_xyxy
 from dynamic_dino.modeling.preprocess import canvas_size, targets_of
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.routers import SoftmaxRouter
+from dynamic_dino.serving.inference import Detector
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -225,6 +229,21 @@ def test_pieces_together_equal_pieces_one_by_one(nano, draw):
         names = sample["prompt"].phrases
         assert found.phrases == [names[i] for i in found.pred_classes]
         assert found.pred_classes.unique().tolist() == list(range(len(names)))
+
+
+def test_max_detections_is_a_default_and_no_limit(nano):
+    detector = Detector(nano, 64, threshold=0.0)
+    nano.max_detections, image = 9, np.zeros((48, 64, 3), np.uint8)
+    for most in (None, 5):  # whole, and in chunks
+        nano.max_phrases = most
+        count = nano.query_selection.num_queries * len(NAMES)
+        for asked, found in ((None, 9), (7, 7), (15, 15), (np.int64(10**6), count)):
+            found_scores = detector(image, NAMES, max_detections=asked).scores
+            assert len(found_scores) == found and (found_scores.diff() <= 0).all()
+    assert nano.max_detections == 9
+    for wrong in (0, -3, 2.5, True, "9"):
+        with pytest.raises(ValueError, match="model.max_detections must be a whole number"):
+            OpenVocabularyDetector(*[None] * 5, max_detections=wrong)
 
 
 @torch.no_grad()

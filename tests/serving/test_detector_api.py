@@ -10,9 +10,11 @@ from dynamic_dino.data.mapper import TestMapper
 from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.serving import inference
-from dynamic_dino.serving.inference import Detector, Phrases, load_detector
+from dynamic_dino.serving.inference import Detector, load_detector
 from dynamic_dino.serving.shipped import THRESHOLD, ShippedModel
 from helpers.seeds import fresh_rng
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -113,8 +115,80 @@ def test_detections_can_be_filtered_the_detectron2_way(detector):
     assert found[torch.tensor([3, 0])].phrases == ["d", "a"]
     assert found[1].phrases == ["b"] and found[1:3].phrases == ["b", "c"]
     assert found[-1].phrases == ["d"]
-    assert Instances.cat([found, found]).phrases == ["a", "b", "c", "d"] * 2
-    assert Phrases(["a"])[torch.zeros(0, dtype=torch.long)] == []
+    both = Instances.cat([found, found])
+    assert both.phrases == ["a", "b", "c", "d"] * 2
+    assert both[both.scores > 0.8].phrases == ["a", "b"] * 2
+    assert both[torch.tensor([0, 6])].phrases == ["a", "c"]
+
+
+def test_results_are_ordinary_tensors(detector):
+    found = detector([noise()] * 3, ["a", "b"])[2]
+    assert not any(v.is_inference() for v in (found.scores, found.pred_boxes.tensor))
+    found.pred_boxes.tensor += 10
+    found.pred_boxes.scale(2, 2)
+    found.scores[0] = 1
+    shift = torch.zeros(2, 4, requires_grad=True)
+    (found.pred_boxes.tensor * shift * found.scores[:, None]).sum().backward()
+
+
+def test_names_come_back_as_they_were_given(detector):
+    names = ["No. 2 pencil", " St. Bernard", "what?", "red  panda", "PERCH", "鲈"]
+    found = detector(noise(), names, threshold=0.0)
+    assert found.phrases == [names[i] for i in found.pred_classes] == names
+    assert detector(noise(), "No. 2 pencil. red  panda").phrases == ["No", "2 pencil", "red  panda"]
+    assert detector(noise(), (name for name in names[:2])).phrases == names[:2]
+
+
+@pytest.mark.parametrize(
+    "name, value, error",
+    [
+        ("threshold", float("nan"), "threshold nan is not between 0 and 1"),
+        ("threshold", 1.5, "threshold 1.5 is not between"),
+        ("threshold", "0.5", r"threshold must be a number from 0 to 1, not '0.5' \(str\)"),
+        ("nms", -1, "nms -1 is not between"),
+        ("nms", [0.5], "nms must be a number"),
+        ("max_detections", 0, "max_detections must be a whole number of at least 1, not 0"),
+        ("max_detections", 2.5, r"not 2.5 \(float\)"),
+        ("max_detections", True, r"not True \(bool\)"),
+        ("max_detections", "9", r"not '9' \(str\)"),
+        ("nms_agnostic", True, "nms_agnostic needs nms"),
+    ],
+)
+def test_options_out_of_their_range_are_named(detector, name, value, error):
+    with pytest.raises(ValueError, match=error):
+        detector("nowhere.jpg", "mug", **{name: value})
+    if name != "max_detections":
+        with pytest.raises(ValueError, match=error):
+            Detector(detector.model, 32, **{name: value})
+
+
+class Twins(OneBoxPerPhrase):
+    """Each phrase twice, a bit apart; all phrases at one place."""
+
+    def forward(self, batch):
+        outputs = super().forward(batch)
+        for output in outputs:
+            once = output["instances"]
+            once.pred_boxes.tensor[:] = torch.tensor([5.0, 5, 45, 45])
+            again = Instances(once.image_size, **once.get_fields())
+            again.scores = once.scores - 0.01
+            again.pred_boxes = Boxes(once.pred_boxes.tensor + 2)
+            output["instances"] = Instances.cat([once, again])
+        return outputs
+
+
+def test_non_maximum_suppression():
+    detector = Detector(Twins(), 32)
+    for names, once in ((["a", "b", "c"], ["a", "b", "c"]), (["a", "b", "a"], ["a", "b"])):
+        assert len(detector(noise(), names)) == len(detector(noise(), names, nms=1)) == 6
+        found = detector(noise(), names, nms=0.7)
+        assert found.phrases == once and (found.scores.diff() < 0).all()
+        assert len(detector(noise(), names, nms=0.9)) == 2 * len(once), "the overlap is 0.82"
+        assert detector(noise(), names, nms=0.7, nms_agnostic=True).phrases == ["a"]
+        assert detector(noise(), names, nms=0.7, max_detections=2).phrases == ["a", "b"]
+    always = Detector(Twins(), 32, nms=0.7, nms_agnostic=True)
+    assert len(always(noise(), "a. b.")) == 1
+    assert always(noise(), "a. b.", nms_agnostic=False).phrases == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +222,30 @@ def test_bad_prompts_are_named(detector):
         detector(noise(), ["mug", " "])
     with pytest.raises(ValueError, match="2 prompts for 3 images"):
         detector([noise()] * 3, [["mug"], ["acorn"]])
+    for wrong in (b"mug", bytearray(b"mug"), 7, {0: "mug"}, {"mug": 0}, torch.tensor(3)):
+        with pytest.raises(ValueError, match="a prompt must be a text, a list of phrases"):
+            detector(noise(), wrong)
+
+
+odd = st.one_of(
+    st.none(), st.integers(), st.floats(), st.binary(), st.booleans(), st.lists(st.text())
+)
+
+
+@settings(max_examples=12)
+@given(odd, st.integers(0, 2))
+def test_odd_phrases_are_refused_by_place_and_kind(value, place):
+    detector, names, images = Detector(OneBoxPerPhrase(), 32), ["mug", "bell"], [noise()] * 3
+    names.insert(place, value)
+    with pytest.raises(ValueError, match=rf"phrase {place} .*\({type(value).__name__}\)"):
+        detector(noise(), names)
+    with pytest.raises(ValueError, match=rf"prompt of image 1: phrase {place} of .* is "):
+        detector(images, [["mug"], names, ["bell"]])
+    if not isinstance(value, list):
+        own: list = [["mug"], Prompt.parse("bell."), "acorn."]
+        own[place] = value
+        with pytest.raises(ValueError, match=f"the prompt of image {place}: a prompt must be"):
+            detector(images, own)
 
 
 def test_scores_that_are_not_finite_stop(detector):

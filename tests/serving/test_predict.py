@@ -96,6 +96,13 @@ def test_thresholds(tmp_path, photos, capsys):
     assert "nothing with a score of 0.95 or more" in capsys.readouterr().out
 
 
+def test_nms_and_doubts_about_the_text(tmp_path, photos, capsys):
+    photo = photos / "photo0.jpg"
+    assert run(tmp_path, photo, "--text", "a, b. c.", "--nms", "0.7", "--nms-agnostic") == 0
+    assert [d["phrase"] for d in saved(tmp_path)[0]["detections"]] == ["a, b"]
+    assert capsys.readouterr().err.startswith("warning: 'a, b' is one phrase, since full stops")
+
+
 def test_a_folder_with_one_text_for_all(tmp_path, photos, capsys):
     for name in ("._photo0.jpg", "IMG_1.SVG", "notes.txt"):
         (photos / name).touch()
@@ -177,6 +184,8 @@ def test_an_early_end_keeps_what_is_done(tmp_path, photos, monkeypatch, capsys, 
         (["{photos}", "--text", "a.", "--text", "b."], "--text was given 2 times for 3 images"),
         (["{photos}", "--text", "a.", "--threshold", "30"], "--threshold 30 is not between"),
         (["{photos}", "--text", "a.", "--max-detections", "0"], "--max-detections 0 is less"),
+        (["{photos}", "--text", "a.", "--nms", "nan"], "--nms nan is not between"),
+        (["{photos}", "--text", "a.", "--nms-agnostic"], "--nms-agnostic needs --nms"),
     ],
 )
 def test_wrong_arguments_are_one_line(tmp_path, photos, capsys, detector, arguments, message):

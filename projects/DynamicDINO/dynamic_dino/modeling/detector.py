@@ -28,7 +28,7 @@ from .deformable_enhancer import DeformableEnhancer
 from .enhancer import EdgeEnhancer
 from .losses.criterion import Criterion
 from .losses.denoising import Denoising
-from .postprocess import best_pairs, to_instances
+from .postprocess import best_pairs, limit_of_detections, to_instances
 from .preprocess import (
     cached_features,
     canvas_size,
@@ -69,7 +69,7 @@ class OpenVocabularyDetector(nn.Module):
             and their maps are padded instead, so that the result depends on nothing else in the
             batch where there is no square canvas.
         max_phrases: at test time, longer prompts are split into chunks of so many phrases.
-        max_detections: kept per image.
+        max_detections: kept per image, unless a call asks for another number.
         max_detections_per: "chunk" keeps that many of every chunk of a split prompt, in an image
             as many as come together so (fixed AP: 300 per 40 names, and no cap per image).
         chunk_batch: how many (image, chunk) pairs go through the decoder at once.
@@ -110,7 +110,8 @@ class OpenVocabularyDetector(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), False)
         self.canvas, self.size_divisor, self.pad_images = canvas, size_divisor, pad_images
-        self.max_phrases, self.max_detections = max_phrases, max_detections
+        self.max_phrases = max_phrases
+        self.max_detections = limit_of_detections(max_detections, "model.max_detections")
         self.max_detections_per = max_detections_per
         self.chunk_batch, self.return_routings = chunk_batch, return_routings
 
@@ -118,15 +119,18 @@ class OpenVocabularyDetector(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def forward(self, batch: list[dict]) -> dict[str, Tensor | list[Routing]] | list[dict]:
+    def forward(
+        self, batch: list[dict], max_detections: int | None = None
+    ) -> dict[str, Tensor | list[Routing]] | list[dict]:
         """Losses in training, with metrics and the mixtures' "routings"; detections in evaluation.
 
         Args:
             batch: mapped samples, see ``dynamic_dino.data.mapper``: "image" (uint8 [3, h, w], RGB)
                 or cached "features", "image_size", "height", "width", "prompt", and "instances".
+            max_detections: in evaluation, instead of the detector's.
         """
         if not self.training:
-            return self.detect(batch)
+            return self.detect(batch, max_detections)
         if self.criterion is None:
             raise ValueError("this detector was built without a criterion, so it can't be trained")
         for sample in batch:
@@ -215,7 +219,7 @@ class OpenVocabularyDetector(nn.Module):
         return features, content_masks(sizes, canvas, features)
 
     # Inference ---------------------------------------------------------------------------------
-    def detect(self, batch: list[dict]) -> list[dict]:
+    def detect(self, batch: list[dict], max_detections: int | None = None) -> list[dict]:
         """Finds every phrase of every sample's prompt: {"instances": Instances} for each sample,
         see `to_instances`. With `return_routings`, the first result also has "routings": the
         batch's `Routing`s, one per MoE layer, as one image's can't be told apart in it.
@@ -225,6 +229,7 @@ class OpenVocabularyDetector(nn.Module):
         result is that of its chunks detected one by one, merged by score. Nothing waits for the
         device before the results are read.
         """
+        most = self.max_detections if max_detections is None else max_detections
         features, masks = self.image_features(batch)
         chunks = [
             (i, chunk)
@@ -240,12 +245,12 @@ class OpenVocabularyDetector(nn.Module):
             if rows != list(range(len(batch))):
                 maps, cells = select_rows(maps, rows), select_rows(cells, rows)
             text = self.text_encoder([chunk.prompt for _, chunk in together])
-            best, routed = self.detect_chunks(maps, cells, text, self.return_routings)
+            best, routed = self.detect_chunks(maps, cells, text, self.return_routings, most)
             routings.append(routed)
             for row, (i, chunk) in enumerate(together):
                 found[i].append(best.of_image(row, chunk, start + row))
-        most = self.max_detections if self.max_detections_per == "image" else None
-        results = to_instances(batch, found, most)
+        per_image = self.max_detections_per == "image"
+        results = to_instances(batch, found, most if per_image else None)
         if self.return_routings and results:
             results[0]["routings"] = [Routing.cat(layer) for layer in zip(*routings, strict=True)]
         return results
@@ -256,6 +261,7 @@ class OpenVocabularyDetector(nn.Module):
         masks: dict[str, Tensor],
         text: TextFeatures,
         routings: bool = False,
+        most: int | None = None,
     ) -> tuple[Detections, list[Routing]]:
         """The best (query, phrase) pairs of a batch of (image, chunk): `decode` and `best_pairs`.
 
@@ -263,5 +269,5 @@ class OpenVocabularyDetector(nn.Module):
         MoE layers' as well: not by default, since a CUDA graph's results must be copied.
         """
         output = self.decode(features, masks, text)
-        best = best_pairs(output.layers[-1], output.text.phrase_map, self.max_detections)
+        best = best_pairs(output.layers[-1], output.text.phrase_map, most or self.max_detections)
         return best, output.routings if routings else []

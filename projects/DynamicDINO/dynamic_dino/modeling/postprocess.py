@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from .losses.boxes import cxcywh_to_xyxy
+from .phrases import Phrases
+from .prompt import shown
 from .structures import Detections, Predictions
+
+
+def limit_of_detections(value: int, name: str = "max_detections") -> int:
+    """Raises ValueError for what is no whole number of at least 1."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {shown(value)}")
+    return int(value)
 
 
 def best_pairs(last: Predictions, phrase_map: Tensor, most: int) -> Detections:
@@ -56,6 +68,6 @@ def to_instances(batch: list[dict], found: list[list[Detections]], most: int | N
     indices = torch.cat(classes).tolist() if classes else []
     for sample, result in zip(batch, results, strict=True):
         names, count = sample["prompt"].phrases, len(result["instances"])
-        result["instances"].phrases = [names[i] for i in indices[:count]]
+        result["instances"].phrases = Phrases(names[i] for i in indices[:count])
         indices = indices[count:]
     return results

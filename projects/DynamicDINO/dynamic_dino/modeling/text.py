@@ -10,6 +10,7 @@ of a frozen encoder can be cached per phrase. ``tests/modeling/test_text.py`` pr
 from __future__ import annotations
 
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from ..sources import resolve_model
-from .prompt import Prompt
+from .name_tokens import doubts, tokens_of
+from .prompt import Prompt, PromptWarning
 from .structures import PromptChunk, TextFeatures
 
 
@@ -128,6 +130,7 @@ class TextEncoder(nn.Module):
             self.body.requires_grad_(False)
         self.pad_to = 1
         self._chunks = Cache(cached_prompts)  # (prompt, max_phrases) -> its chunks
+        self._readings = Cache(cache_size)  # text -> its tokens
         self._phrases = Cache(cache_size)  # text -> output of the body
         self._prompts = Cache(cached_prompts)  # prompts -> TextFeatures
 
@@ -153,7 +156,7 @@ class TextEncoder(nn.Module):
     def blocks(self, prompt: Prompt) -> list[Block]:
         """The sub-sentences of a prompt, each with its terminator ("." or "?")."""
         if self.pooled:
-            return [Block(p, s[0][0]) for p, s in zip(prompt.phrases, prompt.spans, strict=True)]
+            return [Block(t, s[0][0]) for t, s in zip(prompt.texts, prompt.spans, strict=True)]
         sentences = re.finditer(r"[^.?]*[.?]|[^.?]+$", prompt.text)
         return [
             Block(text.strip(), m.start() + len(text) - len(text.lstrip()))
@@ -192,10 +195,10 @@ class TextEncoder(nn.Module):
             return [list(range(len(prompt.spans)))]
         parts: list[list[int]] = [[]]
         room = budget = self.max_tokens - (0 if self.pooled else 2)
-        for i, phrase in enumerate(prompt.phrases):
-            size = 1 if self.pooled else len(self._tokenize(phrase + ".")["input_ids"])
+        for i, text in enumerate(prompt.texts):
+            size = 1 if self.pooled else len(self._tokenize(text + ".")["input_ids"])
             if size > budget:
-                raise ValueError(f"phrase {phrase!r} has {size} tokens, at most {budget} fit")
+                raise ValueError(f"phrase {text!r} has {size} tokens, at most {budget} fit")
             if parts[-1] and (size > room or len(parts[-1]) == max_phrases):
                 parts.append([])
                 room = budget
@@ -204,15 +207,36 @@ class TextEncoder(nn.Module):
         return parts
 
     def chunks(self, prompt: Prompt, max_phrases: int | None = None) -> list[PromptChunk]:
-        """The prompts that a long prompt is split into by `split`; a short one is its own."""
+        """The prompts that a long prompt is split into by `split`; a short one is its own.
+
+        A prompt that wasn't seen before is looked at: warns of names that have the same tokens, or
+        none that is known, see `name_tokens`. Raises ValueError for a name without any token.
+        """
         key = (prompt, max_phrases)
         if key not in self._chunks:
+            if prompt.names is not None:  # a caption may say a word twice, of two objects
+                self._look_at_names(prompt)
             parts = self.split(prompt, max_phrases)
             whole = len(parts) == 1
             self._chunks[key] = [
                 PromptChunk(prompt if whole else prompt.select(part), part[0]) for part in parts
             ]
         return self._chunks[key]
+
+    def _look_at_names(self, prompt: Prompt) -> None:
+        texts, names = prompt.texts, prompt.phrases
+        new = [text for text in dict.fromkeys(texts) if text not in self._readings]
+        found = dict(zip(new, tokens_of(self.tokenizer, new), strict=True))
+        readings = [found[t] if t in found else self._readings[t] for t in texts]
+        self._readings.update(found)
+        for i, tokens in enumerate(readings):
+            if not tokens:
+                raise ValueError(
+                    f"phrase {i} of the prompt is {names[i]!r}, of which the text encoder reads "
+                    "nothing: name the object in other words"
+                )
+        for doubt in doubts(names, readings, self.tokenizer.unk_token):
+            warnings.warn(doubt, PromptWarning, stacklevel=2)
 
     def _tokenize(self, text: str) -> dict:
         return self.tokenizer(

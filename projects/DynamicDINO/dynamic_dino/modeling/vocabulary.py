@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .prompt import Prompt
+from .name_tokens import said_of_alike
+from .prompt import Prompt, PromptWarning
 from .structures import PromptChunk, TextFeatures
 
 
@@ -47,11 +49,13 @@ class ClassVocabulary(nn.Module):
                 "a closed-set detector needs the names of its classes, but the list is empty"
             )
         self._ids: dict[str, int] = {}
-        for i, phrase in enumerate(Prompt.from_phrases(self.names).phrases):
-            if self._ids.setdefault(phrase.casefold(), i) != i:
+        for i, text in enumerate(Prompt.from_phrases(self.names).texts):
+            first = self._ids.setdefault(text.casefold(), i)
+            if first != i:
                 raise ValueError(
-                    f"classes {self._ids[phrase.casefold()]} and {i} are both named {phrase!r}, so "
-                    "a prompt can't tell them apart: give each a name of its own"
+                    f"classes {first} and {i} are named {self.names[first]!r} and "
+                    f"{self.names[i]!r}, which a prompt can't tell apart: give each a name of its "
+                    "own"
                 )
         self.pad_to = 1
         one_hot = torch.eye(len(self.names) + 1, dtype=torch.bool)[:, :-1]  # the last row pads
@@ -72,19 +76,23 @@ class ClassVocabulary(nn.Module):
 
     def ids(self, prompt: Prompt) -> list[int]:
         """The class of each phrase. Raises ValueError for a phrase that is no class."""
-        phrases = [phrase.casefold() for phrase in prompt.phrases]
-        for phrase in phrases:
-            if phrase not in self._ids:
-                near = difflib.get_close_matches(phrase, self._ids, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"such as {self.names[0]!r}"
+        texts = [text.casefold() for text in prompt.texts]
+        for text, phrase in zip(texts, prompt.phrases, strict=True):
+            if text not in self._ids:
+                near = difflib.get_close_matches(text, self._ids, n=1)
+                name = self.names[self._ids[near[0]] if near else 0]
+                hint = f"did you mean {name!r}?" if near else f"such as {name!r}"
                 raise ValueError(
                     f"{phrase!r} is none of the {len(self.names)} classes of this closed-set "
                     f"detector, {hint}"
                 )
-        return [self._ids[phrase] for phrase in phrases]
+        return [self._ids[text] for text in texts]
 
     def chunks(self, prompt: Prompt, max_phrases: int | None = None) -> list[PromptChunk]:
-        """A prompt of more than `max_phrases` is split, see `TextEncoder.chunks`."""
+        """A prompt of more than `max_phrases` is split, see `TextEncoder.chunks`; warns of a class
+        that is asked for more than once."""
+        for doubt in said_of_alike(prompt.phrases, self.ids(prompt)):
+            warnings.warn(doubt, PromptWarning, stacklevel=2)
         count = len(prompt.spans)
         step = max_phrases or count
         if count <= step:

@@ -10,7 +10,6 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from detectron2.config import instantiate
 from detectron2.structures import Instances
@@ -25,30 +24,17 @@ from ..data.images import ImageLike, Size, as_array, resize_transform, to_tensor
 from ..engine.checkpointing import last_checkpoint
 from ..files import PACKAGE, configs_folder
 from ..modeling.detector import OpenVocabularyDetector
-from ..modeling.prompt import Prompt
+from ..modeling.phrases import Phrases
+from ..modeling.postprocess import limit_of_detections
+from ..modeling.prompt import Prompt, shown
 from ..modeling.vocabulary import ClassVocabulary
 from ..sources import is_hub_spec
 from .deploy import optimize_for_inference
+from .prompts import PromptLike, prompts_of_images
 from .shipped import DEFAULT_MODEL, SHIPPED_MODELS, THRESHOLD
-
-PromptLike = str | Sequence[str] | Prompt
+from .suppression import unsuppressed
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class Phrases(list):
-    """The phrase of each detection; a list that also takes a tensor's indices and masks, so that
-    ``detections[detections.scores > 0.5]`` works on the `Instances` that hold it."""
-
-    def __getitem__(self, index):
-        if isinstance(index, int | np.integer):
-            return super().__getitem__(index)
-        if isinstance(index, slice):
-            return Phrases(super().__getitem__(index))
-        index = torch.as_tensor(index)
-        if index.dtype == torch.bool:
-            index = index.nonzero().flatten()
-        return Phrases(super(Phrases, self).__getitem__(i) for i in index.tolist())
 
 
 class Detector:
@@ -60,6 +46,9 @@ class Detector:
         device: where the model shall run.
         threshold: detections with lower scores are dropped, unless a call says otherwise.
         batch_size: images that are looked at together. Default: 8 on a GPU, 1 on a CPU.
+        nms, nms_agnostic: of boxes of the same phrase (agnostic: of any phrases) whose intersection
+            over union is more than this, the best is kept, unless a call says otherwise. Default:
+            all are kept.
     """
 
     def __init__(
@@ -69,11 +58,16 @@ class Detector:
         device: str | torch.device = "cpu",
         threshold: float = THRESHOLD,
         batch_size: int | None = None,
+        nms: float | None = None,
+        nms_agnostic: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
         self.size = size
-        self.threshold = threshold
+        self.threshold = fraction(threshold, "threshold")
+        self.nms = None if nms is None else fraction(nms, "nms")
+        self.nms_agnostic = nms_agnostic
+        _refuse_agnostic_alone(self.nms, nms_agnostic)
         self.batch_size = batch_size or (8 if self.device.type == "cuda" else 1)
 
     def __call__(
@@ -81,7 +75,9 @@ class Detector:
         images: ImageLike | Sequence[ImageLike],
         prompts: PromptLike | Sequence[PromptLike] | None = None,
         threshold: float | None = None,
-        max_detections: int = 100,
+        max_detections: int | None = None,
+        nms: float | None = None,
+        nms_agnostic: bool | None = None,
     ) -> Instances | list[Instances]:
         """Finds the phrases in an image, or in each of a list of images.
 
@@ -92,31 +88,48 @@ class Detector:
                 phrases (or of `Prompt`s), one for each image. None: all classes of a closed-set
                 detector.
             threshold: drops detections whose score is lower; default: the detector's.
-            max_detections: keeps this many per image at most, the best.
+            max_detections: keeps this many per image at most, the best, of all pairs of a query
+                and a phrase; default: the ``model.max_detections`` of the recipe.
+            nms, nms_agnostic: see `Detector`, whose they are by default; 1 keeps all.
 
         Returns:
             Detectron2 `Instances` on the CPU, one for each image, best first: pred_boxes (XYXY,
-            pixels of the image), scores in [0, 1], pred_classes (index of the phrase), phrases.
+            pixels of the image), scores in [0, 1], pred_classes (index of the phrase), phrases (the
+            strings that were given; of a text, what stands between the full stops).
 
         Raises:
             FileNotFoundError, ValueError: for an image that is missing or can't be read, an empty
-                prompt, another number of prompts than images, no prompt for an open vocabulary, or
-                a phrase that is no class of a closed set.
+                prompt, another number of prompts than images, no prompt for an open vocabulary, a
+                phrase that is no text, or no class of a closed set, or an option out of its range.
         """
+        threshold = self.threshold if threshold is None else fraction(threshold, "threshold")
+        nms = self.nms if nms is None else fraction(nms, "nms")
+        agnostic = self.nms_agnostic if nms_agnostic is None else nms_agnostic
+        _refuse_agnostic_alone(nms, agnostic)
+        most, options = self._most(max_detections)
         prompts = self.all_classes() if prompts is None else prompts
         single = not isinstance(images, list | tuple)
         images = [images] if single else list(images)
         samples = [
             self._sample(image, prompt)
-            for image, prompt in zip(images, _one_prompt_each(prompts, len(images)), strict=True)
+            for image, prompt in zip(images, prompts_of_images(prompts, len(images)), strict=True)
         ]
-        threshold = self.threshold if threshold is None else threshold
         results = []
-        with torch.inference_mode():
-            for start in range(0, len(samples), self.batch_size):
-                for output in self.model(samples[start : start + self.batch_size]):
-                    results.append(_best(output["instances"], threshold, max_detections))
+        for start in range(0, len(samples), self.batch_size):
+            with torch.inference_mode():
+                outputs = self.model(samples[start : start + self.batch_size], **options)
+            found = [output["instances"] for output in outputs]
+            results += [_kept(instances, threshold, most, nms, agnostic) for instances in found]
         return results[0] if single else results
+
+    def _most(self, max_detections: int | None) -> tuple[int | None, dict[str, int]]:
+        """How many detections an image may have, and what is said to the model of that."""
+        own = isinstance(self.model, OpenVocabularyDetector)
+        limit = self.model.max_detections if own else None  # another model's is unknown
+        if max_detections is None:
+            return limit, {}
+        most = limit_of_detections(max_detections)
+        return most, {"max_detections": most} if limit is not None and most > limit else {}
 
     def all_classes(self) -> Prompt:
         """The prompt that asks for everything. Raises ValueError for an open vocabulary."""
@@ -152,6 +165,8 @@ def load_detector(
     dtype: str = "float32",
     accelerate: str = "eager",
     pack: str = "auto",
+    nms: float | None = None,
+    nms_agnostic: bool = False,
 ) -> Detector:
     """A detector by the name of a shipped model, or by its recipe and weights.
 
@@ -168,10 +183,14 @@ def load_detector(
             "compile" (torch.compile, which takes minutes at the first image of a size).
         pack: weights packed for oneDNN, on a CPU in float32: "auto" (where a measurement of some
             tenths of a second finds that faster; what was chosen is logged), "always" or "never".
+        nms, nms_agnostic: defaults of `Detector`'s.
 
     Raises:
         FileNotFoundError, ValueError: naming the file or the argument, and what to give instead.
     """
+    for name, value in (("threshold", threshold), ("nms", nms)):  # before the model is loaded
+        if value is not None:
+            fraction(value, name)
     device = _device(device)
     detector, cfg = load_model(model, weights, device, dtype, accelerate, pack)
     if isinstance(detector, OpenVocabularyDetector):
@@ -179,7 +198,9 @@ def load_detector(
     if threshold is None:
         shipped = SHIPPED_MODELS.get(str(model)) if weights is None else None
         threshold = shipped.threshold if shipped else THRESHOLD
-    return Detector(detector, cfg.inference.size, device, threshold)
+    return Detector(
+        detector, cfg.inference.size, device, threshold, nms=nms, nms_agnostic=nms_agnostic
+    )
 
 
 def load_model(
@@ -265,25 +286,11 @@ def detection_records(detections: Instances) -> list[dict]:
     ]
 
 
-def as_prompt(prompt: PromptLike) -> Prompt:
-    """Raises ValueError for an empty prompt or phrase."""
-    if isinstance(prompt, Prompt):
-        return prompt
-    return Prompt.parse(prompt) if isinstance(prompt, str) else Prompt.from_phrases(prompt)
-
-
-def _one_prompt_each(prompts: PromptLike | Sequence[PromptLike], images: int) -> list[Prompt]:
-    if isinstance(prompts, str | Prompt) or all(isinstance(p, str) for p in prompts):
-        # One object for all: its text is encoded once.
-        return [as_prompt(prompts)] * images
-    if len(prompts) != images:
-        raise ValueError(
-            f"{len(prompts)} prompts for {images} images: give one for all, or one for each image"
-        )
-    return [as_prompt(p) for p in prompts]
-
-
-def _best(found: Instances, threshold: float, max_detections: int) -> Instances:
+def _kept(
+    found: Instances, threshold: float, most: int | None, nms: float | None, agnostic: bool
+) -> Instances:
+    """The best detections as ordinary tensors on the CPU. Outside of inference mode, indexing
+    makes such of what the model returned."""
     if not torch.isfinite(found.scores).all():
         raise ValueError("the model's scores are not finite: are its weights damaged?")
     phrases = Phrases(found.phrases)
@@ -294,8 +301,31 @@ def _best(found: Instances, threshold: float, max_detections: int) -> Instances:
         pred_classes=found.pred_classes,
     ).to("cpu")
     found.phrases = phrases
-    order = found.scores.argsort(descending=True, stable=True)[:max_detections]
-    return found[order[found.scores[order] >= threshold]]
+    order = found.scores.argsort(descending=True, stable=True)
+    order = order[found.scores[order] >= threshold]
+    if nms is not None:
+        order = order[unsuppressed(found[order], nms, agnostic)]
+    return found[order[:most]]
+
+
+def fraction(value: float, name: str) -> float:
+    """Raises ValueError for what is no number from 0 to 1, naming the option."""
+    try:
+        if isinstance(value, str | bytes | bool):  # of which float() would take some
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number from 0 to 1, not {shown(value)}") from None
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} {number:g} is not between 0 and 1")
+    return number
+
+
+def _refuse_agnostic_alone(nms: float | None, agnostic: bool) -> None:
+    if agnostic and nms is None:
+        raise ValueError(
+            "nms_agnostic needs nms, the overlap from which boxes are dropped, as in nms=0.7"
+        )
 
 
 def _device(device: str | torch.device | None) -> torch.device:

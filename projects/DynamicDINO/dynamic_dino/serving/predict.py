@@ -6,9 +6,12 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from ..modeling.prompt import PromptWarning
 from .shipped import DEFAULT_MODEL
 
 DESCRIPTION = "Detects what a text names in images; writes annotated pictures, predictions.json."
@@ -56,8 +59,19 @@ def parser() -> argparse.ArgumentParser:
         help="lowest score that is shown (default: what suits the shipped model; 0.2 for others)",
     )
     p.add_argument(
-        "--max-detections", type=int, default=100, metavar="N", help="per image (default: 100)"
+        "--max-detections",
+        type=int,
+        metavar="N",
+        help="per image (default: the recipe's model.max_detections)",
     )
+    p.add_argument(
+        "--nms",
+        type=float,
+        metavar="IOU",
+        help="of boxes of one phrase that overlap more than this, such as 0.7, keep the best "
+        "(default: keep all)",
+    )
+    p.add_argument("--nms-agnostic", action="store_true", help="--nms whatever the phrases are")
     p.add_argument(
         "--output", default="output/predict", metavar="FOLDER", help="default: output/predict"
     )
@@ -83,6 +97,23 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Doubts about a prompt are a line of their own on stderr, without the place in our code."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_plainly(message, category, *where) -> None:
+            if issubclass(category, PromptWarning):
+                print(f"warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where)
+
+        warnings.showwarning = show_plainly
+        yield
+
+
+@plain_warnings()
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 if something was wrong."""
     args = parser().parse_args(argv)
@@ -94,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..data.images import as_array
     from ..data.visualization import draw_detections
     from ..files import writable_folder, write_text
-    from .inference import as_prompt, detection_records
+    from .inference import detection_records
+    from .prompts import as_prompt
 
     try:
         check_numbers(args)
@@ -138,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 [prompts[i] for i, _ in loaded],
                 threshold,
                 args.max_detections,
+                args.nms,
+                args.nms_agnostic or None,
             )
             for (i, image), detections in zip(loaded, found, strict=True):
                 height, width = image.shape[:2]
@@ -172,7 +206,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_numbers(args: argparse.Namespace) -> None:
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold:g} is not between 0 and 1")
-    if args.max_detections < 1:
+    if args.nms is not None and not 0 <= args.nms <= 1:
+        raise ValueError(f"--nms {args.nms:g} is not between 0 and 1")
+    if args.nms_agnostic and args.nms is None:
+        raise ValueError("--nms-agnostic needs --nms, such as --nms 0.7")
+    if args.max_detections is not None and args.max_detections < 1:
         raise ValueError(f"--max-detections {args.max_detections} is less than 1")
 
 
@@ -218,7 +256,7 @@ def detection_table(result: dict, threshold: float) -> str:
     if not result["detections"]:
         return f"{head}\n  nothing with a score of {threshold:g} or more"
     rows = [
-        [d["phrase"], f"{d['score']:.2f}", *(f"{v:.0f}" for v in d["box"])]
+        [" ".join(d["phrase"].split()), f"{d['score']:.2f}", *(f"{v:.0f}" for v in d["box"])]
         for d in result["detections"]
     ]
     headers = ["phrase", "score", "left", "top", "right", "bottom"]
