@@ -22,9 +22,10 @@ from .formats import load_recognised
 from .formats.recognise import TITLES
 from .grounding import load_mdetr_json, load_odvg_jsonl
 from .places import Place, locate_dataset
-from .problems import BadBoxes
+from .problems import BadBoxes, DataError
 from .records import Records
 from .split import VAL, split_rows
+from .whereabouts import with_found_images
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,13 @@ def load_file(place: Place, **options: Any) -> Records:
         records = reader(place.file, place.image_root, place.name, **{**built_in, **options})
     else:
         records = load_recognised(place.found, place.image_root, place.name, place.part, **options)
+    if entry is None:
+        records, elsewhere = with_found_images(records)
+        if report := options.get("report"):
+            for what in elsewhere:
+                report(DataError("image found elsewhere", what, str(place.file)))
+        else:
+            _add_notes(place.name, elsewhere)
     if place.drawn is not None:
         records = _drawn(records, place)
     if entry is None:
@@ -65,11 +73,15 @@ def describe(place: Place, records: Records) -> str:
 def _drawn(records: Records, place: Place) -> Records:
     """The images that `split_rows`, with its defaults, gives to train or val."""
     train, val = split_rows(records)
-    metadata = MetadataCatalog.get(place.name).as_dict()
-    notes = [*metadata.pop("notes", ()), f"{VAL:.0%} of the images drawn for val, by seed 0"]
-    metadata.pop("name")
-    replace_metadata(place.name, **metadata, notes=notes, drawn=True)
+    _add_notes(place.name, [f"{VAL:.0%} of the images drawn for val, by seed 0"], drawn=True)
     return records.select(train if place.drawn == "train" else val)
+
+
+def _add_notes(name: str, notes: list[str], **fields: Any) -> None:
+    """To the metadata, which `describe` says."""
+    known = MetadataCatalog.get(name).as_dict()
+    known |= {"notes": [*known.get("notes", ()), *notes], **fields}
+    replace_metadata(known.pop("name"), **known)
 
 
 def load_datasets(names: str | Sequence[str]) -> Records | list[Records]:

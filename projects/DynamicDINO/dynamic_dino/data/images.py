@@ -14,7 +14,8 @@ from PIL import Image, UnidentifiedImageError
 
 from .file_kinds import what_it_is
 from .image_files import FORMATS, is_address
-from .pixels import pixels_of_array, pixels_of_image, seen_size
+from .pixels import orientation, pixels_of_array, pixels_of_image, seen_size
+from .whereabouts import why_missing
 
 Record = dict[str, Any]
 ImageLike = str | Path | Image.Image | np.ndarray
@@ -101,20 +102,33 @@ def read_image(record: Record) -> np.ndarray:
     """The image of a data set's record; raises as `load_image` does, and ValueError if it is not
     of the size that the record states."""
     path = record["file_name"]
-    try:
-        image = load_image(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}: check the data set's image folder (image_root)"
-        ) from None
+    if not Path(path).exists():
+        raise FileNotFoundError(why_missing(path))
+    image = load_image(path)
     height, width = image.shape[:2]
-    if (height, width) != (record.get("height", height), record.get("width", width)):
-        raise ValueError(
-            f"image {path!r} is {width} x {height} (width x height), but its annotation says "
-            f"{record['width']} x {record['height']}: its boxes can't be right; correct the "
-            "annotation file"
-        )
+    stated = record.get("width", width), record.get("height", height)
+    if stated != (width, height):
+        raise ValueError(_wrong_size(path, (width, height), stated))
     return image
+
+
+def _wrong_size(path: str, size: tuple[int, int], stated: tuple[int, int]) -> str:
+    what = (
+        f"image {path!r} is {size[0]} x {size[1]} (width x height), but its annotation says "
+        f"{stated[0]} x {stated[1]}"
+    )
+    if stated != size[::-1]:
+        return f"{what}: its boxes can't be right; correct the annotation file"
+    with Image.open(path) as image:
+        turn = orientation(image)
+    if turn < 5:
+        return f"{what}: width and height are swapped; exchange them in the annotation file"
+    return (
+        f"{what}, swapped: the size before its EXIF tag (orientation {turn}) turns it. If the "
+        "boxes are those of the picture as it is seen (Label Studio's are), exchange width and "
+        "height in the annotation file; if they are of the picture as it is stored, remove the tag "
+        "from the image file"
+    )
 
 
 def resize_transform(height: int, width: int, size: Size) -> T.ResizeTransform:

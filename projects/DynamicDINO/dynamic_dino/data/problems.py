@@ -71,6 +71,13 @@ KINDS = {
         "Name the folder of the images (`--image-folder`, `data.train_images=`), add the file, or "
         "remove the annotation. See [pictures](#pictures).",
     ),
+    "image found elsewhere": Kind(
+        "No file lies where the annotation says, as in paths of Windows or of another machine, but "
+        "the end of the path exists in the image folder, or in a folder such as `images` in it or "
+        "beside it. All images of that folder are read from there.",
+        "None is needed; `convert` writes the paths as they are found.",
+        note=True,
+    ),
     "bad image": Kind(
         "The picture can't be decoded, or is of another size than the annotation says.",
         "Replace the file, or correct the size. See [pictures](#pictures).",

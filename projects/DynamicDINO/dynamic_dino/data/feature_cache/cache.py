@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..datasets import dataset_root
 from ..images import resize_transform
+from ..whereabouts import why_missing
 
 Record = dict[str, Any]
 Flips = Literal["mirror", "store"]
@@ -149,6 +150,4 @@ def file_bytes(file_name: str | Path) -> int:
     try:
         return os.stat(file_name).st_size
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"image {str(file_name)!r} does not exist: check the data set's image folder"
-        ) from None
+        raise FileNotFoundError(why_missing(str(file_name))) from None

@@ -10,9 +10,7 @@ from pathlib import Path
 from ..image_files import files_under, is_picture
 from ..images import image_size
 from ..problems import DataError
-
-# Where tools put pictures when annotations have a folder of their own.
-BESIDE = ("images", "jpegimages", "img", "imgs", "pictures", "photos")
+from ..whereabouts import BESIDE
 
 
 def picture_size(path: Path) -> tuple[int, int]:

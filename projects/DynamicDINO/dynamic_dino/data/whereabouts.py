@@ -1,0 +1,140 @@
+"""Where images are that don't lie where an annotation file says.
+
+The file was written elsewhere: on Windows, on another machine, for a web server, or for another
+folder to start from. So the end of a path is what is known of it, and it is looked for under the
+image folder and the folders where tools put images.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from .image_files import is_address
+from .records import Records, Texts
+
+# Where tools put pictures when annotations have a folder of their own.
+BESIDE = ("images", "jpegimages", "img", "imgs", "pictures", "photos")
+DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+TRIES = 3  # files of one folder that are looked for, before the folder counts as lost
+REMEDY = (
+    "name the folder of the images (--image-folder FOLDER; in training data.train_images=FOLDER or "
+    "data.val_images=FOLDER), add the file, or remove the annotation"
+)
+
+
+def find_file(name: str, folder: Path) -> Path | None:
+    """The file that an annotation calls `name`, seen from the image folder; None if there is none.
+
+    As it is said, else the longest end of the path that exists: under `folder` and its folders of
+    images, then under the folder above and its folders of images.
+    """
+    path = _in_slashes(name)
+    if (folder / path).is_file():
+        return folder / path
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    places = [folder, *_beside(folder), folder.parent, *_beside(folder.parent)]
+    for start in range(len(parts)):
+        for place in places:
+            found = place.joinpath(*parts[start:])
+            if found.is_file():
+                return found
+    return None
+
+
+def with_found_images(records: Records) -> tuple[Records, list[str]]:
+    """The records with the names of files that exist, and what was found elsewhere, in words.
+
+    Files that the annotations have in one folder lie in one folder: one of each is looked for.
+    Where two names would become one file, nothing is changed.
+    """
+    root = Path(os.path.abspath(records.image_root))
+    if not root.is_dir():
+        return records, []
+    moved: dict[str, str] = {}  # folder as the annotations have it -> as it is
+    tries: Counter[str] = Counter()
+    for name in records.names:
+        folder = _split(name)[0]
+        if folder in moved or tries[folder] == TRIES:
+            continue
+        tries[folder] += 1
+        if os.path.isfile(os.path.join(root, name)):
+            moved[folder] = folder
+        elif found := find_file(name, root):
+            moved[folder] = _relative(found.parent, root)
+    changed = {old: new for old, new in moved.items() if old != new}
+    if not changed:
+        return records, []
+    names = []
+    for name in records.names:
+        folder, file = _split(name)
+        names.append(changed[folder] + file if folder in changed else name)
+    if len(set(names)) < len(set(records.names)):
+        return records, []
+    renamed = copy.copy(records)
+    renamed.names = Texts.of(names)
+    return renamed, [
+        f"images{f' of {old!r}' if old else ''} found in {os.path.normpath(root / new)}"
+        for old, new in changed.items()
+    ]
+
+
+def why_missing(file_name: str) -> str:
+    """What is wrong with the path of an image that doesn't exist, and what to do: a sentence."""
+    path = Path(file_name)
+    folder = next((folder for folder in path.parents if folder.is_dir()), Path("."))
+    name = os.path.relpath(path, folder)
+    what = f"image {file_name} does not exist"
+    if is_address(name):
+        what += ", its annotation has an address: download the images"
+    elif "\\" in name or DRIVE.match(name):
+        what += ", its annotation has a path of Windows"
+    elif path.parent != folder:
+        what += f", there is no folder {folder / Path(name).parts[0]}"
+    if found := find_file(name, folder) or _nearly(name, folder):
+        what += f"; there is {os.path.normpath(found)}"
+    return f"{what}: {REMEDY}"
+
+
+def _nearly(name: str, folder: Path) -> Path | None:
+    """The file of the same name but for capitals and the ending."""
+    stem = Path(_in_slashes(name)).stem.casefold()
+    alike = (p for p in sorted(folder.iterdir()) if p.stem.casefold() == stem and p.is_file())
+    return next(alike, None)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """(folder as it stands there, up to the last slash, name of the file)"""
+    path = name.partition("?")[0] if is_address(name) else name
+    folder = path[: max(path.rfind("/"), path.rfind("\\")) + 1]
+    return folder, _in_slashes(name).rpartition("/")[2]
+
+
+def _in_slashes(name: str) -> str:
+    """A path with slashes, without the host of an address or the drive of Windows."""
+    if is_address(name):
+        return unquote(urlsplit(re.sub(r":/+", "://", name, count=1)).path).lstrip("/")
+    if DRIVE.match(name):
+        name = name[2:].lstrip("\\/")
+    return name.replace("\\", "/")
+
+
+def _beside(folder: Path) -> Iterator[Path]:
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError:
+        return
+    yield from (path for path in inside if path.name.lower() in BESIDE and path.is_dir())
+
+
+def _relative(folder: Path, root: Path) -> str:
+    """With a slash at its end, relative to the root where that is short."""
+    relative = os.path.relpath(folder, root)
+    if relative.startswith(os.path.join("..", "..")):
+        relative = str(folder)
+    return "" if relative == "." else os.path.join(relative, "")
