@@ -7,9 +7,12 @@ In README, the model cards and the pages about accuracy and speed, a table stand
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+
+from lib.paired import Estimate, estimate, paired
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 RESULTS = BENCHMARKS / "results"
@@ -56,6 +59,43 @@ def finetune_public(report: dict) -> str:
         scores = [f"{run['before'][k]:.1f} -> {run['after'][k]:.1f}" for k in keys]
         rows.append([name, str(run["iterations"]), killed, *scores])
     return table(["run", "iterations", "killed, went on from", "AP", "AP50"], rows)
+
+
+def few_shot(report: dict) -> str:
+    """Means over seeds with 95 % intervals; differences are of the same images and order."""
+    scores: dict[tuple, dict[str, dict[int, dict]]] = {}
+    for run in report["runs"].values():
+        case = scores.setdefault((run["set"], run["images"]), {})
+        case.setdefault(run["model"], {})[run["seed"]] = run
+    rows = []
+    for (name, images), models in scores.items():
+        for model, runs in models.items():
+            cells = []
+            for metric in ("AP", "AP50"):
+                values = {seed: run["scores"][metric] for seed, run in runs.items()}
+                before = report["before"][name][metric]
+                cells.append(f"{before:.1f} -> {_mean(estimate(list(values.values())))}")
+                for other in ("dense", "control") if metric == "AP" else ():
+                    theirs = {s: r["scores"][metric] for s, r in models.get(other, {}).items()}
+                    found = paired(values, theirs) if other != model else None
+                    cells.append(_mean(found, "+") if found else "")
+            run = next(iter(runs.values()))
+            photos = f"all {run['photos']}" if images == "all" else str(images)
+            case = [name, photos, str(run["iterations"]), model, str(len(runs))]
+            ap, dense, control, ap50 = cells
+            rows.append([*case, ap, ap50, dense, control])
+    start = report["settings"]["start"]
+    text = (
+        f"From `{start}`: dense, all but the frozen towers trains; x16, MoE-Tuning; control, the "
+        "dense model with the parts free that MoE-Tuning has. ± is a 95 % interval over seeds.\n\n"
+    )
+    head = ["set", "images", "iterations", "model", "seeds", "AP", "AP50"]
+    return text + table([*head, "AP over dense", "AP over control"], rows)
+
+
+def _mean(found: Estimate, sign: str = "") -> str:
+    margin = "" if math.isnan(found.margin) else f" ± {found.margin:.1f}"
+    return f"{found.mean:{sign}.1f}{margin}"
 
 
 def _percent(score: float | None) -> str:
@@ -419,6 +459,11 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
         "A nano-size MM-Grounding-DINO, tuned from a directory of transformers, percent",
         "finetune_public",
         finetune_public,
+    ),
+    "few_shot": (
+        "Few-shot: nano tuned on a few photos, percent",
+        "few_shot",
+        few_shot,
     ),
     "fps": ("Images per second of the whole model", "fps", fps),
     "fps_tuned": ("The same, with tiles tuned on this GPU", "fps_tuned", fps),

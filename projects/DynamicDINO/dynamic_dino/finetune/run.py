@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,8 +123,11 @@ def finetune(options: Options) -> dict[str, Scores]:
     _title(3, "Before")
     cfg = next(iter(configs.values()))
     if cached:
-        use_features(configs.values(), data, options.output / "features")
-    evaluate_start(recipe("tuned", data.photos, iterations), cfg, options.output / BEFORE)
+        build_features(cfg, data, options.output / "features")
+    first = recipe("tuned", data.photos, iterations)
+    for cfg in (first, *configs.values()) if cached else ():
+        read_features(cfg, options.output / "features")
+    evaluate_start(first, options.output / BEFORE)
 
     for number, (kind, cfg) in enumerate(configs.items(), start=1):
         of = f" ({number} of {len(configs)})" if len(configs) > 1 else ""
@@ -270,11 +273,8 @@ def _remember(options: Options, start: Start, configs: dict[str, DictConfig]) ->
 # ---- the runs -----------------------------------------------------------------------------------
 
 
-def use_features(configs: Iterable[DictConfig], data: Data, folder: Path) -> None:
-    """Caches the features of all photos, of those to train on also mirrored, and makes the loaders
-    read them."""
-    configs = list(configs)
-    cfg = configs[0]
+def build_features(cfg: DictConfig, data: Data, folder: Path) -> None:
+    """Caches the features of all photos; of those to train on also mirrored."""
     with input_errors():
         model = instantiate(cfg.model).to(cfg.train.device).eval()
         load_checkpoint(model, cfg.train.init_checkpoint)
@@ -288,17 +288,19 @@ def use_features(configs: Iterable[DictConfig], data: Data, folder: Path) -> Non
                 backbone=backbone,
                 flips=flips,
             )
-    for cfg in configs:
-        cfg.dataloader.train.mapper.features = str(folder / "train")
-        cfg.dataloader.test.val.mapper.features = str(folder / "val")
 
 
-def evaluate_start(cfg: DictConfig, like: DictConfig, folder: Path) -> None:
+def read_features(cfg: DictConfig, folder: Path) -> None:
+    """Makes the loaders read them."""
+    cfg.dataloader.train.mapper.features = str(folder / "train")
+    cfg.dataloader.test.val.mapper.features = str(folder / "val")
+
+
+def evaluate_start(cfg: DictConfig, folder: Path) -> None:
     """Scores what tuning starts from, unless that is done."""
     if (folder / "results.json").is_file():
         print(f"done: {folder}")
         return
-    cfg.dataloader.test = like.dataloader.test  # with cached features
     cfg.train.output_dir = str(folder)
     with _logged(cfg):
         do_test(cfg, load_for_evaluation(cfg, resume=False))
