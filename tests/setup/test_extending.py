@@ -43,7 +43,7 @@ def test_one_file_and_an_override(toy, tmp_path, monkeypatch):
     recipe = "moe_tuning/nano_x16_drawn.py" if toy == "router" else "pretrain/nano_drawn.py"
     options = [
         f"train.output_dir={tmp_path}",
-        "train.init_checkpoint=''",
+        "train.init_checkpoint=",
         "train.max_iter=1",
         "train.best_metric=null",
         "dataloader.train.total_batch_size=2",

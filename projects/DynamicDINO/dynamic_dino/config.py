@@ -19,10 +19,12 @@ from typing import Any
 
 import yaml
 from detectron2.config import LazyConfig
-from detectron2.utils.registry import locate
-from omegaconf import DictConfig, OmegaConf
+from detectron2.utils.registry import _convert_target_to_string, locate
+from omegaconf import DictConfig, OmegaConf, SCMode
 
 from . import renamed
+from .files import write_text
+from .values import CALLABLE, read_value
 
 NODES = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "inference")
 INTERPOLATION = re.compile(r"\$\{(\w+)[.}\[]")  # ${data.train_json} -> data
@@ -48,6 +50,13 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "log_period": 20,
     "best_metric": None,  # e.g. "val/AP"
     "trainable": None,  # fnmatch patterns on parameter names; None: as the model was built
+}
+
+# What those take that are None, or a list that may be empty; see `read_value`
+TRAIN_TYPES: dict[str, Any] = {
+    "train.best_metric": str | None,
+    "train.init_except": Sequence[str],
+    "train.trainable": Sequence[str] | None,
 }
 
 
@@ -144,7 +153,8 @@ def _variant(path: Path, name: str) -> list[str]:
 
 
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Applies ``key=value`` strings in place. A key must exist in the recipe, or name a parameter
+    """Applies ``key=value`` strings in place. A key that holds text takes the value as typed, all
+    others by hydra's grammar: see `read_value`. A key must exist in the recipe, or name a parameter
     of the callable whose node it is in (``optimizer.betas=[0.9,0.98]``). A callable with all its
     arguments (``model.backbone={_target_:my_module.MyBackbone,width:64}``) replaces a node."""
     for override in overrides:
@@ -156,20 +166,45 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             )
         _check_key(cfg, key)
         before = OmegaConf.select(cfg, key, throw_on_missing=False)
-        if value.startswith("{_target_:"):  # else the former callable's arguments stay
-            OmegaConf.update(cfg, key, None, merge=False)
         try:
-            LazyConfig.apply_overrides(cfg, [override])
-        except Exception as error:  # hydra's grammar errors are of many types
-            raise ConfigError(f"override {override!r} can't be parsed: {error}") from error
+            new = read_value(cfg, key, value, TRAIN_TYPES.get(key))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if value.startswith(CALLABLE):  # else the former callable's arguments stay
+            OmegaConf.update(cfg, key, None, merge=False)
+        OmegaConf.update(cfg, key, new, merge=True)
         _check_value(key, before, OmegaConf.select(cfg, key), value)
     return cfg
 
 
 def _load_yaml(path: Path) -> DictConfig:
     """As LazyConfig does, also where an older version of this package wrote the file."""
-    content = renamed.current_nodes(yaml.unsafe_load(renamed.current(path.read_text())))
+    content = renamed.current_nodes(yaml.unsafe_load(renamed.current(path.read_text(encoding="utf-8"))))
     return OmegaConf.create(content, flags={"allow_objects": True})
+
+
+def save_config(cfg: DictConfig, path: Path) -> None:
+    """What `load_config` reads again. LazyConfig's own writing is in the locale's encoding; it is
+    left what YAML can't hold, such as lambdas."""
+    content = OmegaConf.to_container(cfg, resolve=False, structured_config_mode=SCMode.INSTANTIATE)
+    try:
+        text = yaml.dump(
+            _named(content), default_flow_style=None, allow_unicode=True, width=9999
+        )
+        yaml.unsafe_load(text)
+    except Exception:  # of whatever type an object's way to YAML raises
+        LazyConfig.save(cfg, str(path))
+    else:
+        write_text(path, text)
+
+
+def _named(content: Any) -> Any:
+    """The same, with the callables of lazy nodes by their import path."""
+    if isinstance(content, dict):
+        target = content.get("_target_")
+        names = {"_target_": _convert_target_to_string(target)} if callable(target) else {}
+        return {key: _named(value) for key, value in content.items()} | names
+    return [_named(item) for item in content] if isinstance(content, list) else content
 
 
 def require(cfg: DictConfig, *keys: str) -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from detectron2.config import LazyConfig
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
-from ..config import ConfigError
+from ..config import ConfigError, save_config
 from ..files import probe_folder
 from .allocator import keep_freed_memory
 
@@ -34,6 +33,9 @@ def setup(cfg: DictConfig) -> None:
     comm.synchronize()
     for name in ("detectron2", "fvcore", "dynamic_dino", "dynamic_dino_kernels"):
         setup_logger(str(train.output_dir), distributed_rank=comm.get_rank(), name=name)
+        for handler in logging.getLogger(name).handlers:
+            if handler.stream not in (sys.stdout, sys.stderr):
+                handler.stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     if train.num_threads:
         torch.set_num_threads(train.num_threads)
     if train.device == "cpu":
@@ -50,7 +52,7 @@ def setup(cfg: DictConfig) -> None:
     )
     if comm.is_main_process():
         path = Path(train.output_dir) / "config.yaml"
-        LazyConfig.save(cfg, str(path))
+        save_config(cfg, path)
         logger.info("Full config: %s", path)
 
 
