@@ -39,6 +39,7 @@ from typing import IO
 import numpy as np
 import torch
 from dynamic_dino.config import ConfigError, load_config
+from dynamic_dino.console import command
 from dynamic_dino.engine.setup import resolve_device
 from lib import ablations_page
 from lib.detectors import ROOT
@@ -358,6 +359,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.sweep is None or options.check:

@@ -25,6 +25,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 
 from dynamic_dino.config import ConfigError, load_config
+from dynamic_dino.console import command
 from lib.detectors import NAMES, RECIPE, ROOT, dense_of, load_model_config
 from lib.flop_count import DECODER_ROWS, measure
 from lib.options import add_output, new_parser, place_output
@@ -115,6 +116,7 @@ def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     paper = PAPER if options.config_file == RECIPE and not options.overrides else {}

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from dynamic_dino.console import command
 from dynamic_dino.modeling.detector import OpenVocabularyDetector
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.serving.accelerate import MODES, mode_of
@@ -292,6 +293,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     use_threads(options)

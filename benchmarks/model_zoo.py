@@ -25,6 +25,7 @@ from detectron2.config import instantiate
 from dynamic_dino import load_detector
 from dynamic_dino.checkpoint.weights import load_checkpoint
 from dynamic_dino.config import load_config
+from dynamic_dino.console import command
 from dynamic_dino.data.ground_truth import ground_truth
 from dynamic_dino.engine.checkpointing import last_checkpoint
 from dynamic_dino.engine.evaluate import do_test
@@ -167,6 +168,7 @@ def plot(models: dict[str, dict], path: Path) -> None:
     plt.close(figure)
 
 
+@command
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="default: all that are shipped")

@@ -35,6 +35,7 @@ from itertools import cycle, product
 from pathlib import Path
 
 import torch
+from dynamic_dino.console import command
 from dynamic_dino_kernels import route
 from dynamic_dino_kernels.timing import captured, seconds
 from lib.interleaved import interleave, quartiles, timed
@@ -348,6 +349,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                 yield Case(tokens, experts, top_k, routing, kind, part, train)
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     use_threads(options)

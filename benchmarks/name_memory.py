@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.structures import BoxMode
 from dynamic_dino.config import load_config
+from dynamic_dino.console import command
 from dynamic_dino.data.catalog import dataset_root
 from dynamic_dino.data.datasets import get_metadata, load_datasets
 from dynamic_dino.data.feature_cache import FeatureCache, cache_features
@@ -293,6 +294,7 @@ def run(
     return found
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

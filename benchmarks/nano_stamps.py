@@ -14,6 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
+from dynamic_dino.console import command
 from lib import tables as results
 from lib.finished_run import read_folder
 from lib.provenance import provenance, write_json
@@ -21,6 +22,7 @@ from lib.provenance import provenance, write_json
 PACKAGES = ("torch", "transformers", "timm", "numpy", "faster-coco-eval")
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from dynamic_dino.console import command
 from dynamic_dino.serving.deploy import optimize_for_inference
 from dynamic_dino_kernels import expert_ffn, route
 from dynamic_dino_kernels.moe.grouped import expert_rows, sum_slots
@@ -277,6 +278,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     report = provenance(("torch", "numpy"))

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from dynamic_dino.console import command
 from dynamic_dino.engine.trainer import autocast
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.serving.deploy import optimize_for_inference
@@ -202,6 +203,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     use_threads(options)

@@ -21,6 +21,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
+from dynamic_dino.console import command
 from dynamic_dino.serving.deploy import optimize_for_inference
 from dynamic_dino.serving.inference import DTYPES
 from lib.detectors import NAMES, RECIPE, build, dense_of, load_model_config, samples, use_backend
@@ -116,6 +117,7 @@ def summarise(result: profile, repeats: int, cuda: bool) -> tuple[dict, dict]:
     return ordered, {name: (ms, calls[name]) for name, ms in operators.most_common()}
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     add = parser.add_argument

@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 import transformers
 from detectron2.structures import Instances
+from dynamic_dino.console import command
 from dynamic_dino.data.catalog import dataset_root
 from dynamic_dino.data.image_files import find_images
 from dynamic_dino.data.images import as_array
@@ -335,6 +336,7 @@ def run(folder: Path, photos: list[Image.Image], options: argparse.Namespace) ->
     return {"parameters": parameters, "comparison": vars(comparison), "rows": rows}
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     use_threads(options)

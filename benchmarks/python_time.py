@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from dynamic_dino.console import command
 from dynamic_dino.modeling.feed_forward import FeedForward
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.routers import SoftmaxRouter
@@ -105,6 +106,7 @@ def launches_of(call: Callable[[], object]) -> list[str]:
     return names
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     pretend(options.target)

@@ -25,6 +25,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+from dynamic_dino.console import command
 from dynamic_dino.data import build_train_loader, datasets, get_metadata, load_datasets
 from dynamic_dino.data.synthetic.drawn import NAMES
 from lib.provenance import provenance, results_folder, write_json
@@ -40,6 +41,7 @@ WORKERS = (0, 2, 4)
 BATCH = 64
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -31,6 +31,7 @@ import torch
 from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
 from dynamic_dino.config import ConfigError, load_config
+from dynamic_dino.console import command
 from dynamic_dino.engine.allocator import keep_freed_memory
 from dynamic_dino.engine.optim import build_optimizer
 from dynamic_dino.engine.trainable import set_trainable
@@ -222,6 +223,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     use_threads(options)

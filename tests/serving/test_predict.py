@@ -1,5 +1,6 @@
 """predict.py from its arguments to the files, with a detector that knows where to look."""
 
+import io
 import json
 import re
 import subprocess
@@ -157,21 +158,61 @@ def test_a_damaged_image_costs_only_itself(tmp_path, photos, capsys):
     assert "photo1.jpg can't be read" in line
 
 
-@pytest.mark.parametrize("cause", [KeyboardInterrupt(), ValueError("a phrase is too long")])
-def test_an_early_end_keeps_what_is_done(tmp_path, photos, monkeypatch, capsys, cause):
+def refuse(monkeypatch, width, cause):
+    """The model raises `cause` for batches with an image of this width."""
     original = RightHalf.forward
 
-    def interrupted(self, batch):
-        if batch[0]["width"] == 100:
+    def forward(self, batch):
+        if width in [sample["width"] for sample in batch]:
             raise cause
         return original(self, batch)
 
-    monkeypatch.setattr(RightHalf, "forward", interrupted)
+    monkeypatch.setattr(RightHalf, "forward", forward)
+
+
+def test_an_interruption_keeps_what_is_done(tmp_path, photos, monkeypatch, capsys):
+    refuse(monkeypatch, 100, KeyboardInterrupt())
     assert run(tmp_path, photos, "--text", "mug.") == 2
     assert [r["width"] for r in saved(tmp_path)] == [60, 80]
     printed = capsys.readouterr()
-    assert f"error: {cause or 'interrupted'}" in printed.err
+    assert "error: interrupted" in printed.err
     assert "2 of 3 images" in printed.out
+
+
+def test_a_refused_image_costs_no_other_of_its_batch(tmp_path, photos, monkeypatch, capsys):
+    refuse(monkeypatch, 60, ValueError("a phrase is too long"))
+    assert run(tmp_path, photos, "--text", "mug.") == 2
+    assert [r["width"] for r in saved(tmp_path)] == [80, 100]
+    assert re.search(r"error: .*photo0.jpg: a phrase is too long", capsys.readouterr().err)
+
+
+def test_each_path_has_its_result(tmp_path, photos):
+    """Links to one file and a file that is named twice too; a folder adds what isn't there yet."""
+    photo = photos / "photo0.jpg"
+    (photos / "link.jpg").symlink_to(photo)
+    files = [photo, photos / "link.jpg", photo]
+    assert run(tmp_path, *files, "--text", "a.", "--text", "b.", "--text", "c.") == 0
+    assert [(r["file"], r["prompt"]) for r in saved(tmp_path)] == [
+        (str(file), [name]) for file, name in zip(files, "abc", strict=True)
+    ]
+    assert len({r["picture"] for r in saved(tmp_path)}) == 3
+    assert run(tmp_path, photo, photos, "--text", "mug.") == 0
+    assert len(saved(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8"])
+def test_no_letter_ends_a_program(tmp_path, photos, monkeypatch, encoding):
+    name = "фото 鲈 \udce9.jpg"  # the last is a byte that isn't UTF-8
+    formats = ["--format", "coco", "--format", "yolo", "--format", "label-studio"]
+    (photos / name).write_bytes((photos / "photo0.jpg").read_bytes())
+    out = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding, errors="strict"))
+    assert run(tmp_path, photos, "--text", "鲈. рыба.", *formats) == 0
+    assert [Path(r["file"]).name for r in saved(tmp_path)].count(name) == 1
+    out.flush()
+    text = out.buffer.getvalue().decode(encoding)
+    assert ("鲈" if encoding == "utf-8" else "\\u9c88") in text and "4 of 4 images" in text
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,9 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 def _load_yaml(path: Path) -> DictConfig:
     """As LazyConfig does, also where an older version of this package wrote the file."""
-    content = renamed.current_nodes(yaml.unsafe_load(renamed.current(path.read_text(encoding="utf-8"))))
+    content = renamed.current_nodes(
+        yaml.unsafe_load(renamed.current(path.read_text(encoding="utf-8")))
+    )
     return OmegaConf.create(content, flags={"allow_objects": True})
 
 
@@ -188,9 +190,7 @@ def save_config(cfg: DictConfig, path: Path) -> None:
     left what YAML can't hold, such as lambdas."""
     content = OmegaConf.to_container(cfg, resolve=False, structured_config_mode=SCMode.INSTANTIATE)
     try:
-        text = yaml.dump(
-            _named(content), default_flow_style=None, allow_unicode=True, width=9999
-        )
+        text = yaml.dump(_named(content), default_flow_style=None, allow_unicode=True, width=9999)
         yaml.unsafe_load(text)
     except Exception:  # of whatever type an object's way to YAML raises
         LazyConfig.save(cfg, str(path))

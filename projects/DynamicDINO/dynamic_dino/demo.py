@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .config import load_config
+from .console import command
 from .data.datasets import get_metadata, load_datasets, register_builtin
 from .data.images import load_image
 from .data.synthetic.stamps.cli import main as make_stamps
@@ -41,6 +42,7 @@ COLUMNS = {
 }
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dynamic_dino.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder")

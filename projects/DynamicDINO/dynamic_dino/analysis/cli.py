@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..console import command
 from ..serving.shipped import DEFAULT_MIXTURE
 
 DESCRIPTION = """
@@ -97,6 +98,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return args
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     # Imported late, so that --help and wrong arguments answer at once.

@@ -10,10 +10,12 @@ from detectron2.config import instantiate
 from safetensors.torch import save_file
 
 from ..config import load_config
+from ..console import command
 from .public import export_directory, import_public
 from .weights import export_weights, load_checkpoint
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dynamic_dino.checkpoint")
     commands = parser.add_subparsers(dest="command", required=True)

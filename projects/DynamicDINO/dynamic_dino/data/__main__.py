@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+from ..console import command
 from ..modeling.text import quiet_transformers
 from .builtin import BUILTIN
 from .catalog import dataset_root
@@ -124,6 +125,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:

@@ -69,7 +69,8 @@ def files_under(folder: Path) -> Iterator[Path]:
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Files, the images of folders, and what matches patterns ("photos/**/*.jpg"), each once.
+    """Files, as often as they are named, and the images of folders and patterns ("photos/**/*.jpg")
+    that aren't among them already. Links are files of their own.
 
     Raises FileNotFoundError for a path that names nothing.
     """
@@ -79,23 +80,25 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 def search_images(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
     """What `find_images` finds, and what it leaves out: other files of the folders and patterns,
     and folders in the folders; nothing that is hidden. A file that is named is taken as it is."""
-    taken: dict[Path, Path] = {}
-    others: dict[Path, Path] = {}
+    taken: list[Path] = []
+    others: dict[str, Path] = {}
     for given in paths:
         path = Path(given)
         if path.is_file():
-            matches = [path]
-        elif path.is_dir():
+            taken.append(path)
+            continue
+        if path.is_dir():
             matches, left = _sorted_out(sorted(path.iterdir()))
-            others.update((p.resolve(), p) for p in left)
         else:
             matches, left = _sorted_out(map(Path, sorted(glob.glob(str(given), recursive=True))))
-            others.update((p.resolve(), p) for p in left if p.is_file())
+            left = [p for p in left if p.is_file()]
         if not matches:
             raise FileNotFoundError(_nothing_found(given))
-        for match in matches:
-            taken.setdefault(match.resolve(), match)
-    return list(taken.values()), [p for real, p in others.items() if real not in taken]
+        others.update((os.path.abspath(p), p) for p in left)
+        known = {os.path.abspath(p) for p in taken}
+        taken += [p for p in matches if os.path.abspath(p) not in known]
+    known = {os.path.abspath(p) for p in taken}
+    return taken, [p for place, p in others.items() if place not in known]
 
 
 def left_out(paths: Sequence[Path]) -> str:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from ..config import ConfigError, load_config, variants_table
+from ..console import command
 from ..files import configs_folder
 from .evaluate import do_test, load_for_evaluation
 from .launch import argument_parser, launch
@@ -16,6 +17,7 @@ from .trainer import NonFiniteLossError
 DEFAULT_RECIPE = "moe_tuning/dynamic_dino_x16_top2.py"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Exits with status 2 and one line for a mistake in the recipe, 1 for a loss that diverged."""
     parser = argument_parser(configs_folder() / DEFAULT_RECIPE)
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"{parser.prog}: error: {error}") from None
 
 
+@command
 def run(args: argparse.Namespace) -> None:
     """What each process does."""
     cfg = load_config(args.config_file, args.opts, args.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 
 import torch
@@ -34,8 +35,9 @@ def setup(cfg: DictConfig) -> None:
     for name in ("detectron2", "fvcore", "dynamic_dino", "dynamic_dino_kernels"):
         setup_logger(str(train.output_dir), distributed_rank=comm.get_rank(), name=name)
         for handler in logging.getLogger(name).handlers:
-            if handler.stream not in (sys.stdout, sys.stderr):
-                handler.stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            stream = handler.stream
+            if isinstance(stream, TextIOWrapper) and stream not in (sys.stdout, sys.stderr):
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     if train.num_threads:
         torch.set_num_threads(train.num_threads)
     if train.device == "cpu":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..console import command
 from ..data.datasets import locate_dataset
 from ..data.ground_truth import ground_truth
 from ..files import write_text
@@ -46,6 +47,7 @@ examples
 """
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dynamic_dino.evaluation",

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..console import command
 from ..modeling.prompt import PromptWarning
 from .shipped import DEFAULT_MODEL
 
@@ -24,7 +25,8 @@ examples:
       --weights output/raccoon/model_final.pth
   %(prog)s photo.jpg --text "red panda." --weights hf:IDEA-Research/grounding-dino-tiny
 
-Phrases of a text are separated by full stops. Exit status: 0, or 2 if something was wrong.
+Phrases of a text are separated by full stops. A file that is named twice, or by a link, is looked
+at as often. Exit status: 0, or 2 if something was wrong, also with one image; the others are done.
 """
 
 
@@ -75,6 +77,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--output", default="output/predict", metavar="FOLDER", help="default: output/predict"
     )
+    p.add_argument(
+        "--format",
+        action="append",
+        default=[],
+        choices=("coco", "yolo", "label-studio"),
+        help="also write annotations, to correct or to train on; may be given several times",
+    )
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     p.add_argument(
         "--dtype",
@@ -97,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 @contextmanager
 def plain_warnings() -> Iterator[None]:
     """Doubts about a prompt are a line of their own on stderr, without the place in our code."""
@@ -126,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..data.visualization import draw_detections
     from ..files import writable_folder, write_text
     from .inference import detection_records
+    from .labels import write_labels
     from .prompts import as_prompt
 
     try:
@@ -159,48 +170,80 @@ def main(argv: Sequence[str] | None = None) -> int:
                 try:
                     loaded.append((i, as_array(files[i])))
                 except (ValueError, OSError) as error:
-                    with tqdm.external_write_mode(sys.stderr):
-                        fail(error)
-                    failed += 1
+                    failed += failure(error)
                     progress.update()
             if not loaded:
                 continue
-            found = detector(
-                [image for _, image in loaded],
-                [prompts[i] for i, _ in loaded],
+            indices, images = zip(*loaded, strict=True)
+            found = detect_each(
+                detector,
+                images,
+                [prompts[i] for i in indices],
                 threshold,
                 args.max_detections,
                 args.nms,
                 args.nms_agnostic or None,
             )
-            for (i, image), detections in zip(loaded, found, strict=True):
-                height, width = image.shape[:2]
-                records = detection_records(detections)
-                Image.fromarray(draw_detections(image, detections)).save(pictures[i])
+            for i, image, detections in zip(indices, images, found, strict=True):
+                progress.update()
+                if isinstance(detections, ValueError):
+                    failed += failure(f"{files[i]}: {detections}")
+                    continue
+                try:
+                    Image.fromarray(draw_detections(image, detections)).save(pictures[i])
+                except ValueError as error:  # such as a name that the file system can't write
+                    failed += failure(f"picture {pictures[i].name} of {files[i]}: {error}")
                 results.append(
                     {
                         "file": str(files[i]),
-                        "width": width,
-                        "height": height,
+                        "width": image.shape[1],
+                        "height": image.shape[0],
                         "prompt": prompts[i].phrases,
                         "picture": pictures[i].name,
-                        "detections": records,
+                        "detections": detection_records(detections),
                     }
                 )
                 with tqdm.external_write_mode(sys.stdout):
                     print("\n" + detection_table(results[-1], threshold))
-                progress.update()
     except KeyboardInterrupt:
         failed = fail("interrupted")
-    except ValueError as error:  # the model refuses the input, e.g. a phrase of 300 words
-        failed = fail(error)
     except OSError as error:  # the disk is full, the folder is gone
         return fail(f"can't write to {folder}: {error}")
     finally:
         progress.close()
     write_text(folder / "predictions.json", json.dumps(results, indent=1) + "\n")
+    try:
+        written = [write_labels(results, folder, kind) for kind in args.format]
+    except OSError as error:
+        return fail(f"can't write the annotations: {error}")
+    for path in written:
+        print(f"annotations: {path}")
     print(f"\n{len(results)} of {len(files)} images. Pictures and predictions.json: {folder}/")
     return 2 if failed else 0
+
+
+def detect_each(detector, images: Sequence, prompts: Sequence, *options) -> list:
+    """The detections of each image or, where the model refuses one, the ValueError that says why:
+    one image, or its text, costs no other of the batch."""
+    try:
+        return detector(list(images), list(prompts), *options)
+    except ValueError as error:
+        if len(images) == 1:
+            return [error]
+    return [
+        result
+        for image, prompt in zip(images, prompts, strict=True)
+        for result in detect_each(detector, [image], [prompt], *options)
+    ]
+
+
+def failure(message: object) -> int:
+    """One line about one image, above the progress bar; counts one."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(sys.stderr):
+        fail(message)
+    return 1
 
 
 def check_numbers(args: argparse.Namespace) -> None:

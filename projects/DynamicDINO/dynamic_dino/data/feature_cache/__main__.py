@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 
 from ...config import load_config
+from ...console import command
 from .build import cache_features
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Caches the features of a config's frozen backbone on disk."

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ...console import command
 from ..catalog import dataset_root
 from .coco import build_coco
 from .sets import NAMES, PhotosError, coco_ids, is_there, layout, numbers, place, verify
@@ -65,6 +66,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     root = args.out or dataset_root()

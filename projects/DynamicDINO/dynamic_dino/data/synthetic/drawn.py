@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ...console import command
 from ..datasets import dataset_root
 
 Picture = tuple[Image.Image, list[tuple[int, list[int]]]]
@@ -117,6 +118,7 @@ def touch(a: Sequence[int], b: Sequence[int]) -> bool:
     )
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, default=dataset_root(), help="default: %(default)s")

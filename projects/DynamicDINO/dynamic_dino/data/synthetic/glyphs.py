@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ...console import command
 from ...sources import resolve_model
 from ..datasets import dataset_root
 from .drawn import Picture, background, touch, write_pictures
@@ -148,6 +149,7 @@ def write_glyphs(
     return path
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

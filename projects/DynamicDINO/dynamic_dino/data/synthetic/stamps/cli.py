@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cv2
 
+from ....console import command
 from ...show import draw_samples
 from .build import Settings, build, is_complete
 from .library import load_library
@@ -49,6 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     settings = Settings(
