@@ -106,7 +106,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-@command
 @contextmanager
 def plain_warnings() -> Iterator[None]:
     """Doubts about a prompt are a line of their own on stderr, without the place in our code."""
@@ -123,6 +122,7 @@ def plain_warnings() -> Iterator[None]:
         yield
 
 
+@command
 @plain_warnings()
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 if something was wrong."""
