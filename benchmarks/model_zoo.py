@@ -7,10 +7,11 @@
 
 A model is the name of a shipped one, or NAME=RUN, where RUN is the folder of a run (its last
 checkpoint) or a checkpoint in one. Each is evaluated on the sets of ``configs/eval/shipped.py``, as
-`train_net.py --eval-only` does; intervals are 95 %, by bootstrap over images. The threshold is the
-one with the best F1 among those of at least half right boxes, on COCO photos asked for what they
-show. Then the models take turns with nano-dense on one image, served as `load_detector` does, text
-cached. What the results have of other models or sets stays in them.
+`train_net.py --eval-only` does; then boxes are suppressed as `load_detector` does for the shipped
+model (of a run: --nms). Intervals are 95 %, by bootstrap over images. The threshold is the one with
+the best F1 among those of at least half right boxes, on COCO photos asked for what they show. Then
+the models take turns with nano-dense on one image, served as `load_detector` does, text cached.
+What the results have of other models or sets stays in them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.config import instantiate
 from dynamic_dino import load_detector
@@ -29,7 +31,14 @@ from dynamic_dino.console import command
 from dynamic_dino.data.ground_truth import ground_truth
 from dynamic_dino.engine.checkpointing import last_checkpoint
 from dynamic_dino.engine.evaluate import do_test
-from dynamic_dino.evaluation import Interval, best_point, bootstrap, operating_points
+from dynamic_dino.evaluation import (
+    DatasetPredictions,
+    Interval,
+    best_point,
+    bootstrap,
+    coco_ap,
+    operating_points,
+)
 from dynamic_dino.files import PACKAGE, configs_folder
 from dynamic_dino.moe.parameters import count_parameters
 from dynamic_dino.serving.shipped import SHIPPED_MODELS
@@ -38,6 +47,7 @@ from lib.detectors import samples
 from lib.interleaved import interleave, quartiles, timed
 from lib.options import add_machine, add_output, new_parser, place_output, use_threads
 from lib.provenance import provenance, write_json
+from torchvision.ops import batched_nms, box_convert
 
 PACKAGES = ("torch", "triton", "timm", "transformers", "numpy", "faster-coco-eval")
 REFERENCE = "nano-dense"  # what speeds are compared with
@@ -61,7 +71,9 @@ def find(model: str) -> tuple[str, Path, Path]:
     return name, recipe, Path(weights)
 
 
-def evaluate(recipe: Path, weights: Path, output: Path, options) -> tuple[dict, dict]:
+def evaluate(
+    recipe: Path, weights: Path, output: Path, nms: float | None, options
+) -> tuple[dict, dict]:
     """What is found out about a model on each set, and its parameter counts."""
     changes = [*options.overrides, f"train.output_dir={output}", f"train.device={options.device}"]
     cfg = load_config(configs_folder() / "eval/shipped.py", changes, recipe)
@@ -74,26 +86,43 @@ def evaluate(recipe: Path, weights: Path, output: Path, options) -> tuple[dict, 
     for name, loader in cfg.dataloader.test.items():
         if f"{name}/AP" not in scores:
             continue  # the set isn't there
-        truth, file = ground_truth(loader.dataset.names), predictions(output, name)
+        truth, boxes = ground_truth(loader.dataset.names), predictions(output, name, nms)
         found[name] = {
             "dataset": loader.dataset.names,
             "prompt_names": loader.mapper.prompt_names,
-            "scores": as_rows(bootstrap(truth, file, samples=options.samples)),
+            "scores": as_rows(bootstrap(truth, boxes, samples=options.samples)),
         }
         if name in (CLASSES, THRESHOLD):
-            points, _ = operating_points(truth, file, GRID)
+            points, _ = operating_points(truth, boxes, GRID)
             found[name]["curve"] = [asdict(point) for point in points[4::5]]
             found[name]["points"] = {point.threshold: point for point in points}
         if name == CLASSES:
-            classes = json.loads(file.with_name("results.json").read_text())["per_class"]
             found[name]["classes"] = {
-                row["name"]: {key: row[key] for key in ("objects", "AP50")} for row in classes
+                row["name"]: {key: row[key] for key in ("objects", "AP50")}
+                for row in coco_ap(truth, boxes).per_class
             }
     return found, count_parameters(model)
 
 
-def predictions(output: Path, test: str) -> Path:
+def suppressed_from(name: str, asked: float | None) -> float | None:
+    """The overlap of a model: a shipped one has its own."""
+    return SHIPPED_MODELS[name].nms if name in SHIPPED_MODELS else asked
+
+
+def saved(output: Path, test: str) -> Path:
     return output / "evaluation" / test / "predictions.json"
+
+
+def predictions(output: Path, test: str, nms: float | None) -> DatasetPredictions:
+    """What was found, less the boxes that `load_detector` would suppress."""
+    found = DatasetPredictions.read(saved(output, test))
+    if nms is None or not len(found):
+        return found
+    _, image = np.unique(found.image_ids, return_inverse=True)
+    names = torch.from_numpy(image * (found.category_ids.max() + 1) + found.category_ids)
+    boxes = box_convert(torch.from_numpy(found.boxes), "xywh", "xyxy")
+    kept = batched_nms(boxes, torch.from_numpy(found.scores), names, nms)
+    return found[np.sort(kept.numpy())]
 
 
 def as_rows(intervals: dict[str, Interval]) -> dict[str, dict]:
@@ -108,19 +137,23 @@ def chosen_points(tests: dict[str, dict]) -> dict[str, dict]:
     return {name: asdict(row[best.threshold]) for name, row in points.items()} if best else {}
 
 
-def differences(output: Path, other: Path, tests: dict[str, dict], samples: int) -> dict[str, dict]:
+def differences(
+    mine: tuple[Path, float | None],
+    other: tuple[Path, float | None],
+    tests: dict[str, dict],
+    samples: int,
+) -> dict[str, dict]:
     """Of each set that both were evaluated on: metric -> interval of the difference."""
     return {
         name: as_rows(
             bootstrap(
                 ground_truth(row["dataset"]),
-                predictions(output, name),
-                predictions(other, name),
+                *(predictions(output, name, nms) for output, nms in (mine, other)),
                 samples=samples,
             )
         )
         for name, row in tests.items()
-        if predictions(other, name).is_file()
+        if saved(other[0], name).is_file()
     }
 
 
@@ -174,6 +207,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", help="default: all that are shipped")
     parser.add_argument("--tests", nargs="+", metavar="SET", help="default: all that are there")
     parser.add_argument("--against", metavar="NAME", help="also differences to this model's boxes")
+    parser.add_argument("--nms", type=float, help="of a run; default: all boxes are kept")
     parser.add_argument("--samples", type=int, default=1000, help="of the bootstrap")
     parser.add_argument("--repeats", type=int, default=30, help="rounds of the timing")
     parser.add_argument(
@@ -199,13 +233,15 @@ def main() -> None:
     times = speeds({REFERENCE: reference} | found, options.repeats, options.device)
     for name, (recipe, weights) in found.items():
         output = options.output / name
-        tests, parameters = evaluate(recipe, weights, output, options)
+        nms = suppressed_from(name, options.nms)
+        tests, parameters = evaluate(recipe, weights, output, nms, options)
         content = weights.read_bytes()
         row = {
             "config": f"configs/{SHIPPED_MODELS[name].config}" if name in SHIPPED_MODELS else None,
             "weights": weights.name,
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
+            "nms": nms,
             "parameters": parameters,
             "times": times[name],
             "speed": times[REFERENCE]["median_ms"] / times[name]["median_ms"],
@@ -216,10 +252,10 @@ def main() -> None:
         row["threshold"] = chosen_points(tests) or before.get("threshold", {})
         tests = {test: of_run | result for test, result in tests.items()}
         if options.against and options.against != name:
-            other = options.output / options.against
+            other = options.output / options.against, suppressed_from(options.against, options.nms)
             row["differences"] = {
                 "to": options.against,
-                "tests": differences(output, other, tests, options.samples),
+                "tests": differences((output, nms), other, tests, options.samples),
             }
         row["tests"] = before.get("tests", {}) | tests
         report["models"][name] = before | row

@@ -79,6 +79,20 @@ def test_a_run_is_found_by_its_folder_or_its_checkpoint(tmp_path):
         assert model_zoo.find(f"mine={place}") == expected
 
 
+def test_boxes_are_suppressed_as_they_are_when_served(tmp_path):
+    rows = [(1, 1, 0.9), (1, 1, 0.8), (1, 2, 0.7), (2, 1, 0.6)]
+    found = [
+        {"image_id": i, "category_id": c, "bbox": [0, 0, 9 + s, 9], "score": s} for i, c, s in rows
+    ]
+    file = model_zoo.saved(tmp_path, "coco")
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(found))
+    scores = [model_zoo.predictions(tmp_path, "coco", nms).scores.tolist() for nms in (None, 0.7)]
+    assert scores == [[0.9, 0.8, 0.7, 0.6], [0.9, 0.7, 0.6]]
+    assert model_zoo.suppressed_from("mine", 0.5) == 0.5
+    assert model_zoo.suppressed_from("nano-dense", 0.5) is None
+
+
 def test_the_model_cards_name_every_shipped_model():
     cards = results.CARDS.read_text()
     for name, shipped in SHIPPED_MODELS.items():

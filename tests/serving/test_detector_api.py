@@ -289,16 +289,18 @@ def test_a_recipe_and_its_weights(recipe):
 
 def test_shipped_models_take_their_own_weights_or_given_ones(recipe, monkeypatch):
     config, path, weights = recipe
-    shipped = ShippedModel(str(config), str(path), threshold=0.35)
+    shipped = ShippedModel(str(config), str(path), threshold=0.35, nms=0.8)
     monkeypatch.setitem(inference.SHIPPED_MODELS, "tiny", shipped)
     own = load_detector("tiny", device="cpu")
     assert torch.equal(own.model.bias, weights["bias"])
-    assert own.threshold == 0.35, "it was measured on these weights"
-    assert load_detector("tiny", device="cpu", threshold=0.0).threshold == 0
+    assert (own.threshold, own.nms) == (0.35, 0.8), "they were measured on these weights"
+    asked = load_detector("tiny", device="cpu", threshold=0.0, nms=1)
+    assert (asked.threshold, asked.nms) == (0, 1)
     other = path.with_name("other.safetensors")
     save_file({**weights, "bias": torch.zeros(3)}, other)
     others = load_detector("tiny", other, device="cpu")
-    assert not others.model.bias.any() and others.threshold == THRESHOLD
+    assert not others.model.bias.any()
+    assert (others.threshold, others.nms) == (THRESHOLD, None)
 
 
 def test_unknown_models_and_files_are_named(recipe, monkeypatch):

@@ -177,13 +177,13 @@ def load_detector(
         weights: checkpoint, or public weights; default for a shipped model: the shipped one; for a
             run: its last. Public weights without a recipe are a model of their own.
         device: "cuda", "cpu", ...; default: a GPU if there is one.
-        threshold: default of `Detector`'s. If not given: that of a shipped model, or 0.2.
+        threshold, nms, nms_agnostic: defaults of `Detector`'s. If not given: a shipped model's own;
+            of others, 0.2 and all boxes.
         dtype: "float32", "float16" or "bfloat16", what the weights are cast to, once.
         accelerate: "eager", "graph" (CUDA graphs, captured at the first image of a size) or
             "compile" (torch.compile, which takes minutes at the first image of a size).
         pack: weights packed for oneDNN, on a CPU in float32: "auto" (where a measurement of some
             tenths of a second finds that faster; what was chosen is logged), "always" or "never".
-        nms, nms_agnostic: defaults of `Detector`'s.
 
     Raises:
         FileNotFoundError, ValueError: naming the file or the argument, and what to give instead.
@@ -195,9 +195,11 @@ def load_detector(
     detector, cfg = load_model(model, weights, device, dtype, accelerate, pack)
     if isinstance(detector, OpenVocabularyDetector):
         detector.return_routings = False  # a `Detector` has no place for them
+    shipped = SHIPPED_MODELS.get(str(model)) if weights is None else None
     if threshold is None:
-        shipped = SHIPPED_MODELS.get(str(model)) if weights is None else None
         threshold = shipped.threshold if shipped else THRESHOLD
+    if nms is None and shipped:
+        nms = shipped.nms
     return Detector(
         detector, cfg.inference.size, device, threshold, nms=nms, nms_agnostic=nms_agnostic
     )

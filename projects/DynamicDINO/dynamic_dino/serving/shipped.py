@@ -13,12 +13,14 @@ THRESHOLD = 0.2  # of detectors for which none has been measured
 class ShippedModel(NamedTuple):
     """config     a recipe under configs/
     weights    a file of this package's weights/
-    threshold  lowest score that is shown, unless another one is asked for
+    threshold  lowest score that is shown, nms: overlap from which on only the best box of a name is
+               kept (None: all are); both unless something else is asked for
     """
 
     config: str
     weights: str
     threshold: float = THRESHOLD
+    nms: float | None = None
 
 
 SHIPPED_MODELS = {
