@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..console import command
 from . import rule
 
 DESCRIPTION = """\
@@ -95,6 +96,7 @@ def _positive(kind: type) -> type:
     return read
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 2 where something was wrong, 1 for a loss that diverged."""
     p = parser()
