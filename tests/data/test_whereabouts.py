@@ -12,7 +12,7 @@ from dynamic_dino.data.check import check_dataset
 from dynamic_dino.data.datasets import load_datasets, load_own_data
 from dynamic_dino.data.images import read_image
 from dynamic_dino.data.records import Records, Texts
-from dynamic_dino.data.whereabouts import find_file, why_missing, with_found_images
+from dynamic_dino.data.whereabouts import find_path, why_missing, with_found_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -145,10 +145,10 @@ def test_swapped_sizes_are_called_so(tmp_path, turn, words):
         raise ValueError(problem)
 
 
-def test_find_file_prefers_the_longest_end(tmp_path):
+def test_find_path_prefers_the_longest_end(tmp_path):
     for folder in ("val", "images/train", "images/val"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "1.jpg").touch()
-    assert find_file("C:\\x\\val\\1.jpg", tmp_path) == tmp_path / "val/1.jpg"
-    assert find_file("C:\\x\\train\\1.jpg", tmp_path) == tmp_path / "images/train/1.jpg"
-    assert find_file("test/1.jpg", tmp_path) is None
+    assert find_path("C:\\x\\val\\1.jpg", tmp_path) == tmp_path / "val/1.jpg"
+    assert find_path("C:\\x\\train\\1.jpg", tmp_path) == tmp_path / "images/train/1.jpg"
+    assert find_path("test/1.jpg", tmp_path) is None

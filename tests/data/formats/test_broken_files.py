@@ -72,7 +72,7 @@ CASES = [
     ("labelimg", "a.xml", replace("<xmax>30<", "<xmax>11<"), None),  # one pixel wide
     ("labelimg", "a.xml", replace("<xmax>30<", "<xmax>5<"), "object 1, image 'a.jpg'.*positive"),
     ("labelimg", "a.xml", replace("<xmin>11<", "<xmin>99<"), "object 1"),
-    ("labelimg", "a.jpg", Path.unlink, "a.xml: its image 'a.jpg' is not in.*add it"),
+    ("labelimg", "a.jpg", Path.unlink, "a.xml: image .*a.jpg does not exist.*add the file"),
     ("ultralytics", "labels/train/a.txt", replace("0 0.3", "7 0.3"), "line 1: class 7.*0 to 2"),
     ("ultralytics", "labels/train/a.txt", replace("0 0.3", "cat 0.3"), "line 1: 'cat.*correct or"),
     ("ultralytics", "labels/train/a.txt", replace("0 0.3", "0 20.3"), "20.3.* not pixels"),
@@ -103,7 +103,7 @@ CASES = [
     ("labelme", "a.json", shape(points=[]), r"shapes\[0\]"),
     ("labelme", "a.json", truncate, r"a\.json: not valid JSON.*truncated"),
     ("labelme", "a.json", content(lambda d: d.update(imageWidth="wide")), "size wide x 40"),
-    ("labelme", "a.jpg", Path.unlink, r"a\.json: its image 'a\.jpg'"),
+    ("labelme", "a.jpg", Path.unlink, r"a\.json: image .*a\.jpg does not exist"),
     ("labelimg yolo", "classes.txt", not_utf8, r"classes\.txt: not text in UTF-8.*save"),
     ("labelimg yolo", "a.txt", not_utf8, r"a\.txt: not text in UTF-8.*save"),
     ("labelme", "a.json", not_utf8, r"a\.json: not text in UTF-8.*save"),
@@ -114,7 +114,7 @@ CASES = [
     ("cvat", "annotations.xml", replace('label="red panda"', ""), "shape 1.*name None"),
     ("cvat", "annotations.xml", replace('width="60"', 'width="-1"'), "size -1 x 40"),
     ("cvat", "annotations.xml", replace("<image ", "<track/><image "), "of a video.*images 1.1"),
-    ("cvat", "images/a.jpg", Path.unlink, "image 'a.jpg': its image 'a.jpg' is not in"),
+    ("cvat", "images/a.jpg", Path.unlink, "image 'a.jpg': image .*a.jpg does not exist"),
     ("label studio", "*.json", value(rotation="steep"), "task 1, result 1.*per cent"),
     (
         "label studio",
@@ -139,14 +139,14 @@ CASES = [
     ("label studio", "*.json", value(rectanglelabels=["."]), "task 1, result 1.*name '.'"),
     ("label studio", "*.json", content(lambda d: d[0]["data"].clear()), "task 1: it has no field"),
     ("label studio", "*.json", value(x=120), "task 1, result 1, image 'a.jpg'.*outside"),
-    ("label studio", "a.jpg", Path.unlink, "task 1: its image .*0a1b2c3d-a.jpg"),
+    ("label studio", "a.jpg", Path.unlink, "task 1: image .*0a1b2c3d-a.jpg"),
     ("csv", "labels.csv", replace("10,5,30", "10,,30"), "line 2: ymin is ''"),
     ("csv", "labels.csv", replace("10,5,30", "10,high,30"), "line 2: ymin is 'high'"),
     ("csv", "labels.csv", replace("red panda", ""), "line 2: name ''"),
     ("csv", "labels.csv", replace("a.jpg,60,40,red", ",60,40,red"), "line 2: it names no image"),
     ("csv", "labels.csv", replace("60,40", "60,no"), "line 2: size 60 x no"),
     ("csv", "labels.csv", replace("10,5,30,25", "30,25,29,15"), "line 2.*x, y, width, height"),
-    ("csv", "a.jpg", Path.unlink, "line 2: its image 'a.jpg' is not in"),
+    ("csv", "a.jpg", Path.unlink, "line 2: image .*a.jpg does not exist"),
     ("csv", "labels.csv", not_utf8, r"labels\.csv: not text in UTF-8"),
     ("retinanet", "annotations.csv", replace("1,2,9", "1,x,9"), "line 2: ymin is 'x'"),
 ]
@@ -209,11 +209,24 @@ def test_images_that_nobody_annotated_are_said(tmp_path, capsys):
     formats.write_labelimg_yolo(tmp_path / "yolo", GOOD)
     for folder in ("voc", "labelme", "yolo"):
         formats.draw(tmp_path / folder, [formats.Photo("new.jpg", 30, 30)])
+        (tmp_path / folder / "new.jxl").touch()
         assert main(["check", str(tmp_path / folder)]) == 0
     report = capsys.readouterr().out
+    assert report.count("left out 1 images that aren't read (new.jxl, ...: convert it to") == 3
     assert "left out 1 images without an XML file" in report
     assert "left out 1 images without a JSON file" in report
     assert "3 images, 3 boxes, 3 names; 1 images without a label file, taken as empty" in report
+
+
+def test_settings_of_yolo_that_windows_wrote(tmp_path):
+    path = formats.write_ultralytics(tmp_path / "mine", GOOD)
+    lines = (path / "data.yaml").read_text().replace(str(path), "C:\\me\\mine")
+    (path / "data.yaml").write_text(lines.replace("images/train", "..\\images\\train"))
+    assert len(datasets.load_datasets(str(path)).boxes) == 3
+    names = [f"C:\\me\\mine\\images\\train\\{photo.name}" for photo in GOOD]
+    (path / "train.txt").write_text("\n".join(names))
+    (path / "data.yaml").write_text(lines.replace("images/train", "train.txt"))
+    assert len(datasets.load_datasets(str(path)).boxes) == 3
 
 
 def test_two_lists_of_names(tmp_path):

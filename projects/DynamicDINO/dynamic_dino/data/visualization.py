@@ -12,6 +12,8 @@ import numpy as np
 from detectron2.structures import Instances
 from PIL import Image, ImageDraw, ImageFont
 
+from .images import ImageLike, as_array
+
 Color = tuple[int, int, int]
 Rect = tuple[float, float, float, float]  # x0, y0, x1, y1
 
@@ -33,7 +35,7 @@ PALETTE: tuple[Color, ...] = (
 
 
 def draw_detections(
-    image: np.ndarray,
+    image: ImageLike,
     detections: Instances,
     threshold: float = 0.0,
     min_size: int = 640,
@@ -41,7 +43,7 @@ def draw_detections(
     """The image with a box and a label, phrase and score, for each detection.
 
     Args:
-        image: uint8 [H, W, 3], RGB.
+        image: a path, a PIL image or an array, see `as_array`.
         detections: pred_boxes in pixels of the image, scores, phrases.
         threshold: leaves out detections with a lower score.
         min_size: an image whose longer side is shorter is enlarged to it, so that labels can be
@@ -62,7 +64,7 @@ def draw_detections(
 
 
 def draw_boxes(
-    image: np.ndarray,
+    image: ImageLike,
     boxes: Sequence[Sequence[float]],
     phrases: Sequence[str],
     scores: Sequence[float] | None = None,
@@ -72,7 +74,7 @@ def draw_boxes(
     """The image with a box and a label, phrase and score if there are scores, for each object.
 
     Args:
-        image: uint8 [H, W, 3], RGB.
+        image: a path, a PIL image or an array, see `as_array`.
         boxes: x0, y0, x1, y1 in pixels of the image, the most important first.
         min_size: see `draw_detections`.
         colors: one for each object. Default: one for each phrase.
@@ -80,7 +82,7 @@ def draw_boxes(
     Returns:
         uint8 [H', W', 3], RGB, of the image's aspect ratio.
     """
-    canvas = Image.fromarray(image).convert("RGB")
+    canvas = Image.fromarray(as_array(image))
     scale = max(1.0, min_size / max(canvas.size))
     if scale > 1:
         size = (max(round(canvas.width * scale), 1), max(round(canvas.height * scale), 1))

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from .image_files import is_address
+from .image_files import is_address, is_picture, is_unread_picture
 from .records import Records, Texts
 
 # Where tools put pictures when annotations have a folder of their own.
@@ -28,21 +28,21 @@ REMEDY = (
 )
 
 
-def find_file(name: str, folder: Path) -> Path | None:
-    """The file that an annotation calls `name`, seen from the image folder; None if there is none.
+def find_path(name: str, folder: Path) -> Path | None:
+    """The file or folder that is called `name` as seen from `folder`; None if there is none.
 
     As it is said, else the longest end of the path that exists: under `folder` and its folders of
     images, then under the folder above and its folders of images.
     """
     path = _in_slashes(name)
-    if (folder / path).is_file():
+    if (folder / path).exists():
         return folder / path
     parts = [part for part in path.split("/") if part not in ("", ".", "..")]
     places = [folder, *_beside(folder), folder.parent, *_beside(folder.parent)]
     for start in range(len(parts)):
         for place in places:
             found = place.joinpath(*parts[start:])
-            if found.is_file():
+            if found.exists():
                 return found
     return None
 
@@ -65,7 +65,7 @@ def with_found_images(records: Records) -> tuple[Records, list[str]]:
         tries[folder] += 1
         if os.path.isfile(os.path.join(root, name)):
             moved[folder] = folder
-        elif found := find_file(name, root):
+        elif (found := find_path(name, root)) and found.is_file():
             moved[folder] = _relative(found.parent, root)
     changed = {old: new for old, new in moved.items() if old != new}
     if not changed:
@@ -84,28 +84,29 @@ def with_found_images(records: Records) -> tuple[Records, list[str]]:
     ]
 
 
-def why_missing(file_name: str) -> str:
-    """What is wrong with the path of an image that doesn't exist, and what to do: a sentence."""
-    path = Path(file_name)
-    folder = next((folder for folder in path.parents if folder.is_dir()), Path("."))
-    name = os.path.relpath(path, folder)
-    what = f"image {file_name} does not exist"
-    if is_address(name):
+def why_missing(name: str | Path, root: Path = Path()) -> str:
+    """What is wrong with the path of an image that doesn't exist, seen from `root`, and what to do:
+    a sentence."""
+    path = root / name
+    folder = next((folder for folder in path.parents if folder.is_dir()), root)
+    rest = os.path.relpath(path, folder)
+    what = f"image {name if is_address(name) else os.path.join(root, name)} does not exist"
+    if is_address(rest):
         what += ", its annotation has an address: download the images"
-    elif "\\" in name or DRIVE.match(name):
+    elif "\\" in rest or DRIVE.match(rest):
         what += ", its annotation has a path of Windows"
     elif path.parent != folder:
-        what += f", there is no folder {folder / Path(name).parts[0]}"
-    if found := find_file(name, folder) or _nearly(name, folder):
+        what += f", there is no folder {folder / Path(rest).parts[0]}"
+    if found := find_path(rest, folder) or _nearly(rest, folder):
         what += f"; there is {os.path.normpath(found)}"
     return f"{what}: {REMEDY}"
 
 
 def _nearly(name: str, folder: Path) -> Path | None:
-    """The file of the same name but for capitals and the ending."""
+    """The picture of the same name but for capitals and the ending."""
     stem = Path(_in_slashes(name)).stem.casefold()
-    alike = (p for p in sorted(folder.iterdir()) if p.stem.casefold() == stem and p.is_file())
-    return next(alike, None)
+    pictures = (p for p in sorted(folder.iterdir()) if is_picture(p) or is_unread_picture(p))
+    return next((path for path in pictures if path.stem.casefold() == stem), None)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -12,8 +12,10 @@ import numpy as np
 from ..boxes import read_box, read_size
 from ..catalog import replace_metadata
 from ..columns import Columns
+from ..image_files import unread_remedy
 from ..problems import DataError, Reporter
 from ..records import Records
+from ..whereabouts import why_missing
 from .pictures import Pictures, picture_size
 
 
@@ -67,11 +69,7 @@ class Collector:
         Raises DataError.
         """
         if path is None:
-            raise DataError(
-                "missing image",
-                f"its image {sought!r} is not in {self.pictures.root}: add it, name the folder of "
-                "the images, or remove the annotation",
-            )
+            raise DataError("missing image", why_missing(sought, self.pictures.root))
         name = self.pictures.relative(path)
         if name in self._annotated:
             what = f"image {name} is annotated twice, also in {self._annotated[name]}: remove one"
@@ -111,6 +109,13 @@ class Collector:
         if self.part is None and bare > 0:
             self.notes[f"left out {{n}} images without {what}"] = bare
 
+    def _note_unread(self) -> None:
+        pictures = self.pictures
+        left = [path for path in pictures.unread if pictures.relative(path) not in self._annotated]
+        if left:
+            what = f"images that aren't read ({left[0].name}, ...: {unread_remedy(left[0])})"
+            self.notes[f"left out {{n}} {what}"] = len(left)
+
     def records(self, dataset_name: str, kind: str, keep_order: bool = False) -> Records:
         """Checks the boxes; sets the metadata of the data set. Names are sorted, unless the format
         gives them an order; their category ids count from 1."""
@@ -123,7 +128,8 @@ class Collector:
             return f"{self._places[columns.number[i]]}, image {columns.names[columns.image[i]]!r}"
 
         columns.fit(self.source, "xyxy", self.report, where)
-        notes = [text.format(n=f"{count:,}") for text, count in self.notes.items()]
+        self._note_unread()
+        notes = [text.replace("{n}", f"{count:,}") for text, count in self.notes.items()]
         replace_metadata(
             dataset_name,
             thing_classes=names,

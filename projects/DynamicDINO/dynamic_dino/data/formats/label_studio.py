@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from ..image_files import SUFFIXES
+from ..image_files import SUFFIXES, UNREAD_SUFFIXES
 from ..problems import DataError
 from .collector import Collector
 from .cvat import rotate
@@ -114,7 +114,7 @@ def _add_image(task: dict, results: list, file: Path, where: str, into: Collecto
 
 def _addresses(data: Any) -> Iterator[str]:
     for value in data.values() if isinstance(data, dict) else ():
-        if isinstance(value, str) and unquote(value).lower().endswith(SUFFIXES):
+        if isinstance(value, str) and unquote(value).lower().endswith(SUFFIXES + UNREAD_SUFFIXES):
             yield value
 
 

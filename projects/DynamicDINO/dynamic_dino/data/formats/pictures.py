@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 
-from ..image_files import files_under, is_picture
+from ..image_files import files_under, is_picture, is_unread_picture
 from ..images import image_size
 from ..problems import DataError
 from ..whereabouts import BESIDE
@@ -28,9 +28,20 @@ class Pictures:
         self.root = root
 
     @cached_property
+    def _below(self) -> list[Path]:
+        """Below the root, also those of formats that aren't read."""
+        files = files_under(self.root)
+        return [path for path in files if is_picture(path) or is_unread_picture(path)]
+
+    @cached_property
     def all(self) -> list[Path]:
         """Those below the root, else those of folders such as images/ beside it."""
-        return [path for path in files_under(self.root) if is_picture(path)] or self._beside
+        return [path for path in self._below if is_picture(path)] or self._beside
+
+    @cached_property
+    def unread(self) -> list[Path]:
+        """Pictures below the root whose format isn't read here, such as HEIC."""
+        return [path for path in self._below if is_unread_picture(path)]
 
     @cached_property
     def _beside(self) -> list[Path]:
@@ -52,6 +63,8 @@ class Pictures:
         groups: dict[str, list[Path]] = {}
         for path in dict.fromkeys([*self.all, *self._beside]):
             groups.setdefault(key(path).casefold(), []).append(path)
+        for path in self.unread:  # whoever reads it says what it is
+            groups.setdefault(key(path).casefold(), [path])
         return groups
 
     def find(self, hints: Iterable[str], near: Path) -> Path | None:

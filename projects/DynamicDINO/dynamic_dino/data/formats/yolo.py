@@ -20,6 +20,7 @@ import yaml
 
 from ..image_files import files_under, is_picture
 from ..problems import DataError
+from ..whereabouts import find_path
 from .collector import Collector
 from .recognise import YOLO_LINE, Recognised, part_of
 from .text import read_lines, read_text
@@ -112,7 +113,8 @@ def _place(file: Path, settings: dict, entry: str) -> Path | None:
     plain = re.sub(r"^(\.\./)+", "", entry)
     here = file.parent
     tried = (here / root / entry, here / entry, here / plain, Path(root, entry))
-    return next((Path(os.path.normpath(path)) for path in tried if path.exists()), None)
+    there = next((path for path in tried if path.exists()), None) or find_path(entry, here)
+    return Path(os.path.normpath(there)) if there else None
 
 
 def _listed_images(file: Path, settings: dict, into: Collector) -> Iterator[Path]:
@@ -139,7 +141,7 @@ def _images_at(place: Path) -> Iterator[Path]:
         yield from (path for path in files_under(place) if is_picture(path))
         return
     for name in read_lines(place):
-        yield Path(os.path.normpath(place.parent / name))
+        yield Path(os.path.normpath(find_path(name, place.parent) or place.parent / name))
 
 
 def _names_of(file: Path, settings: dict) -> list[str]:
