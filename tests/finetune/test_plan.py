@@ -4,14 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from detectron2.config import instantiate
 from dynamic_dino.config import ConfigError
+from dynamic_dino.engine.trainable import set_trainable
 from dynamic_dino.finetune import cli, plan
 from dynamic_dino.finetune.rule import LEAST, iterations_for, rate_for
 from dynamic_dino.serving.shipped import SHIPPED_MODELS
-from helpers import formats
+from helpers import formats, twins
 from helpers.seeds import fresh_rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 
 @settings(max_examples=30)
@@ -80,6 +85,28 @@ def test_overrides_count_last_and_the_cache_heeds_them(start):
         assert not plan.caching_pays(recipe(start, "tuned", override, photos=5), 5)
 
 
+def test_public_weights_have_recipes_of_every_kind(tmp_path):
+    config_class, _ = twins.FAMILIES["gdino"]
+    swin = transformers.SwinConfig(**twins.SWIN, out_indices=[2, 3, 4])
+    bert = transformers.BertConfig(**twins.BERT)
+    config_class(backbone_config=swin, text_config=bert, **twins.SIZES).save_pretrained(tmp_path)
+    public = plan.find_start(f"hf:{tmp_path}", "cpu")
+    trained = {}
+    for kind in plan.TITLES:
+        cfg = recipe(public, kind, photos=5, device="cpu")
+        assert cfg.train.init_checkpoint == f"hf:{tmp_path}"
+        with torch.device("meta"):
+            model = instantiate(cfg.model)
+        set_trainable(model, cfg.train.trainable)
+        trained[kind] = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert not any(name.startswith("text_encoder.body.") for name in trained[kind])
+        assert not plan.caching_pays(cfg, 5), "the backbone trains"
+    assert any(name.startswith("backbone.") for name in trained["tuned"])
+    parts = [{n for n in trained[kind] if ".ffn." not in n} for kind in ("x16", "control")]
+    assert parts[0] == parts[1] and not trained["control"] - trained["tuned"]
+    assert any(".ffn.router." in name for name in trained["x16"])
+
+
 def no_boxes(path: Path) -> str:
     photos = formats.photos(fresh_rng(), 5)
     for photo in photos:
@@ -100,8 +127,6 @@ def empty(path: Path) -> str:
     images = [{"id": i, "file_name": f"{i}.png", "width": 9, "height": 9} for i in range(5)]
     content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cup"}]}
     (path / "a.json").write_text(json.dumps(content))
-    from PIL import Image
-
     for image in images:
         Image.new("RGB", (9, 9)).save(path / image["file_name"])
     return str(path / "a.json")

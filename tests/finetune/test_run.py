@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from dynamic_dino.config import ConfigError
 from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
 from dynamic_dino.evaluation.coco import read_ground_truth
 from dynamic_dino.evaluation.predictions import DatasetPredictions
-from dynamic_dino.finetune import cli
+from dynamic_dino.finetune import cli, plan
 from dynamic_dino.finetune.report import Scores, changes_sheet, f1_of_images
 from dynamic_dino.serving.inference import load_detector
 from PIL import Image
@@ -50,6 +51,15 @@ def test_five_photos_suffice(tmp_path, capsys):
     assert cli.main([*words, "--resume"]) == 0
     assert (output / "x16/model_final.pth").stat().st_mtime_ns == before
     assert capsys.readouterr().out.count("done: ") == 2
+
+    again = plan.find_start(str(output / "x16"), "cpu")  # what was tuned is a start too
+    for kind in ("tuned", "x16"):
+        cfg = plan.recipe_for(again, kind, "mine", tmp_path / kind, photos=5)
+        assert cfg.model.decoder.layer.ffn.router.num_experts == 16
+        assert cfg.train.init_checkpoint == str(output / "x16/model_final.pth")
+        assert cfg.inference.size == 96
+    with pytest.raises(ConfigError, match="has experts already"):
+        plan.recipe_for(again, "control", "mine", tmp_path / "control", photos=5)
 
 
 def test_the_largest_gains_come_first_and_then_the_losses(tmp_path):

@@ -21,9 +21,10 @@ EXAMPLES = """\
 examples:
   %(prog)s mine/                                     a folder, in the format of whatever tool
   %(prog)s annotations.json --images photos/         where the photos are elsewhere
-  %(prog)s a.json data.val_json=b.json               with a validation part of its own
+  %(prog)s data.train_json=a.json data.val_json=b.json
   %(prog)s mine/ --output output/mine --epochs 20
   %(prog)s mine/ --experts --control                 16 experts, and the dense model for as long
+  %(prog)s mine/ --start output/finetune/mine/tuned --experts --output output/mine_x16
   %(prog)s mine/ --start hf:gdino-tiny               public weights in a folder
   %(prog)s mine/ optimizer.lr=1e-4 train.seed=1      anything of the recipe
   %(prog)s mine/ --resume                            goes on after an interruption
@@ -46,7 +47,13 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES + re.sub(r"^(?=.)", "  ", told, flags=re.M),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("data", metavar="DATA", help="file or folder; its parts train and val count")
+    p.add_argument(
+        "data",
+        metavar="DATA",
+        nargs="?",
+        help="file or folder; its parts train and val count. Or both by themselves: "
+        "data.train_json=... data.val_json=..., built-in names too",
+    )
     p.add_argument(
         "overrides", nargs="*", metavar="key=value", help="of the recipe, as in train_net.py"
     )
@@ -106,6 +113,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args([word for word in words if word not in overrides])
     if args.control and not args.experts:
         p.error("--control is the control of --experts: give both, or none")
+    if args.data is None:
+        given = dict(override.split("=", 1) for override in overrides)
+        if not {"data.train_json", "data.val_json"} <= given.keys():
+            p.error(
+                "name DATA, a file or folder, or both data.train_json=... and data.val_json=..."
+            )
+        args.data = given["data.train_json"]  # for the name of the output; both are overridden
     # Imported late, so that --help and wrong arguments answer at once.
     from ..config import ConfigError
     from ..engine.allocator import keep_freed_memory

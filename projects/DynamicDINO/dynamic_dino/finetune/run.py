@@ -388,6 +388,9 @@ def last_words(
     yield f"all pictures  {output / best}/evaluation/val/pictures.jpg"
     yield f"table         {output / 'results.txt'}"
     yield f"TensorBoard   tensorboard --logdir {output}"
+    if (features := output / "features").is_dir():
+        size = sum(file.stat().st_size for file in features.rglob("*.npy"))
+        yield f"features      {features}, {size / 1e6:.0f} MB, may be deleted"
     text = " ".join(f"{name}." for name in get_metadata(data.val_name).thing_classes[:6])
     threshold = scores[TITLES[best]].threshold
     yield (
