@@ -22,7 +22,7 @@ FEW = 20  # photos; with fewer the rate is halved
 
 def iterations_for(photos: int, batch: int = BATCH) -> int:
     """Iterations of `batch` photos, to tens."""
-    return max(round(30 * math.sqrt(photos) * BATCH / batch, -1), LEAST)
+    return max(10 * round(3 * math.sqrt(photos) * BATCH / batch), LEAST)
 
 
 def rate_for(photos: int, rate: float) -> float:
