@@ -232,7 +232,7 @@ odd = st.one_of(
 )
 
 
-@settings(max_examples=12)
+@settings(max_examples=12, deadline=None)
 @given(odd, st.integers(0, 2))
 def test_odd_phrases_are_refused_by_place_and_kind(value, place):
     detector, names, images = Detector(OneBoxPerPhrase(), 32), ["mug", "bell"], [noise()] * 3

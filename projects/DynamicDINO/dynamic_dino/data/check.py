@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from ..sources import resolve_model
 from .builtin import Builtin
 from .datasets import describe, get_metadata, load_file, locate_dataset
 from .images import read_image
+from .name_check import check_names
 from .problems import BOX_KINDS, NOTES, DataError
 from .records import Record, Records
 
@@ -83,7 +83,8 @@ def check_dataset(
         name: a built-in name or a path, see `datasets.locate_dataset`.
         image_folder: of a path; default: the folder, or that of the file.
         images: how many images are opened, drawn at random; None: all.
-        tokenizer, max_tokens: those of the text encoder, which captions must fit.
+        tokenizer, max_tokens: those of the text encoder, which reads names, and which captions
+            must fit.
     """
     result = CheckResult(name)
     place = locate_dataset(name, image_folder)
@@ -102,7 +103,7 @@ def check_dataset(
     for problem in (
         *_check_counts(result, entry),
         *_check_units(place.file, records),
-        *_check_names(place.file, classes),
+        *check_names(place.file, classes, tokenizer),
         *_check_captions(place.file, records, classes, tokenizer, max_tokens),
         *_check_images(place.file, records, images),
     ):
@@ -134,18 +135,6 @@ def _check_units(file: Path, records: Records) -> Iterator[DataError]:
     if len(records.boxes) and records.boxes.max() <= 1:
         what = "all boxes lie within one pixel: these are parts of the image; write pixels"
         yield DataError("boxes not in pixels", what, str(file))
-
-
-def _check_names(file: Path, names: list[str]) -> Iterator[DataError]:
-    seen: dict[str, str] = {}
-    for name in names:
-        if re.search(r"[_()]|\s\s", name) or name != name.strip():
-            what = f"name {name!r}: the text encoder reads it as it is; write it in plain words"
-            yield DataError("unclean name", what, str(file))
-        other = seen.setdefault(name.casefold(), name)
-        if other is not name:
-            what = f"name {name!r} occurs twice: nothing can tell these classes apart"
-            yield DataError("duplicate name", f"{what}; merge or rename them", str(file))
 
 
 def _check_captions(

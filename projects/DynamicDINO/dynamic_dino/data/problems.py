@@ -171,8 +171,14 @@ KINDS = {
         note=True,
     ),
     "duplicate name": Kind(
-        "Two classes have one name, or names that differ in capitals only.",
+        "Two classes have one name, or names with the same tokens: BERT drops capitals, accents.",
         "Merge or rename them.",
+        note=True,
+    ),
+    "unknown name": Kind(
+        "The text encoder's vocabulary has none of its words: names in other scripts than its own "
+        "are all the same to it.",
+        "Translate it.",
         note=True,
     ),
     "name without a box": Kind(
