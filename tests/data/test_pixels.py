@@ -214,6 +214,9 @@ def test_a_file_that_is_no_picture_is_called_what_it_is(tmp_path):
         assert words in " ".join(kind), (words, kind)
         with pytest.raises(ValueError, match="photo.jpg can't be read"):
             as_array(tmp_path / "photo.jpg")
+    Image.new("RGB", (4, 4)).save(tmp_path / "photo.jpg", "PCX")
+    with pytest.raises(ValueError, match="it is PCX, a format that isn't read here: convert"):
+        as_array(tmp_path / "photo.jpg")
     with pytest.raises(FileNotFoundError, match="https://a.org/b.jpg is an address.*download"):
         as_array("https://a.org/b.jpg")
 

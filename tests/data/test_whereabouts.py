@@ -9,6 +9,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 from dynamic_dino.data.check import check_dataset
+from dynamic_dino.data.convert import convert_dataset
 from dynamic_dino.data.datasets import load_datasets, load_own_data
 from dynamic_dino.data.images import read_image
 from dynamic_dino.data.records import Records, Texts
@@ -141,8 +142,11 @@ def test_swapped_sizes_are_called_so(tmp_path, turn, words):
     [problem] = check_dataset(coco(Path(tmp_path) / "a.json", ["a.jpg"], size)).examples[
         "bad image"
     ]
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words + ".*--sizes-of-images"):
         raise ValueError(problem)
+    fixed = tmp_path / "fixed.json"
+    convert_dataset(str(tmp_path / "a.json"), fixed, "coco", sizes_of_images=True)
+    assert check_dataset(str(fixed)).ok
 
 
 def test_find_path_prefers_the_longest_end(tmp_path):

@@ -110,6 +110,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="what happens to boxes that can't be right (default: %(default)s)",
     )
     conversion.add_argument("--image-folder", type=Path, help=folder)
+    conversion.add_argument(
+        "--sizes-of-images",
+        action="store_true",
+        help="sizes are those of the image files as they are seen, not those of the COCO file",
+    )
 
     split = commands.add_parser(
         "split",
@@ -178,6 +183,7 @@ def _convert(args: argparse.Namespace) -> int:
         args.source_format,
         bad_boxes=args.bad_boxes,
         image_folder=args.image_folder,
+        sizes_of_images=args.sizes_of_images,
     )
     print(f"{args.source}: {counts['source']}")
     print(f"{args.target}: {counts['images']:,} images, {counts['boxes']:,} boxes")

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from .boxes import read_box, read_size
 from .catalog import replace_metadata, require_file
 from .columns import NO_ID, Columns
+from .images import image_size
 from .json_stream import stream_json
 from .problems import BadBoxes, DataError, Dropped, Reporter, refuse, require_fields
 from .records import Records
+from .whereabouts import find_path
 
 LVIS_FIELDS = ("neg_category_ids", "not_exhaustive_category_ids")
 
@@ -28,6 +31,7 @@ def load_coco_json(
     clean_names: bool = False,
     names: Mapping[int, str] | None = None,
     novel: bool = True,
+    sizes_of_images: bool = False,
     evaluator_type: str = "coco",
     remedy: str = "",
     report: Reporter | None = None,
@@ -46,6 +50,7 @@ def load_coco_json(
     clean_names  makes phrases of the category names, see `clean_name`
     names        other names for some categories, by the ids of the file (prompt overrides)
     novel        False: the flags "novel" don't count, all categories are trained
+    sizes_of_images  the sizes are those of the image files as they are seen, not the file's
     report       what is done about problems instead of `bad_boxes`, see `problems`
 
     A box that reaches over the border is clipped and counted in a warning. One that is not
@@ -82,6 +87,8 @@ def load_coco_json(
             "add the category with its name or remove the annotation"
         ),
     )
+    if sizes_of_images:
+        file.take_sizes_of_images(image_root)
     file.fit()
     dropped.log(json_file)
     return file.columns.records(name, image_root, class_of[file.columns.key])
@@ -168,6 +175,15 @@ class CocoFile:
         for i in np.flatnonzero(bad):
             self.report(DataError(kind, what(int(i)), self.place(i)))
         self.columns.select(~bad)
+
+    def take_sizes_of_images(self, image_root: Path) -> None:
+        """Whatever the file says, the sizes are those of the image files, turned as EXIF says."""
+        names, sizes = self.columns.names, self.columns.sizes
+        for i in tqdm(range(len(names)), desc="sizes of images", delay=1, disable=None):
+            try:
+                sizes[i] = image_size(find_path(names[i], image_root) or image_root / names[i])
+            except (FileNotFoundError, ValueError) as error:
+                self.report(DataError("bad image", str(error), str(self.path)))
 
     def fit(self) -> None:
         """Clips the boxes; reports and drops impossible ones."""

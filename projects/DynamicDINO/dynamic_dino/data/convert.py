@@ -36,6 +36,7 @@ def convert_dataset(
     *,
     bad_boxes: BadBoxes = "error",
     image_folder: Path | None = None,
+    sizes_of_images: bool = False,
 ) -> dict[str, Any]:
     """Writes the data set `source`, a path or a built-in name, to `target`, all of it or nothing.
 
@@ -44,10 +45,16 @@ def convert_dataset(
     a line that says what the source is. File names of images stay as they are in a file of COCO,
     MDETR or ODVG and in built-in data; those of others become relative to the folder of `target`.
 
+    `sizes_of_images`: sizes are those of the image files as they are seen, whatever a file of COCO
+    says, whose exporter may have written those before an EXIF tag turns the photo.
+
     Raises ValueError for what the target can't hold, and what the readers raise.
     """
     place = locate_dataset(source, image_folder, source_format)
-    records = load_file(place, bad_boxes=bad_boxes)
+    options = {"sizes_of_images": True} if sizes_of_images else {}
+    if options and place.format != "coco":
+        raise ValueError(f"{place.file} isn't COCO JSON, of which alone sizes are replaced")
+    records = load_file(place, bad_boxes=bad_boxes, **options)
     metadata = get_metadata(place.name)
     grounding = records.extra is not None and any("caption" in record for record in records[:1])
     if grounding and to == "coco":

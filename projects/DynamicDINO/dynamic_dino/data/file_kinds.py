@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from PIL import Image
+
 _HEIC = "pip install pillow-heif, which reads it, or convert it to JPEG"
 _CONVERT = "convert it to JPEG or PNG"
 _FETCH = "fetch the picture itself"
@@ -29,11 +31,15 @@ _KINDS = (
 )
 
 
-def what_it_is(path: Path) -> tuple[str, str] | None:
-    """(what the file is, the remedy), None if its first bytes say nothing."""
+def what_it_is(path: Path) -> tuple[str, str]:
+    """(what the file is, the remedy), empty if its content says nothing."""
     with path.open("rb") as file:
         head = file.read(256)
     for pattern, kind, remedy in _KINDS:
         if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
             return kind, remedy
-    return None
+    try:
+        with Image.open(path) as image:
+            return f"{image.format}, a format that isn't read here", _CONVERT
+    except Exception:  # no picture of any kind, or a damaged one
+        return "", ""

@@ -72,7 +72,7 @@ def _opened(given: str | Path) -> Image.Image:
     try:
         return Image.open(path, formats=FORMATS)
     except UnidentifiedImageError as error:
-        kind, remedy = what_it_is(path) or ("", "")
+        kind, remedy = what_it_is(path)
         if kind:
             raise ValueError(f"image {path} can't be read, it is {kind}: {remedy}") from error
         raise _unreadable(str(path), error) from error
@@ -121,13 +121,14 @@ def _wrong_size(path: str, size: tuple[int, int], stated: tuple[int, int]) -> st
         return f"{what}: its boxes can't be right; correct the annotation file"
     with Image.open(path) as image:
         turn = orientation(image)
+    repair = "`python -m dynamic_dino.data convert IN OUT --to coco --sizes-of-images` does it"
     if turn < 5:
-        return f"{what}: width and height are swapped; exchange them in the annotation file"
+        return f"{what}: width and height are swapped; exchange them ({repair})"
     return (
         f"{what}, swapped: the size before its EXIF tag (orientation {turn}) turns it. If the "
         "boxes are those of the picture as it is seen (Label Studio's are), exchange width and "
-        "height in the annotation file; if they are of the picture as it is stored, remove the tag "
-        "from the image file"
+        f"height ({repair}); if they are of the picture as it is stored, remove the tag from the "
+        "image file"
     )
 
 

@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from ...files import write_text
 from ..formats.xml import number, read_xml, text_of
+from ..image_files import SUFFIXES
 from ..problems import DataError
 from .scaling import scaled_size, write_scaled
 from .sets import PhotosError, layout
 
-PICTURES = (".jpg", ".jpeg", ".png")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 # What a person would say, and one name for one thing.
 RENAMED = {"human": "person", "chimp": "chimpanzee", "chicken": "hen"}
@@ -46,7 +46,7 @@ def build_voc(
         for split, folders in splits.items()
     }
     every = [key for keys in wanted.values() for key in keys]
-    boxes, pictures = _index(checkout, (".xml",)), _index(checkout, PICTURES)
+    boxes, pictures = _index(checkout, (".xml",)), _index(checkout, SUFFIXES)
     if lost := [key for key in every if key not in boxes or key not in pictures]:
         raise PhotosError(
             f"{checkout} lacks {len(lost)} of {len(every)} pictures of {name} or their XML, the "
