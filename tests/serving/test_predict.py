@@ -13,6 +13,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from dynamic_dino.serving import predict
 from dynamic_dino.serving.inference import Detector
+from dynamic_dino.serving.shipped import EXAMPLE_PROMPT
 from helpers.seeds import fresh_rng
 from PIL import Image
 
@@ -266,4 +267,4 @@ def test_help_explains_itself_without_loading_torch():
     command = [sys.executable, "-c", f"import sys; sys.path.append({str(SCRIPT)!r})\n" + code]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert 'predict.py photo.jpg --text "red panda. windmill."' in result.stdout
+    assert f'predict.py photo.jpg --text "{EXAMPLE_PROMPT}"' in result.stdout

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from detectron2.structures import Boxes, pairwise_iou
 from dynamic_dino import load_detector
 from dynamic_dino.files import PACKAGE
 from dynamic_dino.moe.layer import MoEFeedForward
-from dynamic_dino.serving.shipped import SHIPPED_MODELS
+from dynamic_dino.serving.shipped import EXAMPLE_NAMES, EXAMPLE_PROMPT, SHIPPED_MODELS
 
 
 @pytest.mark.parametrize("name", SHIPPED_MODELS)
@@ -27,3 +31,26 @@ def test_a_shipped_model_loads_and_detects(name):
         boxes = instances.pred_boxes.tensor
         assert torch.isfinite(boxes).all() and (boxes >= 0).all()
         assert (boxes[:, 2] <= image.shape[1]).all() and (boxes[:, 3] <= image.shape[0]).all()
+
+
+REAL = Path(__file__).parents[2] / "datasets/stamps/annotations/val_real.json"
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="needs Stamps: make demo, or its first step")
+@pytest.mark.parametrize("name", EXAMPLE_NAMES)
+def test_the_default_model_answers_the_example(name):
+    """At least one photo of the name has a box of this name on the object."""
+    truth = json.loads(REAL.read_text())
+    [category] = [c["id"] for c in truth["categories"] if c["name"] == name]
+    files = {image["id"]: image["file_name"] for image in truth["images"]}
+    detector = load_detector(device="cpu")
+    for annotation in truth["annotations"]:
+        if annotation["category_id"] != category:
+            continue
+        x, y, w, h = annotation["bbox"]
+        photo = REAL.parents[1] / "val_real" / files[annotation["image_id"]]
+        found = detector(photo, EXAMPLE_PROMPT)
+        found = found[found.pred_classes == EXAMPLE_NAMES.index(name)]
+        if len(found) and pairwise_iou(found.pred_boxes, Boxes([[x, y, x + w, y + h]])).max() > 0.5:
+            return
+    pytest.fail(f"no {name} is found in any photo of one")

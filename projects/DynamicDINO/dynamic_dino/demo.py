@@ -27,7 +27,7 @@ from .engine.setup import setup
 from .engine.train import do_train
 from .files import configs_folder
 from .serving.inference import Detector, load_detector
-from .serving.shipped import DEFAULT_DENSE, DEFAULT_MODEL, EXAMPLES, SHIPPED_MODELS
+from .serving.shipped import DEFAULT_DENSE, DEFAULT_MODEL, EXAMPLE_PROMPT, SHIPPED_MODELS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -97,7 +97,7 @@ def run_demo(output: Path, photos: int, overrides: Sequence[str] = ()) -> None:
     )
     print(f"routing       {cfg.train.output_dir}/evaluation/*/results.txt")
     print(f"TensorBoard   tensorboard --logdir {output}")
-    print(f'your photos   python projects/DynamicDINO/predict.py PHOTO --text "{EXAMPLES[0]}"')
+    print(f'your photos   python projects/DynamicDINO/predict.py PHOTO --text "{EXAMPLE_PROMPT}"')
 
 
 def compare(

@@ -21,7 +21,7 @@ class PromptWarning(UserWarning):
 class Prompt:
     """A text and its phrases, each given by one or more half-open character spans.
 
-    Detection prompts list names ("red panda. windmill."), grounding prompts are captions whose
+    Detection prompts list names ("cow. horse."), grounding prompts are captions whose
     phrases are parts of a sentence. Sub-sentences, which end at a full stop or a question mark,
     don't see each other in the text encoder (Grounding DINO's sub-sentence text mask).
 
@@ -37,7 +37,7 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if not self.spans:
-            raise ValueError("empty prompt: give at least one phrase, e.g. 'red panda. windmill.'")
+            raise ValueError("empty prompt: give at least one phrase, e.g. 'cow. horse.'")
         if self.names is not None and len(self.names) != len(self.spans):
             raise ValueError(f"{len(self.names)} names for {len(self.spans)} phrases of a prompt")
         for phrase in self.spans:
@@ -73,7 +73,7 @@ class Prompt:
 
     @classmethod
     def parse(cls, text: str) -> Prompt:
-        """Splits "red panda. windmill." at full stops, question marks and line breaks, as the
+        """Splits "cow. horse." at full stops, question marks and line breaks, as the
         command line takes it; a phrase is what stands between them, without the blanks around it.
 
         A name with a full stop in it can't be given so, but in a list: see `from_phrases`. Warns of

@@ -1,7 +1,7 @@
 """Detection from Python: images and phrases in, boxes out.
 
 from dynamic_dino import load_detector
-detections = load_detector("nano-x16")("photo.jpg", ["red panda", "windmill"])
+detections = load_detector()("photo.jpg", ["cow", "horse"])
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Detector:
 
         Args:
             images: a path, PIL image or RGB array (uint8 [H, W, 3]), or a list of them.
-            prompts: what to look for: "red panda. windmill.", ["red panda", "windmill"], or a
+            prompts: what to look for: "cow. horse.", ["cow", "horse"], or a
                 `Prompt`; it holds for all images. Or, for a list of images, a list of lists of
                 phrases (or of `Prompt`s), one for each image. None: all classes of a closed-set
                 detector.

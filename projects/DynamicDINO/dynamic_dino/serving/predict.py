@@ -13,17 +13,18 @@ from pathlib import Path
 
 from ..console import command
 from ..modeling.prompt import PromptWarning
-from .shipped import DEFAULT_MODEL
+from .shipped import DEFAULT_MODEL, EXAMPLE_NAMES, EXAMPLE_PROMPT
 
 DESCRIPTION = "Detects what a text names in images; writes annotated pictures, predictions.json."
-EXAMPLES = """\
+FIRST, *_, LAST = EXAMPLE_NAMES
+EXAMPLES = f"""\
 examples:
-  %(prog)s photo.jpg --text "red panda. windmill."
-  %(prog)s zoo/ 'trip/**/*.jpg' --text "red panda. zebra. signpost." --threshold 0.4
-  %(prog)s a.jpg b.jpg --text "red panda. bamboo." --text "windmill."     one text per image
+  %(prog)s photo.jpg --text "{EXAMPLE_PROMPT}"
+  %(prog)s zoo/ 'trip/**/*.jpg' --text "{EXAMPLE_PROMPT}" --threshold 0.4
+  %(prog)s a.jpg b.jpg --text "{FIRST}." --text "{LAST}."     one text per image
   %(prog)s photo.jpg --text "raccoon." --config-file output/raccoon/config.yaml \\
       --weights output/raccoon/model_final.pth
-  %(prog)s photo.jpg --text "red panda." --weights hf:IDEA-Research/grounding-dino-tiny
+  %(prog)s photo.jpg --text "{EXAMPLE_PROMPT}" --weights hf:IDEA-Research/grounding-dino-tiny
 
 Phrases of a text are separated by full stops. A file that is named twice, or by a link, is looked
 at as often. Exit status: 0, or 2 if something was wrong, also with one image; the others are done.
