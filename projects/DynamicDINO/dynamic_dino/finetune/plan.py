@@ -13,7 +13,7 @@ from ..config import ConfigError, apply_overrides, input_errors, load_config
 from ..engine.checkpointing import last_checkpoint
 from ..engine.setup import resolve_device
 from ..files import configs_folder
-from ..serving.shipped import DEFAULT_MODEL, SHIPPED_MODELS
+from ..serving.shipped import DEFAULT_DENSE, DEFAULT_MODEL, SHIPPED_MODELS
 from ..sources import is_hub_spec, model_directory
 from .rule import iterations_for, rate_for
 
@@ -46,15 +46,11 @@ class Start:
 
 def default_start(device: str) -> str:
     """By the machine; `device` is "cpu" or "cuda". On a CPU the default of `load_detector` if that
-    is dense, else the first of the shipped models that is."""
+    is dense, else the default dense one."""
     if device == "cuda":
         return PUBLIC
-    shipped = dict.fromkeys([DEFAULT_MODEL, *SHIPPED_MODELS])
-    return next(name for name in shipped if _is_dense(name))
-
-
-def _is_dense(shipped: str) -> bool:
-    return not SHIPPED_MODELS[shipped].config.startswith("moe_tuning/")
+    dense = not SHIPPED_MODELS[DEFAULT_MODEL].config.startswith("moe_tuning/")
+    return DEFAULT_MODEL if dense else DEFAULT_DENSE
 
 
 def find_start(name: str | None, device: str) -> Start:

@@ -28,7 +28,7 @@ SHIPPED_MODELS = {
     "nano-x16": ShippedModel("moe_tuning/nano_x16_stamps.py", "nano_x16.safetensors"),
 }
 DEFAULT_MODEL = "nano-x16"
-DEFAULT_DENSE = "nano-dense"  # what `make demo` makes experts of
+DEFAULT_DENSE = "nano-dense"  # what `make demo` makes experts of, and finetune.py tunes
 DEFAULT_MIXTURE = "nano-x16"  # where experts are looked at
 
 # What help, pages and docstrings ask for. The default model finds each of these names in a photo of
