@@ -504,7 +504,7 @@ def test_pickled_code(damaged, capsys):
     folder, state = damaged
     (folder / "model.safetensors").unlink()
     torch.save({**state, "x": Code()}, folder / "pytorch_model.bin")
-    refused(folder, "pytorch_model.bin holds Python objects besides weights, which could run code")
+    refused(folder, "pytorch_model.bin holds .* besides weights, which could run code")
     assert "never" not in capsys.readouterr().out
     torch.save(state, folder / "pytorch_model.bin")
     assert import_public(folder).state
