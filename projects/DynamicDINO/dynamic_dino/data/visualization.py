@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 from detectron2.structures import Instances
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from .images import ImageLike, as_array
+from .lettering import LabelFont
 
 Color = tuple[int, int, int]
 Rect = tuple[float, float, float, float]  # x0, y0, x1, y1
@@ -174,7 +173,8 @@ def contact_sheet(
             sheet.paste(picture, (x, y))
             if captions is not None:
                 text = _shorten(captions[i], "", font, w)
-                pen.text((x, y + height + caption_height // 4), text, (60, 60, 60), font)
+                middle = (x + font.getlength(text) / 2, y + height + caption_height / 2)
+                font.draw(pen, middle, text, (60, 60, 60))
             x += w + gap
         y += height + caption_height + gap
     return np.asarray(sheet)
@@ -199,7 +199,7 @@ def _draw_tag(pen: ImageDraw.ImageDraw, tag: Rect, text: str, color: Color, font
     light = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 120
     ink = (0, 0, 0, 255) if light else (255, 255, 255, 255)
     middle = ((tag[0] + tag[2]) / 2, (tag[1] + tag[3]) / 2)
-    pen.text(middle, text, ink, font, anchor="mm")
+    font.draw(pen, middle, text, ink)
 
 
 def _place(
@@ -261,10 +261,8 @@ def _shorten(text: str, ending: str, font, width: float) -> str:
 
 def _text_size(text: str, font) -> tuple[int, int]:
     """Width of this text; height of the font, the same for all texts."""
-    ascent, descent = font.getmetrics()
-    return math.ceil(font.getlength(text)), round(0.8 * (ascent + descent))
+    return math.ceil(font.getlength(text)), round(0.8 * (font.ascent + font.descent))
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")
-    return ImageFont.truetype(str(fonts / "DejaVuSans-Bold.ttf"), size)
+def _font(size: int) -> LabelFont:
+    return LabelFont(size)
