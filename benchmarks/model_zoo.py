@@ -28,6 +28,8 @@ from dynamic_dino import load_detector
 from dynamic_dino.checkpoint.weights import load_checkpoint
 from dynamic_dino.config import load_config
 from dynamic_dino.console import command
+from dynamic_dino.data.builtin import BUILTIN
+from dynamic_dino.data.datasets import load_datasets
 from dynamic_dino.data.ground_truth import ground_truth
 from dynamic_dino.engine.checkpointing import last_checkpoint
 from dynamic_dino.engine.evaluate import do_test
@@ -102,6 +104,29 @@ def evaluate(
                 for row in coco_ap(truth, boxes).per_class
             }
     return found, count_parameters(model)
+
+
+def training_data(recipe: Path) -> dict[str, dict]:
+    """Of each data set that the recipe trains on: how much it has, its licence, and the share of
+    the samples that come from it; {} where one of them isn't there."""
+    loader = load_config(recipe).dataloader.train
+    names = loader.dataset.names
+    names = [names] if isinstance(names, str) else list(names)
+    weights = loader.get("weights") or [1] * len(names)
+    try:
+        records = [load_datasets(name) for name in names]
+    except FileNotFoundError:
+        return {}
+    return {
+        name: {
+            "images": len(found),
+            "boxes": len(found.boxes),
+            "names": len(np.unique(found.classes)),
+            "licence": BUILTIN[name].licence,
+            "share": weight / sum(weights),
+        }
+        for name, found, weight in zip(names, records, weights, strict=True)
+    }
 
 
 def suppressed_from(name: str, asked: float | None) -> float | None:
@@ -249,6 +274,7 @@ def main() -> None:
         before = report["models"].get(name, {})
         if before.get("sha256") != row["sha256"]:
             before = {}
+        row["training"] = training_data(recipe) or before.get("training", {})
         row["threshold"] = chosen_points(tests) or before.get("threshold", {})
         tests = {test: of_run | result for test, result in tests.items()}
         if options.against and options.against != name:

@@ -204,6 +204,19 @@ def model_zoo_classes(report: dict) -> str:
     return table(["COCO name", "boxes", *(f"`{name}`" for name in models)], rows)
 
 
+def model_zoo_data(report: dict) -> str:
+    """One row a data set and models that were trained on it alike."""
+    models: dict[str, list[str]] = {}
+    for name, model in report["models"].items():
+        for dataset, row in model.get("training", {}).items():
+            cells = [f"{row[k]:,}" for k in ("images", "boxes", "names")]
+            line = [f"`{dataset}`", *cells, row["licence"], f"{100 * row['share']:.0f} %"]
+            models.setdefault(json.dumps(line), []).append(f"`{name}`")
+    rows = [[", ".join(names), *json.loads(line)] for line, names in models.items()]
+    head = ["model", "trained on", "pictures", "boxes", "names", "licence", "share of the samples"]
+    return table(head, rows)
+
+
 def model_zoo_thresholds(report: dict) -> str:
     asked = {"coco_present": "names that are there", "coco": "all 80 names"}
     rows = [
@@ -453,6 +466,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "model_zoo": ("The shipped models: AP50, percent", "model_zoo", model_zoo),
     "model_zoo_sets": ("The same on each set, with intervals", "model_zoo", model_zoo_sets),
     "model_zoo_thresholds": ("Their thresholds, on COCO photos", "model_zoo", model_zoo_thresholds),
+    "model_zoo_data": ("What they were trained on", "model_zoo", model_zoo_data),
     "model_zoo_classes": ("AP50 by class, COCO photos, 80 names", "model_zoo", model_zoo_classes),
     "nano_stamps": ("AP50 of nano on Stamps, percent", "nano_stamps", nano_stamps),
     "finetune_public": (
