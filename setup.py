@@ -69,7 +69,6 @@ setup(
         "opencv-python-headless>=4.8",  # of 5, the font for Chinese, Japanese and Korean labels
         "tqdm>=4.60",
         "faster-coco-eval>=1.6",
-        "ijson>=3.2",
         "anyascii>=0.3",  # labels in pictures, of scripts that no font here has
         "pyyaml>=5.1",
         # Detectron2 itself can't stand here: it is not on PyPI under its own name, and whoever has

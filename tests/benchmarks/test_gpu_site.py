@@ -70,9 +70,11 @@ def test_another_pythons_compiled_packages_are_downloaded(tmp_path, monkeypatch)
             return run(command, **options)  # git, for the commit
         asked.append(command)
         folder = Path(next(a for a in command if a.startswith("--dest="))[7:])
-        with zipfile.ZipFile(folder / "ijson-1-cp399-cp399-manylinux_2_17_x86_64.whl", "w") as f:
-            f.writestr("ijson/_yajl2.so", b"binary")
-            f.writestr("ijson/tests/test.py", b"")
+        with zipfile.ZipFile(
+            folder / "pycocotools-1-cp399-cp399-manylinux_2_17_x86_64.whl", "w"
+        ) as f:
+            f.writestr("pycocotools/_mask.so", b"binary")
+            f.writestr("pycocotools/tests/test.py", b"")
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(gpu_site.subprocess, "run", pip)
@@ -80,8 +82,8 @@ def test_another_pythons_compiled_packages_are_downloaded(tmp_path, monkeypatch)
     [command] = asked
     assert "--python-version=3.99" in command and "--no-deps" in command
     assert f"pycocotools=={metadata.version('pycocotools')}" in command
-    assert (tmp_path / "site/ijson/_yajl2.so").read_bytes() == b"binary"
-    assert not (tmp_path / "site/ijson/tests").exists()
+    assert (tmp_path / "site/pycocotools/_mask.so").read_bytes() == b"binary"
+    assert not (tmp_path / "site/pycocotools/tests").exists()
     assert (tmp_path / "site/detectron2").is_dir()
 
     monkeypatch.setattr(
@@ -89,7 +91,7 @@ def test_another_pythons_compiled_packages_are_downloaded(tmp_path, monkeypatch)
     )
     with pytest.raises(SystemExit, match="no wheels of pycocotools"):
         gpu_site.make_site(tmp_path / "site", "3.99")
-    assert (tmp_path / "site/ijson/_yajl2.so").exists()  # what there was is still there
+    assert (tmp_path / "site/pycocotools/_mask.so").exists()  # what there was is still there
 
 
 def test_too_large_is_an_error(tmp_path, monkeypatch, capsys):

@@ -29,6 +29,11 @@ def edit(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
+def found(result) -> Counter:
+    """Few pictures don't show all names."""
+    return Counter({k: n for k, n in result.counts.items() if k != "name without a box"})
+
+
 def test_a_good_file_is_good(root, rng, capsys):
     file = miniatures.write_coco(root, rng)
     assert main(["check", str(file), "--image-folder", str(root / "coco/train2017")]) == 0
@@ -94,7 +99,7 @@ def test_everything_wrong_with_a_coco_file_is_found_at_once(root, rng):
     (folder / names[3]).write_bytes(b"no picture")
     Image.new("RGB", (7, 9)).save(folder / names[4])
     result = check_dataset(str(file), folder, images=None)
-    assert result.counts == Counter(
+    assert found(result) == Counter(
         {
             "empty box": 2,
             "box outside the image": 1,
@@ -128,7 +133,7 @@ def test_relative_boxes_are_noticed(root, rng):
 
     edit(file, divide)
     result = check_dataset(str(file), root / "coco/train2017")
-    assert result.counts == Counter({"boxes not in pixels": 1})
+    assert found(result) == Counter({"boxes not in pixels": 1})
 
 
 def test_a_truncated_file_is_one_finding(root, rng):

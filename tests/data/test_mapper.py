@@ -30,9 +30,15 @@ def data(tmp_path):
         {"id": 1, "image_id": 1, "category_id": 2, "bbox": [6, 4, 20, 10]},
         {"id": 2, "image_id": 1, "category_id": 0, "bbox": [30, 10, 30, 30]},
         {"id": 3, "image_id": 1, "category_id": 5, "bbox": [0, 0, 60, 40], "iscrowd": 1},
+        *(  # elsewhere, every name has a box
+            {"id": 10 + i, "image_id": 2, "category_id": i, "bbox": [1, 1, 9, 9]} for i in range(6)
+        ),
     ]
     content = {
-        "images": [{"id": 1, "file_name": "a.png", "width": 60, "height": 40}],
+        "images": [
+            {"id": i, "file_name": f, "width": 60, "height": 40}
+            for i, f in ((1, "a.png"), (2, "b"))
+        ],
         "annotations": annotations,
         "categories": categories,
     }
@@ -216,6 +222,28 @@ def test_evaluation_with_n_names(data):
         TestMapper(name, 120, prompt_names="some")
 
 
+def test_names_without_a_box_are_not_asked_for(data):
+    """Unless all names are wanted: exporters put names of groups among them."""
+    name, record, _ = data
+    content = json.loads(open(name).read())
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] not in (1, 3)]
+    with open(name, "w") as file:
+        json.dump(content, file)
+    load_datasets(name)
+    bare = {NAMES[1], NAMES[3]}
+    train = TrainMapper(name, 60, max_phrases=6)
+    drawn = [train(record, np.random.default_rng(seed))["prompt"].phrases for seed in range(20)]
+    assert not bare & {phrase for phrases in drawn for phrase in phrases}
+    sample = TestMapper(name, 60)(record)
+    assert sample["prompt_classes"] == [0, 2, 4, 5]
+    assert sample["prompt"].phrases == [NAMES[i] for i in (0, 2, 4, 5)]
+    assert set(boxes_by_phrase(sample)) == {"tombstone", "red panda"}
+    assert not bare & {*TestMapper(name, 60, prompt_names=6)(record)["prompt"].phrases}
+    assert TestMapper(name, 60, prompt_names="all")(record)["prompt"].phrases == NAMES
+    closed = TrainMapper(name, 60, max_phrases=None)(record, np.random.default_rng(0))
+    assert closed["prompt"].phrases == NAMES  # a closed set is what it is
+
+
 def test_grounding_spans_survive(tmp_path):
     Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
     caption = "A red panda left of a windmill."
@@ -249,7 +277,7 @@ def test_records_choose_the_names_of_their_data_set(data, tmp_path):
     content["categories"] = [{"id": i, "name": f"other {i}"} for i in range(6)]
     other = tmp_path / "other.json"
     other.write_text(json.dumps(content))
-    (second,) = load_datasets(str(other))
+    second = load_datasets(str(other))[0]
     mapper = TrainMapper([name, str(other)], 60)
     assert set(boxes_by_phrase(mapper(record, fresh_rng()))) == {
         "tombstone",

@@ -247,5 +247,5 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="no list 'annotations'"):
         coco_ap({"images": [], "categories": []}, [])
     del truth["annotations"][0]["bbox"]
-    with pytest.raises(ValueError, match=r"annotations\[0\] needs .* bbox"):
+    with pytest.raises(ValueError, match=r"annotations\[0\].* no 'bbox'"):
         coco_ap(truth, [])

@@ -90,7 +90,7 @@ def test_bad_input_is_named():
     truth["annotations"].pop(1)
     with pytest.raises(ValueError, match="expression 2 .* has no box, and 0 others"):
         refexp_precision(truth, [])
-    truth["annotations"].append(truth["annotations"][0])
+    truth["annotations"].append(truth["annotations"][0] | {"id": 99})
     with pytest.raises(ValueError, match="expression 1 .* has several boxes"):
         refexp_precision(truth, [])
     with pytest.raises(ValueError, match="at least one k"):

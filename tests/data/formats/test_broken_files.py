@@ -132,7 +132,7 @@ CASES = [
         "roboflow",
         "train/*.json",
         content(lambda d: d["annotations"][1].update(image_id=[])),
-        r"annotations\[1\].*'image_id' is \[\]: write a number",
+        r"annotations\[1\].*'image_id' is \[\]: write a whole number",
     ),
     ("label studio", "*.json", value(x="left"), "task 1, result 1.*per cent"),
     ("label studio", "*.json", value(rectanglelabels=[]), "task 1, result 1.*no label"),

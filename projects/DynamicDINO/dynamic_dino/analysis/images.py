@@ -18,7 +18,7 @@ def test_datasets(cfg: DictConfig) -> dict[str, str | int]:
     for loader in (OmegaConf.select(cfg, "dataloader.test") or {}).values():
         mapper = loader.get("mapper") or {}
         if isinstance(mapper.get("dataset"), str):
-            found[mapper["dataset"]] = mapper.get("prompt_names", "all")
+            found[mapper["dataset"]] = mapper.get("prompt_names", "annotated")
     return found
 
 

@@ -115,6 +115,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="sizes are those of the image files as they are seen, not those of the COCO file",
     )
+    conversion.add_argument(
+        "--crowds-as-objects",
+        action="store_true",
+        help="boxes that were marked as crowds, as exports of masks mark all, become objects",
+    )
 
     split = commands.add_parser(
         "split",
@@ -184,6 +189,7 @@ def _convert(args: argparse.Namespace) -> int:
         bad_boxes=args.bad_boxes,
         image_folder=args.image_folder,
         sizes_of_images=args.sizes_of_images,
+        crowds_as_objects=args.crowds_as_objects,
     )
     print(f"{args.source}: {counts['source']}")
     print(f"{args.target}: {counts['images']:,} images, {counts['boxes']:,} boxes")

@@ -8,41 +8,72 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .fields import read_number
 from .problems import DataError, Reporter
 
 Convention = Literal["xywh", "xyxy"]
 LAYOUT = {"xywh": "[x, y, width, height]", "xyxy": "[x1, y1, x2, y2]"}
+FEW = 0.05  # so small a part of a file's boxes isn't of another convention
 FAR = 0.1  # a box that reaches so much of the image's size beyond it was not drawn on it
 
 
 def read_size(item: dict, name: str) -> tuple[int, int]:
     """(width, height) of an image, which Flickr30k writes as text; raises DataError."""
-    try:
-        size = int(item["width"]), int(item["height"])
-    except (OverflowError, TypeError, ValueError):
-        size = (0, 0)
-    if min(size) <= 0:
+    size = read_number(item["width"]), read_number(item["height"])
+    if not all(side.is_integer() and 0 < side < 1 << 31 for side in size):
+        width, height = (str(item[key])[:40] for key in ("width", "height"))
         raise DataError(
             "image without a size",
-            f"size {item['width']} x {item['height']} of {name!r}: write the size of the image in "
-            "pixels",
+            f"size {width} x {height} of {name!r}: write the size of the image in pixels",
         )
-    return size
+    return int(size[0]), int(size[1])
 
 
 def read_box(value: Any, convention: Convention) -> tuple[float, float, float, float]:
     """The four finite numbers of a "bbox"; raises DataError if it isn't that."""
-    try:
-        x, y, w, h = map(float, value)
-    except (TypeError, ValueError):
-        x = y = w = h = math.nan
+    four = isinstance(value, list | tuple | np.ndarray) and len(value) == 4
+    x, y, w, h = map(read_number, value) if four else (math.nan,) * 4
     if not math.isfinite(x + y + w + h):
         raise DataError(
             "malformed box",
-            f"bbox {value} is not four finite numbers: a bbox is {LAYOUT[convention]} in pixels "
-            "of the image; correct or remove it",
+            f"bbox {str(value)[:80]} is not four finite numbers: a bbox is {LAYOUT[convention]} "
+            "in pixels of the image; correct or remove it",
         )
     return x, y, w, h
+
+
+def box_around(segmentation: Any) -> tuple[float, float, float, float] | None:
+    """XYWH of COCO's polygons, lists [x, y, x, y, ...], or of its run-length mask; None if it is
+    neither, or empty. Raises DataError for numbers that aren't any."""
+    if isinstance(segmentation, dict) and {"counts", "size"} <= segmentation.keys():
+        return _box_of_mask(segmentation)
+    if not isinstance(segmentation, list) or not segmentation:
+        return None
+    polygons = segmentation if isinstance(segmentation[0], list) else [segmentation]
+    try:
+        points = np.concatenate([np.asarray(p, dtype=float).reshape(-1, 2) for p in polygons])
+    except (TypeError, ValueError):
+        points = np.full((1, 2), math.nan)
+    if not len(points):
+        return None
+    x, y, x2, y2 = *points.min(axis=0).tolist(), *points.max(axis=0).tolist()
+    if not math.isfinite(x + y + x2 + y2):
+        what = f"segmentation {str(segmentation)[:60]} has no bbox beside it, and isn't polygons"
+        raise DataError("malformed box", f"{what} of numbers: correct or remove it")
+    return x, y, x2 - x, y2 - y
+
+
+def _box_of_mask(mask: dict) -> tuple[float, float, float, float] | None:
+    from faster_coco_eval.core import mask as masks  # a compiled library; few files need it
+
+    try:
+        if isinstance(mask["counts"], list):
+            mask = masks.frPyObjects(mask, *mask["size"])
+        x, y, w, h = np.asarray(masks.toBbox(mask), dtype=float).reshape(4).tolist()
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        what = f"segmentation has no bbox beside it, and isn't a mask ({error}): correct it"
+        raise DataError("malformed box", what) from None
+    return (x, y, w, h) if w and h else None
 
 
 def fit_boxes(
@@ -79,19 +110,26 @@ def fit_boxes(
     empty = ((w <= 0) | (h <= 0)) & ~mixed
     outside = ((right <= left) | (bottom <= top)) & ~mixed & ~empty
     good = ~(mixed | empty | outside)
+    # By chance a box that reaches beyond the image fits it in the other convention too. That is so
+    # where others reach as far and don't fit, or where almost no box can be of the other.
+    reach = int((good & leaves).sum())
+    clear = int((good & ~fits_other).sum())
+    beyond = convention == "xywh" and mixed.sum() <= max(reach, clear * FEW)
     for i in np.flatnonzero(~good):
-        kind, fault = (
-            ("mixed box conventions", _mixed(convention))
-            if mixed[i]
-            else ("empty box", "without a positive width and height")
-            if empty[i]
-            else ("box outside the image", "outside the image")
-        )
+        if mixed[i] and beyond:
+            kind = "box beyond the image"
+            fault = f"reaches far beyond the image, to ({x[i] + w[i]:g}, {y[i] + h[i]:g}),"
+        elif mixed[i]:
+            kind, fault = "mixed box conventions", _mixed(convention)
+        elif empty[i]:
+            kind, fault = "empty box", "is without a positive width and height"
+        else:
+            kind, fault = "box outside the image", "is outside the image"
         numbers = ", ".join(f"{v:g}" for v in boxes[i])
         report(
             DataError(
                 kind,
-                f"bbox [{numbers}] is {fault} (of {width[i]} x {height[i]}): a bbox is "
+                f"bbox [{numbers}] {fault} (of {width[i]} x {height[i]}): a bbox is "
                 f"{LAYOUT[convention]} in pixels of the image; correct or remove it",
                 where(int(i)),
             )
@@ -104,5 +142,5 @@ def fit_boxes(
 
 def _mixed(convention: Convention) -> str:
     if convention == "xywh":
-        return f"far over the border, but fits the image as {LAYOUT['xyxy']}"
-    return f"without a positive width and height, but fits the image as {LAYOUT['xywh']}"
+        return f"reaches far beyond the image, but fits the image as {LAYOUT['xyxy']}"
+    return f"is without a positive width and height, but fits the image as {LAYOUT['xywh']}"

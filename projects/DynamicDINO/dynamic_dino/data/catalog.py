@@ -35,7 +35,7 @@ def replace_metadata(name: str, **fields: Any) -> None:
 
 def format_of_file(path: Path) -> Format:
     """What a file is: ODVG by its ending, MDETR's if its first image has a caption, else COCO."""
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return "odvg"
     if path.is_file():
         with contextlib.suppress(ValueError):  # the reader says what is wrong with it

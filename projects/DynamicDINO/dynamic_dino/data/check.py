@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..sources import resolve_model
 from .builtin import Builtin
-from .datasets import describe, get_metadata, load_file, locate_dataset
+from .datasets import describe, get_metadata, load_file, locate_dataset, unasked_classes
 from .images import read_image
 from .name_check import check_names
 from .problems import BOX_KINDS, NOTES, DataError
@@ -97,13 +97,20 @@ def check_dataset(
     except (FileNotFoundError, ValueError) as error:
         result(DataError("unreadable file", str(error), str(place.file)))
         return result
-    classes = get_metadata(place.name).thing_classes
+    metadata = get_metadata(place.name)
+    classes = metadata.thing_classes
+    if outlined := metadata.get("outlined", 0):
+        what = f"{outlined:,} boxes have no 'bbox' and were made from their polygons or masks"
+        result(DataError("box from a polygon", f"{what}: see that they are right", str(place.file)))
     result.images, result.boxes = len(records), len(records.boxes)
     result.names, result.recognised = len(classes), describe(place, records)
     for problem in (
         *_check_counts(result, entry),
         *_check_units(place.file, records),
         *check_names(place.file, classes, tokenizer),
+        *_check_crowds(place.file, records),
+        *_check_twice(place.file, records, classes),
+        *_check_use(place.file, [classes[i] for i in unasked_classes(place.name)]),
         *_check_captions(place.file, records, classes, tokenizer, max_tokens),
         *_check_images(place.file, records, images),
     ):
@@ -135,6 +142,49 @@ def _check_units(file: Path, records: Records) -> Iterator[DataError]:
     if len(records.boxes) and records.boxes.max() <= 1:
         what = "all boxes lie within one pixel: these are parts of the image; write pixels"
         yield DataError("boxes not in pixels", what, str(file))
+
+
+def _check_crowds(file: Path, records: Records) -> Iterator[DataError]:
+    if len(records.crowd) and records.crowd.all():
+        yield DataError(
+            "only crowds",
+            f"all {len(records.crowd):,} boxes are crowds, which are neither trained nor scored: "
+            "write iscrowd 0 where a box holds one object; `python -m dynamic_dino.data convert IN "
+            "OUT --to coco --crowds-as-objects` does so with all",
+            str(file),
+        )
+
+
+def _check_twice(file: Path, records: Records, names: list[str]) -> Iterator[DataError]:
+    if not (len(records) and "caption" in records[0]):  # captions have records of their own
+        seen: dict[str, int] = {}
+        for i, name in enumerate(records.names):
+            first = seen.setdefault(os.path.normpath(name), i)
+            if first != i:
+                what = (
+                    f"image {name!r} has two records, with the ids {records[first]['image_id']!r} "
+                    f"and {records[i]['image_id']!r}: what is annotated in the one is background "
+                    "in the other; join them"
+                )
+                yield DataError("image under two ids", what, str(file))
+    image = np.repeat(np.arange(len(records)), np.diff(records.first))
+    order = np.lexsort((*records.boxes.T, records.classes, image))
+    a, b = order[1:], order[:-1]
+    equal = (image[a] == image[b]) & (records.classes[a] == records.classes[b])
+    for i in a[equal & (records.boxes[a] == records.boxes[b]).all(axis=1)].tolist():
+        numbers = ", ".join(f"{v:g}" for v in records.boxes[i].tolist())
+        name = f" of {names[records.classes[i]]!r}" if names else ""
+        what = f"box [{numbers}]{name} is there twice: remove one"
+        yield DataError("box twice", what, f"{file}: image {records.names[image[i]]!r}")
+
+
+def _check_use(file: Path, unasked: list[str]) -> Iterator[DataError]:
+    for name in unasked:
+        what = (
+            f"name {name!r} has no box: it is not asked for; remove it, if it stands for a group "
+            "or for nothing"
+        )
+        yield DataError("name without a box", what, str(file))
 
 
 def _check_captions(

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from .boxes import read_box, read_size
+from .boxes import box_around, read_box, read_size
 from .catalog import replace_metadata, require_file
 from .columns import NO_ID, Columns
+from .fields import (
+    Id,
+    brief,
+    fits_int64,
+    read_flag,
+    read_id,
+    read_list,
+    read_name,
+    read_number,
+    read_path,
+)
 from .images import image_size
 from .json_stream import stream_json
 from .problems import BadBoxes, DataError, Dropped, Reporter, refuse, require_fields
@@ -63,10 +74,12 @@ def load_coco_json(
     name = str(json_file) if name is None else name
     dropped = Dropped()
     report = report or (dropped if bad_boxes == "drop" else refuse)
-    file = CocoFile(json_file, remedy, report, _read_image, _read_category)
-    categories = _check_categories(json_file, file.categories, report)
+    file = CocoFile(json_file, remedy, report, _read_image, read_category)
+    categories = check_categories(str(json_file), file.categories, report)
     groups = group_names(categories, file.keys)
     notes = [f"left out the name {c['name']!r}, of a group without boxes" for c in groups]
+    if file.outlined:
+        notes.append(f"made {file.outlined:,} boxes from polygons or masks")
     categories = [category for category in categories if category not in groups]
     if clean_names:
         categories = [{**c, "name": clean_name(c["name"])} for c in categories]
@@ -76,14 +89,14 @@ def load_coco_json(
         categories = [{**c, "name": names.get(c["id"], c["name"])} for c in categories]
     contiguous = {category["id"]: i for i, category in enumerate(categories)}
     metadata = _metadata(json_file, image_root, categories, contiguous, report)
-    replace_metadata(name, **metadata, evaluator_type=evaluator_type, notes=notes)
 
     class_of = np.array([contiguous.get(key, -1) for key in file.keys] + [-1])
     file.leave_out(
         class_of[file.columns.key] < 0,
         "unknown category",
         lambda i: (
-            f"category_id {file.keys[file.columns.key[i]]!r} is not among the file's categories: "
+            f"category_id {file.keys[file.columns.key[i]]!r} is not among the file's categories"
+            f"{_other_spelling(file.keys[file.columns.key[i]], contiguous)}: "
             "add the category with its name or remove the annotation"
         ),
     )
@@ -91,7 +104,16 @@ def load_coco_json(
         file.take_sizes_of_images(image_root)
     file.fit()
     dropped.log(json_file)
-    return file.columns.records(name, image_root, class_of[file.columns.key])
+    classes = class_of[file.columns.key]
+    replace_metadata(
+        name,
+        **metadata,
+        evaluator_type=evaluator_type,
+        notes=notes,
+        without_boxes=without_boxes(len(categories), classes),
+        outlined=file.outlined,
+    )
+    return file.columns.records(name, image_root, classes)
 
 
 def clean_name(name: str) -> str:
@@ -120,38 +142,54 @@ def group_names(categories: Sequence[dict], used: Iterable[Hashable]) -> list[di
 
 class CocoFile:
     """What a COCO-like file says, read in one pass: `columns`, `categories`, and `keys`, of which
-    ``columns.key`` holds the indices.
+    ``columns.key`` holds the indices. Training, `check` and scoring read with it.
+
+    outlined  how many boxes were made from polygons or masks, where there is no "bbox"
+    further   what `read_further` gave for each annotation, in the file's order
 
     Args:
+        source: the file, or its content.
         read_image: image -> file name, further fields of the record or None.
         read_key: annotation -> what tells classes apart, such as the category id.
+        sized: False: images need no width and height, which become 0.
+        read_further: annotation, area of its box -> what else of it is kept.
 
-    Both raise DataError for what is wrong; it is reported and left out.
+    All raise DataError for what is wrong; it is reported and left out.
     """
 
     LISTS = ("images", "annotations", "categories")
 
     def __init__(
         self,
-        path: Path,
+        source: Path | dict,
         remedy: str,
         report: Reporter,
         read_image: Callable[[dict], tuple[str, dict | None]],
         read_key: Callable[[dict], Hashable],
         lists: Sequence[str] = LISTS,
+        *,
+        sized: bool = True,
+        read_further: Callable[[dict, float], dict] | None = None,
     ) -> None:
-        require_file(path, remedy)
-        self.path, self.report = path, report
+        if isinstance(source, dict):
+            self.path, items = "the ground truth", _items_of(source, lists)
+        else:
+            require_file(source, remedy)
+            self.path, items = str(source), stream_json(source, lists)
+        self.report = report
         self.read_image, self.read_key = read_image, read_key
+        self.sized, self.read_further = sized, read_further
+        self.outlined = 0
+        self.further: list[dict] = []
         self.columns = Columns()
         self.categories: list[Any] = []
         # Annotations may come before their images, so ids are numbered as they appear.
         self._ids: dict[Any, int] = {}
         self._image_of: dict[int, int] = {}  # number of an id -> index of its image
         self._keys: dict[Hashable, int] = {}
-        self._odd_ids: set[str] = set()  # ids of annotations that aren't integers
+        self._odd_ids: set[Id] = set()  # ids of annotations that no column holds
         add = {"images": self._add_image, "annotations": self._add_annotation}
-        for section, index, item in stream_json(path, lists):
+        for section, index, item in items:
             if section == "categories":
                 self.categories.append(item)
                 continue
@@ -159,11 +197,12 @@ class CocoFile:
                 add[section](index, item)
             except DataError as error:
                 item_id = item.get("id") if isinstance(item, dict) else None
-                report(error.at(f"{path}: {section}[{index}] (id {item_id!r})"))
+                report(error.at(f"{self.path}: {section}[{index}] (id {brief(item_id)})"))
         self.columns.close()
         self.keys = list(self._keys)
         self._find_images()
         self._find_repeated_ids()
+        report_mixed_ids(self.columns.ids, "images", self.path, report)
 
     def place(self, i: int) -> str:
         """Where annotation i of the columns stands in the file."""
@@ -194,36 +233,51 @@ class CocoFile:
         self.columns.fit(self.path, "xywh", self.report, where)
 
     def _add_image(self, index: int, image: Any) -> None:
-        require_fields(image, "id", "width", "height")
+        require_fields(image, "id", *(("width", "height") if self.sized else ()))
         name, extra = self.read_image(image)
-        size = read_size(image, name)
-        _require_plain(image, "id")
-        number = self._ids.setdefault(image["id"], len(self._ids))
+        size = read_size(image, name) if self.sized else (0, 0)
+        image_id = read_id(image["id"], "id")
+        number = self._ids.setdefault(image_id, len(self._ids))
         if number in self._image_of:
             raise DataError(
                 "duplicate id",
-                f"image id {image['id']!r} occurs twice: give every image one of its own",
+                f"image id {image_id!r} occurs twice: give every image one of its own",
             )
-        self._image_of[number] = self.columns.add_image(name, image["id"], size, extra)
+        self._image_of[number] = self.columns.add_image(name, image_id, size, extra)
 
     def _add_annotation(self, index: int, annotation: Any) -> None:
-        require_fields(annotation, "image_id", "bbox")
-        _require_plain(annotation, "id", "image_id", "category_id")
-        box, key = read_box(annotation["bbox"], "xywh"), self.read_key(annotation)
-        own_id = annotation.get("id", NO_ID)
-        if type(own_id) is not int:
+        require_fields(annotation, "image_id")
+        image_id = read_id(annotation["image_id"], "image_id")
+        key, crowd = self.read_key(annotation), read_flag(annotation.get("iscrowd"), "iscrowd")
+        box = self._read_box(annotation)
+        own_id = NO_ID
+        if annotation.get("id") is not None:
+            own_id = read_id(annotation["id"], "id")
+        if own_id != NO_ID and not fits_int64(own_id):
             if own_id in self._odd_ids:
                 raise DataError("duplicate id", _TWICE)
             self._odd_ids.add(own_id)
             own_id = NO_ID
+        if self.read_further is not None:
+            self.further.append(self.read_further(annotation, box[2] * box[3]))
         self.columns.add_annotation(
-            self._ids.setdefault(annotation["image_id"], len(self._ids)),
+            self._ids.setdefault(image_id, len(self._ids)),
             self._keys.setdefault(key, len(self._keys)),
             index,
             box,
-            bool(annotation.get("iscrowd", 0)),
+            crowd,
             own_id,
         )
+
+    def _read_box(self, annotation: dict) -> tuple[float, float, float, float]:
+        """Exports of polygons may have no "bbox": the box around them is taken."""
+        if annotation.get("bbox") in (None, []):
+            box = box_around(annotation.get("segmentation"))
+            if box is not None:
+                self.outlined += 1
+                return box
+        require_fields(annotation, "bbox")
+        return read_box(annotation["bbox"], "xywh")
 
     def _find_images(self) -> None:
         """Numbers of image ids become indices of images."""
@@ -235,12 +289,14 @@ class CocoFile:
         bad = self.columns.image < 0
         if bad.any():
             ids = list(self._ids)
+            known = {self.columns.ids[i] for i in self._image_of.values()}
             self.leave_out(
                 bad,
                 "unknown image",
                 lambda i: (
-                    f"image_id {ids[numbers[i]]!r} is not among the file's images: add the image "
-                    "or remove the annotation"
+                    f"image_id {ids[numbers[i]]!r} is not among the file's images"
+                    f"{_other_spelling(ids[numbers[i]], known)}: add the image or "
+                    "remove the annotation"
                 ),
             )
 
@@ -256,46 +312,70 @@ class CocoFile:
 _TWICE = "this id occurs twice: give every annotation its own"
 
 
+def _items_of(content: dict, lists: Sequence[str]) -> Iterator[tuple[str, int, Any]]:
+    for key in lists:
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise ValueError(f"the ground truth has no list {key!r}: it must be as COCO JSON")
+        yield from ((key, i, item) for i, item in enumerate(content[key]))
+
+
 def _read_image(image: dict) -> tuple[str, dict | None]:
     if "file_name" not in image and isinstance(image.get("coco_url"), str):
-        name = "/".join(image["coco_url"].split("/")[-2:])
-    else:
-        require_fields(image, "file_name")
-        name = image["file_name"]
-        if not isinstance(name, str):
-            raise DataError("missing field", f"'file_name' is {str(name)[:40]}: write a path")
-    return name, {key: image[key] for key in LVIS_FIELDS if key in image} or None
+        image = {**image, "file_name": "/".join(image["coco_url"].split("/")[-2:])}
+    require_fields(image, "file_name")
+    return read_path(image, "file_name"), read_federated(image) or None
 
 
-def _require_plain(item: dict, *fields: str) -> None:
-    """Raises DataError for an id that is no number or text."""
-    for field in fields:
-        if isinstance(item.get(field), list | dict):
-            what = f"{field!r} is {str(item[field])[:40]}: write a number"
-            raise DataError("missing field", what)
+def read_federated(image: dict) -> dict[str, list[Id]]:
+    """The fields of LVIS that an image has."""
+    return {
+        field: [read_id(i, field) for i in read_list(image, field)]
+        for field in LVIS_FIELDS
+        if field in image
+    }
 
 
-def _read_category(annotation: dict) -> Hashable:
+def read_category(annotation: dict) -> Id:
     require_fields(annotation, "category_id")
-    return annotation["category_id"]
+    return read_id(annotation["category_id"], "category_id")
 
 
-def _check_categories(path: Path, categories: list, report: Reporter) -> list[dict]:
-    """The good categories in the order of their ids."""
-    good: dict[Any, dict] = {}
+def _other_spelling(wanted: Id, known: Collection[Id]) -> str:
+    """For the message about an id that isn't known, but would be as text or as a number."""
+    other = str(wanted) if isinstance(wanted, int) else read_number(wanted)
+    if other not in known:
+        return ""
+    return f", where {read_id(other, 'id')!r} is: write both with quotes or both without"
+
+
+def report_mixed_ids(ids: Iterable[Id], what: str, path: str, report: Reporter) -> None:
+    first = {isinstance(i, str): i for i in reversed(list(ids))}
+    if len(first) > 1:
+        report(
+            DataError(
+                "mixed ids",
+                f"ids of {what} are numbers ({first[False]}) and text ({first[True]!r}): write all "
+                "in one way, as numbers",
+                path,
+            )
+        )
+
+
+def check_categories(
+    path: str, categories: list, report: Reporter, *, named: bool = True
+) -> list[dict]:
+    """The good categories in the order of their ids. `named`: each must have a name."""
+    good: dict[Id, dict] = {}
     for i, category in enumerate(categories):
         try:
             require_fields(category, "id")
-            _require_plain(category, "id")
+            category_id = read_id(category["id"], "id")
+            category = {**category, "id": category_id}
             name = category.get("name")
-            if not isinstance(name, str) or not re.search(r"\w", name):
-                raise DataError(
-                    "category without a name",
-                    f"category with id {category['id']!r} has no name (got {name!r}): the name is "
-                    "the phrase that the detector reads; write one in plain words",
-                )
-            if category["id"] in good:
-                what = f"category id {category['id']!r} occurs twice: renumber it"
+            if named:
+                read_name(name, f"category with id {category_id!r} has no name, but")
+            if category_id in good:
+                what = f"category id {category_id!r} occurs twice: renumber it"
                 raise DataError("duplicate id", what)
             if category.get("frequency") not in ("r", "c", "f", None):
                 raise DataError(
@@ -303,12 +383,15 @@ def _check_categories(path: Path, categories: list, report: Reporter) -> list[di
                     f"category {name!r} has frequency {category['frequency']!r}: use 'r' (rare), "
                     "'c' (common), 'f' (frequent) or leave the field out",
                 )
-            good[category["id"]] = category
+            if category.get("novel") is not None:
+                category["novel"] = read_flag(category["novel"], "novel")
+            good[category_id] = category
         except DataError as error:
             report(error.at(f"{path}: categories[{i}]"))
     if not categories:
         what = "'categories' is empty: list every category with id and name"
-        report(DataError("missing field", what, str(path)))
+        report(DataError("missing field", what, path))
+    report_mixed_ids(good, "categories", path, report)
     return sorted(good.values(), key=lambda c: (isinstance(c["id"], str), c["id"]))
 
 
@@ -333,20 +416,28 @@ def _metadata(
 def _near_synonyms(
     path: Path, categories: list[dict], contiguous: dict, report: Reporter
 ) -> list[list[int]]:
-    by_name = {category["name"]: i for i, category in enumerate(categories)}
+    index = {category["name"]: i for i, category in enumerate(categories)} | contiguous
     related: list[set[int]] = [set() for _ in categories]
     for i, category in enumerate(categories):
-        for other in category.get("near_synonyms") or ():
-            if isinstance(other, str) and other not in by_name:
-                continue  # a name of another split can't be a negative here
-            j = by_name[other] if isinstance(other, str) else contiguous.get(other)
-            if j is None:
-                what = (
-                    f"near_synonyms of category {category['name']!r} has {other!r}, which is not "
-                    "the id of a category of this file: use ids or names of categories"
-                )
-                report(DataError("unknown near-synonym", what, str(path)))
-                continue
-            related[i].add(j)
-            related[j].add(i)
+        try:
+            given = category.get("near_synonyms")
+            for other in () if given is None else read_list(category, "near_synonyms"):
+                j = index.get(read_id(other, "near_synonyms"))
+                if j is None and isinstance(other, str):
+                    continue  # a name of another split can't be a negative here
+                if j is None:
+                    raise DataError(
+                        "unknown near-synonym",
+                        f"near_synonyms of category {category['name']!r} has {other!r}, which is "
+                        "not the id of a category of this file: use ids or names of categories",
+                    )
+                related[i].add(j)
+                related[j].add(i)
+        except DataError as error:
+            report(error.at(f"{path}: category {category['name']!r}"))
     return [sorted(ids - {i}) for i, ids in enumerate(related)]
+
+
+def without_boxes(count: int, classes: np.ndarray) -> list[int]:
+    """Of `count` classes those that none of `classes`, int [M], is."""
+    return np.setdiff1d(np.arange(count), classes).tolist()

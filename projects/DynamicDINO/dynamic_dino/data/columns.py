@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .boxes import Convention, fit_boxes
+from .fields import fits_int64
 from .problems import Reporter
 from .records import Records, Texts
 
@@ -100,7 +101,7 @@ class Columns:
         """`classes`: int [M], contiguous."""
         order = np.argsort(self.image, kind="stable")
         first = np.searchsorted(self.image[order], np.arange(len(self.names) + 1))
-        integers = all(type(i) is int for i in self.ids)
+        integers = all(map(fits_int64, self.ids))
         extra = None
         if any(self.extra):
             extra = Texts.of(json.dumps(e or {}, separators=(",", ":")) for e in self.extra)

@@ -37,8 +37,10 @@ def convert_dataset(
     bad_boxes: BadBoxes = "error",
     image_folder: Path | None = None,
     sizes_of_images: bool = False,
+    crowds_as_objects: bool = False,
 ) -> dict[str, Any]:
     """Writes the data set `source`, a path or a built-in name, to `target`, all of it or nothing.
+    With `crowds_as_objects`, "iscrowd" becomes 0.
 
     Memory is that of `Records`, about a quarter of a kilobyte per image. Returns counts: "images",
     "boxes", and "crowds", boxes of crowds that ODVG can't hold and that are left out; and "source",
@@ -55,6 +57,8 @@ def convert_dataset(
     if options and place.format != "coco":
         raise ValueError(f"{place.file} isn't COCO JSON, of which alone sizes are replaced")
     records = load_file(place, bad_boxes=bad_boxes, **options)
+    if crowds_as_objects:
+        records.crowd = np.zeros_like(records.crowd)
     metadata = get_metadata(place.name)
     grounding = records.extra is not None and any("caption" in record for record in records[:1])
     if grounding and to == "coco":

@@ -67,7 +67,19 @@ def describe(place: Place, records: Records) -> str:
         f"{len(records):,} images, {len(records.boxes):,} boxes, "
         f"{len(metadata.thing_classes):,} names"
     )
-    return "; ".join([f"{TITLES[place.format]}: {counts}", *metadata.get("notes", ())])
+    notes = list(metadata.get("notes", ()))
+    if unasked := [metadata.thing_classes[i] for i in unasked_classes(place.name)]:
+        first = ", ".join(map(repr, unasked[:3])) + (", ..." if len(unasked) > 3 else "")
+        notes.append(f"{len(unasked):,} names have no box and aren't asked for ({first})")
+    return "; ".join([f"{TITLES[place.format]}: {counts}", *notes])
+
+
+def unasked_classes(name: str) -> list[int]:
+    """The classes that a data set has no box of, and that are therefore no negatives in training
+    and not in the prompts of an evaluation: exporters put names of groups among the classes, whose
+    members an image shows. In built-in data sets every class counts: their protocols ask for all.
+    """
+    return [] if name in BUILTIN else list(get_metadata(name).get("without_boxes", ()))
 
 
 def _drawn(records: Records, place: Place) -> Records:

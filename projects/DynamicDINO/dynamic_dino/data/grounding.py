@@ -12,6 +12,7 @@ from .boxes import read_box, read_size
 from .catalog import replace_metadata, require_file
 from .coco_json import CocoFile
 from .columns import Columns
+from .fields import brief, is_text, read_list, read_name, read_path
 from .json_stream import stream_jsonl
 from .problems import BadBoxes, DataError, Dropped, Reporter, refuse, require_fields
 from .records import Records
@@ -103,7 +104,7 @@ def load_mdetr_json(
 
     def read_image(image: dict) -> tuple[str, dict]:
         require_fields(image, "file_name", "caption")
-        return image["file_name"], {"caption": read_caption(image), "phrase_spans": []}
+        return read_path(image, "file_name"), {"caption": read_caption(image), "phrase_spans": []}
 
     def read_key(annotation: dict) -> Spans | None:
         if whole_caption:
@@ -155,17 +156,19 @@ def _read_line(
 ) -> None:
     """Adds a line's image and boxes; "key" is the index of the phrase or class."""
     require_fields(line, "filename", "height", "width")
-    size = read_size(line, line["filename"])
+    name = read_path(line, "filename")
+    size = read_size(line, name)
     if "detection" in line:
         require_fields(line["detection"], "instances")
-        caption, part, items = None, "detection.instances", line["detection"]["instances"]
+        caption, part = None, "detection.instances"
+        items = read_list(line["detection"], "instances")
     else:
         require_fields(line, "grounding")
         require_fields(line["grounding"], "caption", "regions")
         caption, part = read_caption(line["grounding"]), "grounding.regions"
-        items = line["grounding"]["regions"]
+        items = read_list(line["grounding"], "regions")
     phrases: dict[Spans, int] = {}
-    image = columns.add_image(line["filename"], number, size)
+    image = columns.add_image(name, number, size)
     for j, item in enumerate(items):
         try:
             require_fields(item, "bbox")
@@ -175,7 +178,8 @@ def _read_line(
             boxes = [read_box(box, "xyxy") for box in boxes]
             if caption is None:
                 require_fields(item, "category")
-                key = classes.setdefault(item["category"], len(classes))
+                category = read_name(item["category"], "category").strip()
+                key = classes.setdefault(category, len(classes))
             else:
                 key = phrases.setdefault(_find_phrase(caption, item), len(phrases))
             for box in boxes:
@@ -208,8 +212,9 @@ def _find_phrase(caption: str, region: dict) -> Spans:
 
 
 def read_caption(item: dict) -> str:
-    if not isinstance(item["caption"], str):
-        raise DataError("bad caption", f"caption {item['caption']!r} is no text: write a sentence")
+    if not is_text(item["caption"]):
+        what = f"caption {brief(item['caption'])} is no text: write a sentence"
+        raise DataError("bad caption", what)
     return item["caption"]
 
 
@@ -217,12 +222,12 @@ def read_spans(tokens_positive: Any) -> Spans:
     """The spans of "tokens_positive"; raises DataError where they can't be spans of any caption."""
     try:
         spans = tuple((int(start), int(end)) for start, end in tokens_positive)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         spans = ()
     if not spans or any(not 0 <= start < end for start, end in spans):
         raise DataError(
             "phrase outside the caption",
-            f"tokens_positive {tokens_positive} are no spans: give [[start, end], ...], "
+            f"tokens_positive {brief(tokens_positive)} are no spans: give [[start, end], ...], "
             "characters of the caption with start < end",
         )
     return spans

@@ -13,7 +13,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from ..modeling.prompt import Prompt
-from .datasets import get_metadata
+from .datasets import get_metadata, unasked_classes
 from .feature_cache import FeatureCache
 from .images import Size, read_image, resize_transform, to_tensor
 from .prompts import PromptSampler, caption_phrases, evaluation_prompt
@@ -89,7 +89,10 @@ class TrainMapper:
                 max(len(names), 1) if max_phrases is None else max_phrases,
                 min_phrases=min_phrases,
                 near_synonyms=getattr(metadata, "near_synonyms", None),
-                never_negative=[i for i, is_novel in enumerate(novel) if is_novel],
+                never_negative=[
+                    *(i for i, is_novel in enumerate(novel) if is_novel),
+                    *unasked_classes(name),
+                ],
             )
             if max_phrases is None and names:
                 self.fixed[name] = Prompt.from_phrases(names)
@@ -161,9 +164,10 @@ class TrainMapper:
 class TestMapper:
     """A record -> a sample without augmentation and with a fixed prompt.
 
-    prompt_names  "all": every class of the data set, in its order, the same `Prompt` object each
-                  time; an int n: the classes of the image and negatives up to n names, the same for
-                  an image in every run (federated evaluation)
+    prompt_names  "annotated": the classes of the data set, in its order, the same `Prompt` object
+                  each time, without the `unasked_classes` of own data, for which AP isn't defined;
+                  "all": with them; an int n: the classes of the image and negatives up to n names,
+                  the same for an image in every run (federated evaluation)
     Others as in `TrainMapper`. The sample also has "prompt_classes", the class of the data set for
     each phrase of the prompt; "instances" holds the boxes that aren't crowds.
     """
@@ -175,20 +179,29 @@ class TestMapper:
         dataset: Names,
         size: Size,
         *,
-        prompt_names: str | int = "all",
+        prompt_names: str | int = "annotated",
         features: FeatureCache | str | None = None,
     ) -> None:
-        if prompt_names != "all" and not (isinstance(prompt_names, int) and prompt_names > 0):
-            raise ValueError(f"prompt_names={prompt_names!r}: use 'all' or a positive number")
+        federated = isinstance(prompt_names, int) and prompt_names > 0
+        if not federated and prompt_names not in ("annotated", "all"):
+            raise ValueError(
+                f"prompt_names={prompt_names!r}: use 'annotated', 'all' or a positive number"
+            )
         features = _open_features(features, size)
-        self.samplers, self.fixed = {}, {}
+        self.samplers, self.fixed, self.asked = {}, {}, {}
         for name in _flat_names(dataset):
             metadata = get_metadata(name)
             names = metadata.thing_classes
             related = getattr(metadata, "near_synonyms", None)
-            self.samplers[name] = PromptSampler(names, max(len(names), 1), near_synonyms=related)
-            if prompt_names == "all" and names:
-                self.fixed[name] = Prompt.from_phrases(names)
+            unasked = [] if prompt_names == "all" else unasked_classes(name)
+            self.samplers[name] = PromptSampler(
+                names, max(len(names), 1), near_synonyms=related, never_negative=unasked
+            )
+            # of a data set without a single box, all are asked for
+            asked = sorted({*range(len(names))} - {*unasked}) or list(range(len(names)))
+            if not federated and asked:
+                self.asked[name] = asked
+                self.fixed[name] = Prompt.from_phrases([names[i] for i in asked])
         self.size = size
         self.prompt_names = prompt_names
         self.features = features
@@ -207,9 +220,10 @@ class TestMapper:
             phrases = list(range(len(record["phrase_spans"])))
         else:
             sampler = _sampler_of(record, self.samplers)
-            if self.prompt_names == "all":
-                phrases = list(range(len(sampler.names)))
-                sample["prompt"] = self.fixed[_dataset_of(record, self.samplers)]
+            if self.fixed:
+                dataset = _dataset_of(record, self.samplers)
+                phrases = list(self.asked[dataset])
+                sample["prompt"] = self.fixed[dataset]
             else:
                 present = [a["category_id"] for a in record.get("annotations", ())]
                 phrases = evaluation_prompt(sampler, present, self.prompt_names, record["image_id"])

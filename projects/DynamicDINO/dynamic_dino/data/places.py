@@ -66,7 +66,7 @@ def locate_dataset(
         file, images = entry.locate(root or dataset_root())
         return Place(name, file, images, source_format or entry.format_of(file), entry)
     path, part = _split_name(name)
-    if path.suffix in (".json", ".jsonl") and not path.is_dir():
+    if path.suffix.lower() in (".json", ".jsonl") and not path.is_dir():
         kind = source_format or (kind_of_file(path) if path.is_file() else None)
         kind = kind or format_of_file(path)  # its reader says what is wrong with the file
         if kind in IN_ONE_FILE:

@@ -146,7 +146,13 @@ KINDS = {
     "only crowds": Kind(
         "Every box has `iscrowd` 1, as exports of masks write it (SAM, pycococreator): crowds are "
         "neither trained nor scored.",
-        "Write `iscrowd` 0 where a box holds one object.",
+        "Write `iscrowd` 0 where a box holds one object: `python -m dynamic_dino.data convert IN "
+        "OUT --to coco --crowds-as-objects`.",
+    ),
+    "box from a polygon": Kind(
+        "Annotations have no `bbox`, only a `segmentation`: the box around it is taken.",
+        "Nothing, if `python -m dynamic_dino.data show` draws them right.",
+        note=True,
     ),
     "box twice": Kind(
         "Two boxes are equal in image, name and corners: both are trained, one is always missed.",

@@ -7,11 +7,21 @@ that have ground truth.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..data.coco_json import group_names
+import numpy as np
+
+from ..data.coco_json import (
+    CocoFile,
+    check_categories,
+    group_names,
+    read_category,
+    read_federated,
+)
+from ..data.fields import read_flag, read_number
+from ..data.problems import refuse
 from .precision_recall import DetectionResult, average_precision
 from .predictions import DatasetPredictions
 
@@ -103,49 +113,64 @@ def class_groups(
 
 
 def read_ground_truth(source: str | Path | dict) -> dict:
-    """The parts of a COCO file that the evaluation reads, with defaults filled in.
+    """The parts of a COCO file that the evaluation reads, with defaults filled in. `CocoFile` reads
+    it, as for training; boxes stay as they are, also beyond their image.
 
     The source is not modified.
     """
-    data, where = _load(source)
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            raise ValueError(f"{where} has no list '{key}': it must be a COCO detection file")
-    annotations = []
-    for i, a in enumerate(data["annotations"]):
-        try:
-            x, y, w, h = (float(v) for v in a["bbox"])
-            annotations.append(
-                {
-                    "image_id": a["image_id"],
-                    "category_id": a["category_id"],
-                    "bbox": [x, y, w, h],
-                    "area": float(a.get("area", w * h)),
-                    "iscrowd": int(a.get("iscrowd", 0)),
-                    "ignore": int(a.get("ignore", 0)),
-                    **({"occluded": bool(a["occluded"])} if "occluded" in a else {}),
-                }
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{where}: annotations[{i}] needs image_id, category_id and bbox [x, y, w, h], "
-                f"but is {a}: {error!r}"
-            ) from None
-    groups = group_names(data["categories"], {a["category_id"] for a in annotations})
-    categories = [{"name": str(c["id"]), **c} for c in data["categories"] if c not in groups]
-    return {"images": data["images"], "annotations": annotations, "categories": categories}
+    if not isinstance(source, dict):
+        source = Path(source)
+        if not source.is_file():
+            raise FileNotFoundError(f"ground truth file {source} does not exist: check its path")
+    file = CocoFile(
+        source, "", refuse, _read_image, read_category, sized=False, read_further=_read_further
+    )
+    categories = check_categories(file.path, file.categories, refuse, named=False)
+    groups = group_names(categories, file.keys)
+    known = {category["id"] for category in categories}
+    columns, keys = file.columns, file.keys
+    file.leave_out(
+        np.array([key not in known for key in keys] + [False])[columns.key],
+        "unknown category",
+        lambda i: f"category_id {keys[columns.key[i]]!r} is not among the file's categories",
+    )
+    annotations = [
+        {
+            "image_id": columns.ids[image],
+            "category_id": keys[key],
+            "bbox": box,
+            "iscrowd": int(crowd),
+            **further,
+        }
+        for image, key, box, crowd, further in zip(
+            columns.image.tolist(),
+            columns.key.tolist(),
+            columns.box.tolist(),
+            columns.crowd.tolist(),
+            file.further,
+            strict=True,
+        )
+    ]
+    images = [
+        {**image, "id": image_id}
+        for image, image_id in zip(columns.extra, columns.ids, strict=True)
+    ]
+    categories = [{"name": str(c["id"]), **c} for c in categories if c not in groups]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _load(source: str | Path | dict) -> tuple[dict, str]:
-    if not isinstance(source, (str, Path)):
-        return source, "the ground truth"
-    where = f"ground truth file {source}"
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"{where} does not exist: check its path")
-    try:
-        return json.loads(Path(source).read_text(encoding="utf-8")), where
-    except ValueError as error:
-        raise ValueError(
-            f"{where} is not valid JSON ({error}): it is truncated or damaged, write or download "
-            "it again"
-        ) from None
+def _read_image(image: dict) -> tuple[str, dict]:
+    return "", {**image, **read_federated(image)}
+
+
+def _read_further(annotation: dict, area_of_box: float) -> dict:
+    area = read_number(annotation.get("area"))
+    return {
+        "area": area if math.isfinite(area) else area_of_box,
+        "ignore": int(read_flag(annotation.get("ignore"), "ignore")),
+        **(
+            {"occluded": read_flag(annotation["occluded"], "occluded")}
+            if "occluded" in annotation
+            else {}
+        ),
+    }

@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from PIL import Image
 
 from ..data.datasets import get_metadata
+from ..data.fields import id_array
 from ..data.ground_truth import ground_truth
 from ..files import writable_folder, write_text
 from ..moe.statistics import RoutingStatistics
@@ -278,9 +279,9 @@ def predictions_of(
     scores = instances.scores.detach().float().cpu().numpy()
     if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
         raise ValueError(f"the detector's boxes or scores are not finite on {where}")
-    asked = np.array([category_ids[c] for c in sample["prompt_classes"]], np.int64)
+    asked = id_array(category_ids[c] for c in sample["prompt_classes"])
     return DatasetPredictions(
-        np.array([sample["image_id"]] * len(scores)),
+        id_array([sample["image_id"]] * len(scores)),
         asked[instances.pred_classes.long().cpu().numpy()],
         np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1),
         scores,

@@ -66,14 +66,20 @@ def average_precision(
         unpunished = np.zeros(len(predictions), dtype=bool)
     unique, inverse = np.unique(predictions.image_ids, return_inverse=True)
     numbers = np.array([number.get(image, 0) for image in unique.tolist()], dtype=int)[inverse]
-    by_class = np.argsort(predictions.category_ids, kind="stable")
-    sorted_ids = predictions.category_ids[by_class]
+    classes, of_class = np.unique(predictions.category_ids, return_inverse=True)
+    by_class = np.argsort(of_class, kind="stable")
+    rows_of = dict(
+        zip(
+            classes.tolist(),
+            np.split(by_class, np.cumsum(np.bincount(of_class))[:-1]),
+            strict=False,  # without a class there is one part, which is empty
+        )
+    )
 
     categories = sorted(truth["categories"], key=lambda category: category["id"])
     precisions, recalls = [], []
     for category in categories:
-        first, last = np.searchsorted(sorted_ids, [category["id"], category["id"] + 1])
-        rows = by_class[first:last]
+        rows = rows_of.get(category["id"], by_class[:0])
         rows = rows[numbers[rows] > 0]
         precision, recall, params = _curves(
             objects[category["id"]],

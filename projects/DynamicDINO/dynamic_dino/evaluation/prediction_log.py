@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from detectron2.utils import comm
 
+from ..data.fields import id_array
 from .predictions import DatasetPredictions
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,8 @@ class PredictionLog:
                 line["prompts"],
                 line["counts"],
                 DatasetPredictions(
-                    np.repeat(np.array(line["images"]), line["counts"]),
-                    _decode(line["categories"], "<i8"),
+                    np.repeat(id_array(line["images"]), line["counts"]),
+                    _decode_ids(line["categories"]),
                     _decode(line["boxes"], "<f4").reshape(-1, 4),
                     _decode(line["scores"], "<f4"),
                 ),
@@ -97,7 +98,7 @@ class PredictionLog:
                 "new_prompts": new,
                 "prompts": [self._prompts[prompt] for prompt in found.prompts],
                 "counts": found.counts,
-                "categories": _encode(found.predictions.category_ids, "<i8"),
+                "categories": _encode_ids(found.predictions.category_ids),
                 "boxes": _encode(found.predictions.boxes, "<f4"),
                 "scores": _encode(found.predictions.scores, "<f4"),
                 "routing": found.routing,
@@ -147,6 +148,15 @@ def _complete_lines(path: Path) -> Iterator[dict]:
             except ValueError:
                 return
             yield content
+
+
+def _encode_ids(ids: np.ndarray) -> str | list:
+    """Text, and numbers that int64 doesn't hold, are rare: they are written as they are."""
+    return _encode(ids, "<i8") if ids.dtype == np.int64 else ids.tolist()
+
+
+def _decode_ids(found: str | list) -> np.ndarray:
+    return id_array(found) if isinstance(found, list) else _decode(found, "<i8")
 
 
 def _encode(values: np.ndarray, dtype: str) -> str:

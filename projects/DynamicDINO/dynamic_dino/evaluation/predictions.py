@@ -10,13 +10,14 @@ import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..data.fields import id_array, read_id
 from ..data.json_stream import stream_json_list
+from ..data.problems import DataError
 from ..files import written_whole
 
 
@@ -24,8 +25,8 @@ from ..files import written_whole
 class DatasetPredictions:
     """N detections of a data set, in any order.
 
-    image_ids     [N] integers or strings, as the annotation file has them
-    category_ids  int64 [N], those of the annotation file
+    image_ids     [N] integers or strings, as the annotation file has them, see `id_array`
+    category_ids  [N], the same
     boxes         float [N, 4], (x, y, width, height) in pixels of the original image
     scores        float [N]
     """
@@ -83,8 +84,8 @@ class DatasetPredictions:
             return cls.cat([])
         numbers = np.array([row[2:] for row in rows])
         return cls(
-            np.array([row[0] for row in rows]),
-            np.array([row[1] for row in rows]),
+            id_array(row[0] for row in rows),
+            id_array(row[1] for row in rows),
             numbers[:, :4],
             numbers[:, 4],
         )
@@ -104,8 +105,8 @@ class DatasetPredictions:
                 )
                 # nine digits give a float32 back exactly
                 lines = [
-                    f'{{"image_id": {json.dumps(image)}, "category_id": {category}, "bbox": '
-                    f'[{x:.9g}, {y:.9g}, {w:.9g}, {h:.9g}], "score": {score:.9g}}}'
+                    f'{{"image_id": {json.dumps(image)}, "category_id": {json.dumps(category)}, '
+                    f'"bbox": [{x:.9g}, {y:.9g}, {w:.9g}, {h:.9g}], "score": {score:.9g}}}'
                     for image, category, (x, y, w, h), score in columns
                 ]
                 file.write(("," if start else "") + "\n" + ",\n".join(lines))
@@ -130,7 +131,8 @@ class DatasetPredictions:
 
     def best_per_class(self, most: int) -> DatasetPredictions:
         """The `most` best detections of each class over all images; of equal ones, the first."""
-        return self[np.sort(_best(self.category_ids, self, most))]
+        classes = np.unique(self.category_ids, return_inverse=True)[1]
+        return self[np.sort(_best(classes, self, most))]
 
     def best_per_image_and_class(self, most: int) -> DatasetPredictions:
         """The `most` best detections of each image and class; of equal ones, the first."""
@@ -160,12 +162,11 @@ def _entries(path: Path) -> Iterator[Any]:
 
 def _row(entry: Any, where: str) -> tuple:
     try:
-        image, category = entry["image_id"], entry["category_id"]
+        image = read_id(entry["image_id"], "image_id")
+        category = read_id(entry["category_id"], "category_id")
         x, y, w, h = map(float, entry["bbox"])
         score = float(entry["score"])
-        if not isinstance(image, Integral | str) or not isinstance(category, Integral):
-            raise TypeError("image_id must be a number or a text, category_id a number")
-    except (KeyError, TypeError, ValueError) as error:
+    except (DataError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where} needs image_id, category_id, bbox [x, y, w, h] and score: {error!r}"
         ) from None

@@ -11,7 +11,9 @@ import numpy as np
 
 from ..boxes import read_box, read_size
 from ..catalog import replace_metadata
+from ..coco_json import without_boxes
 from ..columns import Columns
+from ..fields import read_name
 from ..image_files import unread_remedy
 from ..problems import DataError, Reporter
 from ..records import Records
@@ -46,10 +48,8 @@ class Collector:
 
     def name(self, name: Any) -> int:
         """Makes a name known, also one without boxes. Raises DataError if it is none."""
-        if not isinstance(name, str) or not any(map(str.isalnum, name)):
-            what = f"name {name!r}: write what it is in plain words, the detector reads it"
-            raise DataError("category without a name", what)
-        return self._names.setdefault(name.strip(), len(self._names))
+        known = read_name(name, "name").strip()
+        return self._names.setdefault(known, len(self._names))
 
     def image(
         self,
@@ -130,6 +130,7 @@ class Collector:
         columns.fit(self.source, "xyxy", self.report, where)
         self._note_unread()
         notes = [text.replace("{n}", f"{count:,}") for text, count in self.notes.items()]
+        classes = class_of[columns.key]
         replace_metadata(
             dataset_name,
             thing_classes=names,
@@ -138,5 +139,6 @@ class Collector:
             evaluator_type="coco",
             kind=kind,
             notes=notes,
+            without_boxes=without_boxes(len(names), classes),
         )
-        return columns.records(dataset_name, self.pictures.root, class_of[columns.key])
+        return columns.records(dataset_name, self.pictures.root, classes)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import ijson
 import yaml
 
 from ..builtin import Format
 from ..catalog import format_of_file
 from ..image_files import files_under
+from ..json_stream import JsonError, keys_of, require_json, stream_json_list
 from .xml import root_tag
 
 TITLES: dict[Format, str] = {
@@ -75,7 +77,7 @@ def recognise(path: Path, only: Format | None = None) -> Recognised:
         kind = kind_of_file(path)
         if kind is None and _broken([path], ".xml"):
             raise ValueError(f"{path} is not valid XML: it may be truncated; export it again")
-        if kind == "yolo" and path.suffix == ".txt":
+        if kind == "yolo" and path.suffix.lower() == ".txt":
             raise ValueError(f"{path} has YOLO labels of one image: name the folder of all")
         if kind is None or only not in (None, kind):
             raise ValueError(_unknown(path, [path]))
@@ -122,14 +124,15 @@ def kind_of_file(path: Path) -> Format | None:
     if path.suffix.lower() not in ENDINGS:
         return None
     with path.open("rb") as file:
-        head = file.read(HEAD).decode("utf-8-sig", errors="replace").lstrip()
+        head = file.read(HEAD)
+    head = head.decode(json.detect_encoding(head), errors="replace").lstrip()
     if head.startswith("<"):
         return ROOTS.get(root_tag(path) or "")
     if head.startswith("{"):
         return _kind_of_object(path)
     if head.startswith("["):
         return _kind_of_list(path)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix.lower() in (".yaml", ".yml"):
         return "yolo" if _is_settings(path) else None
     first = head.splitlines()[0].strip() if head else ""
     if YOLO_LINE.fullmatch(first):
@@ -145,11 +148,11 @@ def _broken(files: list[Path], ending: str) -> list[Path]:
 
 
 def _is_json(path: Path) -> bool:
-    with path.open("rb") as file:
-        try:
-            return sum(1 for _ in ijson.parse(file)) > 0
-        except (ijson.JSONError, UnicodeDecodeError):
-            return False
+    try:
+        require_json(path)
+    except JsonError:
+        return False
+    return True
 
 
 def named_part(word: str) -> str | None:
@@ -222,30 +225,23 @@ def _unknown(path: Path, files: list[Path]) -> str:
 
 
 def _kind_of_object(path: Path) -> Format | None:
-    with path.open("rb") as file:
-        try:
-            for prefix, event, key in ijson.parse(file):
-                if event != "map_key" or prefix:
-                    continue
-                if key in ("images", "annotations"):
-                    return format_of_file(path)
-                if key in ("shapes", "imagePath", "imageData"):
-                    return "labelme"
-                if key in ("detection", "grounding"):
-                    return "odvg"
-        except (ijson.JSONError, UnicodeDecodeError):
-            return None
+    with contextlib.suppress(JsonError):
+        for key in keys_of(path):
+            if key in ("images", "annotations"):
+                return format_of_file(path)
+            if key in ("shapes", "imagePath", "imageData"):
+                return "labelme"
+            if key in ("detection", "grounding"):
+                return "odvg"
     return None
 
 
 def _kind_of_list(path: Path) -> Format | None:
     """Label Studio's tasks: of JSON {"data": ..., "annotations": ...}; of JSON-MIN, where the lists
     of shapes stand beside the image, with the fields that it adds to each task."""
-    with path.open("rb") as file:
-        try:
-            task = next(ijson.items(file, "item"), None)
-        except (ijson.JSONError, UnicodeDecodeError):
-            return None
+    task = None
+    with contextlib.suppress(JsonError):
+        task = next(stream_json_list(path, progress=False), None)
     if not isinstance(task, dict):
         return None
     if isinstance(task.get("data"), dict) and task.keys() & {"annotations", "completions"}:

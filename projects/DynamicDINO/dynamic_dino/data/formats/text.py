@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from ..json_stream import JsonError, load_json
 from ..problems import DataError
 
 
@@ -20,12 +20,10 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """Raises DataError."""
-    text = read_text(path)
     try:
-        return json.loads(text)
-    except ValueError as error:
-        what = f"not valid JSON ({error}): it may be truncated; export it again"
-        raise DataError("unreadable file", what, str(path)) from None
+        return load_json(path)
+    except JsonError as error:
+        raise DataError("unreadable file", error.what, str(path)) from None
 
 
 def read_lines(path: Path) -> list[str]:
