@@ -11,7 +11,8 @@ import pytest
 from dynamic_dino.data.check import check_dataset
 from dynamic_dino.data.convert import convert_dataset
 from dynamic_dino.data.datasets import load_datasets, load_own_data
-from dynamic_dino.data.images import read_image
+from dynamic_dino.data.image_files import find_images
+from dynamic_dino.data.images import as_array, read_image
 from dynamic_dino.data.records import Records, Texts
 from dynamic_dino.data.whereabouts import find_path, why_missing, with_found_images
 from hypothesis import given, settings
@@ -101,6 +102,20 @@ def test_a_missing_image_has_its_reason_and_a_remedy_that_exists(tmp_path, name,
     message = why_missing(os.path.join(tmp_path, name))
     with pytest.raises(FileNotFoundError, match=f"{words}.*--image-folder.*data.train_images"):
         raise FileNotFoundError(message)
+
+
+@pytest.mark.parametrize("name", ["data:image/png;base64," + "iVBOR/" * 900, "a\0.jpg", "x" * 999])
+def test_names_that_no_file_can_have(tmp_path, name):
+    records = records_of([name], tmp_path)
+    assert with_found_images(records) == (records, [])
+    for look in (
+        lambda: read_image(records[0]),
+        lambda: as_array(name),
+        lambda: find_images([name]),
+    ):
+        with pytest.raises(FileNotFoundError) as error:
+            look()
+        assert len(str(error.value)) < 600
 
 
 def coco(file, names, size=(8, 6)):

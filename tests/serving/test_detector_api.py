@@ -351,8 +351,9 @@ def test_find_images(tmp_path):
     assert names(tmp_path / "b.jpg", tmp_path).count("b.jpg") == 1
     (tmp_path / "._b.jpg").touch()
     (tmp_path / "c.heic.txt").touch()
+    (tmp_path / "sub/broken.jpg").symlink_to(tmp_path / "nowhere.jpg")
     taken, left = search_images([tmp_path, f"{tmp_path}/sub/*"])
-    assert taken == find_images([tmp_path, f"{tmp_path}/sub/*"]) and len(taken) == 4
+    assert taken == find_images([tmp_path, f"{tmp_path}/sub/*"]) and len(taken) == 5
     assert left_out(left) == (
         "left out: 2 .txt (c.heic.txt, notes.txt), "
         f"1 folder (sub; '{tmp_path}/sub/**/*' takes the images in it)"

@@ -47,8 +47,14 @@ def unread_remedy(path: Path) -> str:
 
 
 def is_address(name: str | Path) -> bool:
-    """Whether it is a URL, such as http://... or s3://..., also where a path has lost a slash."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(name)) is not None
+    """Whether it is a URL, such as http://..., s3://... or data:..., also where a path has lost a
+    slash."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:", str(name)) is not None
+
+
+def shorten(name: str | Path) -> str:
+    """As it is shown: some are whole pictures."""
+    return str(name) if len(str(name)) < 300 else f"{str(name)[:100]}..."
 
 
 def is_hidden(path: Path) -> bool:
@@ -84,10 +90,10 @@ def search_images(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
     others: dict[str, Path] = {}
     for given in paths:
         path = Path(given)
-        if path.is_file():
+        if os.path.isfile(path):  # False, not an error, for a path that can't be
             taken.append(path)
             continue
-        if path.is_dir():
+        if os.path.isdir(path):
             matches, left = _sorted_out(sorted(path.iterdir()))
         else:
             matches, left = _sorted_out(map(Path, sorted(glob.glob(str(given), recursive=True))))
@@ -120,7 +126,7 @@ def _sorted_out(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """(pictures, everything else that isn't hidden)"""
     pictures, others = [], []
     for path in paths:
-        if is_picture(path) and path.is_file():
+        if is_picture(path) and not path.is_dir():  # a broken link is one, and an error later
             pictures.append(path)
         elif not is_hidden(path):
             others.append(path)
@@ -136,13 +142,13 @@ def _how_to_read(path: Path) -> str:
 def _nothing_found(given: str | Path) -> str:
     """What is wrong with a path that names no image, and what to do."""
     if is_address(given):
-        return f"{given} is an address, not a file: download the image and give its path"
+        return f"{shorten(given)} is an address, not a file: download the image and give its path"
     path = Path(given)
-    if path.is_dir():
+    if os.path.isdir(path):
         others = left_out(_sorted_out(sorted(path.iterdir()))[1])
         return f"{given} contains no image" + (f" ({others})" if others else "")
     if glob.has_magic(str(given)):
         return f"{given} matches no image"
     slashes = Path(str(given).replace("\\", "/"))
-    hint = f"; {slashes} does: write slashes" if slashes.exists() else ""
-    return f"{given} does not exist{hint}"
+    hint = f"; {slashes} does: write slashes" if os.path.exists(slashes) else ""
+    return f"{shorten(given)} does not exist{hint}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from detectron2.data import transforms as T
 from PIL import Image, UnidentifiedImageError
 
 from .file_kinds import what_it_is
-from .image_files import FORMATS, is_address
+from .image_files import FORMATS, is_address, shorten
 from .pixels import orientation, pixels_of_array, pixels_of_image, seen_size
 from .whereabouts import why_missing
 
@@ -63,12 +64,12 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 def _opened(given: str | Path) -> Image.Image:
     path = Path(given)
-    if not path.is_file():
+    if not os.path.isfile(path):
         if is_address(given):
             what = "is an address, not a file: download the image and give its path"
         else:
-            what = "is a folder, not an image" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"image {given} {what}")
+            what = "is a folder, not an image" if os.path.isdir(path) else "does not exist"
+        raise FileNotFoundError(f"image {shorten(given)} {what}")
     try:
         return Image.open(path, formats=FORMATS)
     except UnidentifiedImageError as error:
@@ -102,7 +103,7 @@ def read_image(record: Record) -> np.ndarray:
     """The image of a data set's record; raises as `load_image` does, and ValueError if it is not
     of the size that the record states."""
     path = record["file_name"]
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise FileNotFoundError(why_missing(path))
     image = load_image(path)
     height, width = image.shape[:2]

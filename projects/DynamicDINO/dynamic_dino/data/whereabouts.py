@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from .image_files import is_address, is_picture, is_unread_picture
+from .image_files import is_address, is_picture, is_unread_picture, shorten
 from .records import Records, Texts
 
 # Where tools put pictures when annotations have a folder of their own.
@@ -35,14 +35,14 @@ def find_path(name: str, folder: Path) -> Path | None:
     images, then under the folder above and its folders of images.
     """
     path = _in_slashes(name)
-    if (folder / path).exists():
+    if os.path.exists(folder / path):  # False, not an error, for a path that can't be
         return folder / path
     parts = [part for part in path.split("/") if part not in ("", ".", "..")]
     places = [folder, *_beside(folder), folder.parent, *_beside(folder.parent)]
     for start in range(len(parts)):
         for place in places:
             found = place.joinpath(*parts[start:])
-            if found.exists():
+            if os.path.exists(found):
                 return found
     return None
 
@@ -54,7 +54,7 @@ def with_found_images(records: Records) -> tuple[Records, list[str]]:
     Where two names would become one file, nothing is changed.
     """
     root = Path(os.path.abspath(records.image_root))
-    if not root.is_dir():
+    if not os.path.isdir(root):
         return records, []
     moved: dict[str, str] = {}  # folder as the annotations have it -> as it is
     tries: Counter[str] = Counter()
@@ -65,7 +65,7 @@ def with_found_images(records: Records) -> tuple[Records, list[str]]:
         tries[folder] += 1
         if os.path.isfile(os.path.join(root, name)):
             moved[folder] = folder
-        elif (found := find_path(name, root)) and found.is_file():
+        elif (found := find_path(name, root)) and os.path.isfile(found):
             moved[folder] = _relative(found.parent, root)
     changed = {old: new for old, new in moved.items() if old != new}
     if not changed:
@@ -88,9 +88,10 @@ def why_missing(name: str | Path, root: Path = Path()) -> str:
     """What is wrong with the path of an image that doesn't exist, seen from `root`, and what to do:
     a sentence."""
     path = root / name
-    folder = next((folder for folder in path.parents if folder.is_dir()), root)
+    folder = next((folder for folder in path.parents if os.path.isdir(folder)), root)
     rest = os.path.relpath(path, folder)
-    what = f"image {name if is_address(name) else os.path.join(root, name)} does not exist"
+    shown = name if is_address(name) else os.path.join(root, name)
+    what = f"image {shorten(shown)} does not exist"
     if is_address(rest):
         what += ", its annotation has an address: download the images"
     elif "\\" in rest or DRIVE.match(rest):

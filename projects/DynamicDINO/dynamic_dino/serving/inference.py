@@ -82,7 +82,7 @@ class Detector:
         """Finds the phrases in an image, or in each of a list of images.
 
         Args:
-            images: a path, PIL image or RGB array (uint8 [H, W, 3]), or a list of them.
+            images: a path, a PIL image or an array, see `data.pixels`, or a list of them.
             prompts: what to look for: "cow. horse.", ["cow", "horse"], or a
                 `Prompt`; it holds for all images. Or, for a list of images, a list of lists of
                 phrases (or of `Prompt`s), one for each image. None: all classes of a closed-set

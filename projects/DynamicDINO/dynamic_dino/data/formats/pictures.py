@@ -73,7 +73,7 @@ class Pictures:
         for hint in hints:
             hint = hint.replace("\\", "/")
             for base in (near.parent, self.root):
-                if hint and (base / hint).is_file():
+                if hint and os.path.isfile(base / hint):
                     return Path(os.path.normpath(base / hint))
             found = self._by_name.get(hint.rsplit("/", 1)[-1].casefold())
             if found:
