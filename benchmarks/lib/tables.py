@@ -29,6 +29,9 @@ MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", 
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    """ "" without rows."""
+    if not rows:
+        return ""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -150,19 +153,21 @@ def model_zoo(report: dict) -> str:
 def _zoo_score(model: dict, test: str, metric: str) -> dict:
     if "scores" in model:  # a file of before there were intervals
         value = model["scores"].get(f"{test}/{metric}")
-        return {} if value is None else {"value": value, "low": value, "high": value}
+        return {} if value is None else {"value": value}
     return model["tests"].get(test, {}).get("scores", {}).get(metric, {})
 
 
 def _with_interval(score: dict, sign: str = "") -> str:
     if not score:
         return "-"
+    if "low" not in score:
+        return f"{score['value']:.1f}"
     return f"{score['value']:{sign}.1f} [{score['low']:{sign}.1f}, {score['high']:{sign}.1f}]"
 
 
 def model_zoo_sets(report: dict) -> str:
     models = report["models"]
-    text = "AP and AP50 in percent, 95 % intervals by bootstrap over images.\n\n"
+    text = "AP and AP50 in percent; in brackets 95 % intervals by bootstrap over images.\n\n"
     rows, differences = [], []
     compared = {name: row["differences"] for name, row in models.items() if "differences" in row}
     for test, (title, groups) in ZOO_SETS.items():
@@ -507,13 +512,19 @@ def page() -> str:
     )
     for folder in sorted(p for p in RESULTS.iterdir() if p.is_dir()):
         text += f"\n## {folder.name}\n"
+        told: set[Path] = set()  # files of which it stands there where they come from
         for name, (title, file, render) in TABLES.items():
             path = folder / f"{file}.json"
             if not path.exists():
                 continue
             report = json.loads(path.read_text())
+            if not (tables := render(report)):
+                continue
             versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
-            text += f"\n### {title}\n{render(report)}\n"
+            text += f"\n### {title}\n{tables}\n"
+            if path in told:
+                continue
+            told.add(path)
             text += f"[`{path.name}`](results/{folder.name}/{path.name}): {report['machine']}; "
             text += f"{versions}; commit `{report['commit'][:12]}`"
             text += f"; `{report['command']}`\n" if "command" in report else "\n"
