@@ -258,6 +258,27 @@ def test_what_the_target_cannot_hold_is_said(root, rng, capsys):
     assert "left out 1 boxes of crowds" in capsys.readouterr().out
 
 
+def test_classes_without_a_box_survive_odvg(root, rng):
+    """By label_map.json, which Open-GroundingDino needs, in their order."""
+    coco, line, again = miniatures.write_coco(root, rng), root / "x" / "a.jsonl", root / "b.json"
+    extra = [{"id": 0, "name": "no box 鲈"}, {"id": 1000, "name": "none either"}]
+    edit(coco, lambda content: content["categories"].extend(extra))
+    convert_dataset(str(coco), line, "odvg")
+    names = datasets.get_metadata(str(coco)).thing_classes
+    label_map = json.loads((line.parent / "label_map.json").read_text(encoding="utf-8"))
+    assert {"no box 鲈", "none either"} < set(names)
+    assert label_map == {str(i): name for i, name in enumerate(names)}
+    convert_dataset(str(line), again, "coco")
+    assert [c["name"] for c in json.loads(again.read_text(encoding="utf-8"))["categories"]] == names
+    edit(coco, lambda c: c.update(categories=c["categories"][:-1]))
+    convert_dataset(str(coco), line, "odvg")
+    with pytest.raises(ValueError, match="label_map.json has other classes, .* a.jsonl: write b"):
+        convert_dataset(str(again), line.with_name("b.jsonl"), "odvg")
+    (line.parent / "label_map.json").write_text('{"0": 7}')
+    with pytest.raises(ValueError, match="label_map.json is no label map"):
+        datasets.load_datasets(str(line))
+
+
 def test_an_interrupted_conversion_leaves_the_old_file(root, rng, monkeypatch):
     file, out = miniatures.write_coco(root, rng), root / "a.jsonl"
     out.write_text("old")

@@ -21,6 +21,7 @@ from ..files import written_whole
 from .builtin import Format
 from .datasets import describe, get_metadata, load_file, locate_dataset
 from .ground_truth import categories_of
+from .label_map import write_label_map
 from .problems import BadBoxes
 from .records import Record, Records, Texts
 from .split import VAL, split_rows
@@ -39,8 +40,8 @@ def convert_dataset(
     sizes_of_images: bool = False,
     crowds_as_objects: bool = False,
 ) -> dict[str, Any]:
-    """Writes the data set `source`, a path or a built-in name, to `target`, all of it or nothing.
-    With `crowds_as_objects`, "iscrowd" becomes 0.
+    """Writes the data set `source`, a path or a built-in name, to `target`, all of it or nothing;
+    of classes to ODVG, label_map.json beside it too. With `crowds_as_objects`, "iscrowd" becomes 0.
 
     Memory is that of `Records`, about a quarter of a kilobyte per image. Returns counts: "images",
     "boxes", and "crowds", boxes of crowds that ODVG can't hold and that are left out; and "source",
@@ -82,6 +83,8 @@ def convert_dataset(
             counts["boxes"] -= counts["crowds"]
             for record, name in _with_names(records, target.name):
                 file.write(json.dumps(_odvg_line(record, name, metadata), **_ONE_LINE) + "\n")
+            if not grounding:
+                write_label_map(target, metadata.thing_classes)
         elif to == "coco":
             write_coco(file, records, metadata, target.name)
         else:

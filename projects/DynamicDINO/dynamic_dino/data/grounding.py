@@ -14,6 +14,7 @@ from .coco_json import CocoFile
 from .columns import Columns
 from .fields import brief, is_text, read_list, read_name, read_path
 from .json_stream import stream_jsonl
+from .label_map import read_label_map
 from .problems import BadBoxes, DataError, Dropped, Reporter, refuse, require_fields
 from .records import Records
 
@@ -39,7 +40,8 @@ def load_odvg_jsonl(
     phrase without "tokens_positive" stands where it first occurs in the caption; with it, "phrase"
     isn't needed. A region may have a list of boxes.
 
-    The classes of detection records are the "category" names in the order of their appearance.
+    The classes of detection records are those of label_map.json beside the file, and the further
+    "category" names in the order of their appearance.
 
     `bad_boxes` and `report` are those of `load_coco_json`. Raises FileNotFoundError or ValueError
     naming the file, the line and the remedy.
@@ -49,7 +51,8 @@ def load_odvg_jsonl(
     require_file(jsonl_file, remedy)
     dropped = Dropped()
     report = report or (dropped if bad_boxes == "drop" else refuse)
-    columns, classes = Columns(), {}
+    columns = Columns()
+    classes = {name: i for i, name in enumerate(dict.fromkeys(read_label_map(jsonl_file)))}
     for number, line in stream_jsonl(jsonl_file):
         try:
             _read_line(number, line, columns, classes, report, f"{jsonl_file}, line {number}")
@@ -67,7 +70,7 @@ def load_odvg_jsonl(
     dropped.log(jsonl_file)
     replace_metadata(
         name,
-        thing_classes=list(classes),
+        thing_classes=list(classes) if None in columns.extra else [],
         json_file=str(jsonl_file),
         image_root=str(image_root),
         evaluator_type="grounding",
