@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from dynamic_dino.evaluation import coco_ap
-from dynamic_dino.evaluation.cli import main
+from dynamic_dino.evaluation.cli import main, score
 
 
 @pytest.fixture
@@ -52,6 +52,51 @@ def test_protocols(saved, tmp_path, capsys):
     assert coco["max_dets"] == 100
     main([predictions, "--dataset", truth, "--protocol", "coco", "--max-dets", "7"])
     assert "at most 7 detections" in capsys.readouterr().out
+
+
+def detected(file, phrase="mug", size=(90, 90)):
+    box = {"phrase": phrase, "score": 0.5, "box": [10.0, 10.0, 60.0, 60.0]}
+    width, height = size
+    return {"file": file, "width": width, "height": height, "prompt": [], "detections": [box]}
+
+
+def test_what_predict_wrote(tmp_path):
+    """Images by their file names, as much of the path as tells them apart; classes by name."""
+    names = ["a/x.jpg", "b\\x.jpg", "y.jpg"]
+    truth = {
+        "images": [
+            {"id": f"i{i}", "file_name": name, "width": 90, "height": 90}
+            for i, name in enumerate(names)
+        ],
+        "categories": [{"id": 5, "name": "mug"}],
+        "annotations": [
+            {"id": i, "image_id": f"i{i}", "category_id": 5, "bbox": [10, 10, 50, 50]}
+            for i in range(3)
+        ],
+    }
+    file, found = tmp_path / "truth.json", tmp_path / "predictions.json"
+    file.write_text(json.dumps(truth))
+
+    def scored(*entries):
+        found.write_text(json.dumps(entries))
+        return score(found, str(file), "coco", coco_results=tmp_path / "coco.json")
+
+    photos = [detected(f"/photos/{name}") for name in ("b/x.jpg", "a/x.jpg", "deep/y.jpg")]
+    assert scored(*photos)["metrics"]["AP"] == pytest.approx(100)
+    assert [row["image_id"] for row in json.loads((tmp_path / "coco.json").read_text())] == [
+        "i1", "i0", "i2",
+    ]  # fmt: skip
+    again = score(tmp_path / "coco.json", str(file), "coco")
+    assert again["metrics"]["AP"] == pytest.approx(100)
+    for entry, message in (
+        (detected("x.jpg"), r"entry 0: x.jpg may be a/x.jpg or b\\x.jpg"),
+        (detected("z.jpg"), "entry 0: the data set has no image named z.jpg"),
+        (detected("y.jpg", "cup"), r"'cup' is none of the data set's names.*\(mug"),
+        (detected("y.jpg", size=(45, 90)), "y.jpg has 45 x 90 pixels, the data set's 90 x 90"),
+        ({"file": "y.jpg", "detections": [{}]}, "entry 0 needs file, width"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scored(entry)
 
 
 @pytest.mark.parametrize(

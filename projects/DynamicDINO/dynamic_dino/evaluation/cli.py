@@ -26,7 +26,9 @@ Scores saved detections, of this project or of any other, against a data set.
 
 PREDICTIONS is a COCO results file: a list of {"image_id", "category_id", "bbox": [x, y, width,
 height] in pixels of the original image, "score"}. Evaluations of train_net.py write one to
-OUTPUT/evaluation/NAME/predictions.json.
+OUTPUT/evaluation/NAME/predictions.json. Or it is the predictions.json of predict.py, whose images
+are those of the data set by their file names, and whose phrases its names: detect with --threshold
+0, since AP counts detections of low scores too.
 
 protocols
   coco        COCO AP: the 100 best detections of each image and class
@@ -96,6 +98,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "set",
     )
     parser.add_argument("--classes", type=int, default=60, help="show this many (default: 60)")
+    parser.add_argument(
+        "--coco-results",
+        type=Path,
+        metavar="FILE",
+        help="write the predictions to this file as COCO results, with the data set's ids",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
     args = parser.parse_args(arguments)
     try:
@@ -109,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.operating_point,
             args.bootstrap,
             args.against,
+            args.coco_results,
         )
         if args.json:
             write_text(args.json, json.dumps(results, indent=1))
@@ -126,12 +135,15 @@ def score(
     thresholds: Sequence[float] = (),
     samples: int = 0,
     against: str | Path | None = None,
+    coco_results: Path | None = None,
 ) -> dict:
     """The content of an evaluation's results.json, of saved predictions. All images count.
 
     With `thresholds` also "operating_points": "at", those of the thresholds, and "best", see
     `operating_points`. With `samples` also "intervals", {metric: {"value", "low", "high"}}, and
     where there are predictions `against`, "differences" to them, see `bootstrap`.
+
+    With `coco_results` writes the predictions to this file as COCO results.
 
     Raises FileNotFoundError or ValueError naming the file, the field and the remedy.
     """
@@ -151,7 +163,11 @@ def score(
                 f"{what} is defined where every object is annotated, not by {name}: use --protocol "
                 "coco"
             )
-    predictions = DatasetPredictions.read(predictions)
+    predictions = DatasetPredictions.read(predictions, truth)
+    if against is not None:
+        against = DatasetPredictions.read(against, truth)
+    if coco_results is not None:
+        predictions.write(coco_results)
     result = chosen.score(
         truth,
         predictions,

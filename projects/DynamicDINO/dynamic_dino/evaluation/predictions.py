@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..data.fields import id_array, read_id
 from ..data.json_stream import stream_json_list
 from ..data.problems import DataError
 from ..files import written_whole
+from .detected_files import is_of_files, of_dataset
 
 
 @dataclass
@@ -58,9 +60,12 @@ class DatasetPredictions:
         )
 
     @classmethod
-    def read(cls, source: str | Path | Iterable[dict] | DatasetPredictions) -> DatasetPredictions:
+    def read(
+        cls, source: str | Path | Iterable[dict] | DatasetPredictions, truth: dict | None = None
+    ) -> DatasetPredictions:
         """A COCO results file, or its content: dicts with image_id, category_id, bbox
-        [x, y, w, h] and score. Files are read as a stream.
+        [x, y, w, h] and score; given the data set, `truth`, also predict.py's predictions.json,
+        see `of_dataset`. Files are read as a stream.
 
         Raises FileNotFoundError or ValueError naming the file, the entry and the remedy.
         """
@@ -70,6 +75,11 @@ class DatasetPredictions:
             where, entries = f"predictions file {source}", _entries(Path(source))
         else:
             where, entries = "the predictions", iter(source)
+        if truth is not None:
+            first = next(entries, None)
+            entries = chain(() if first is None else (first,), entries)
+            if is_of_files(first):
+                entries = of_dataset(entries, truth, where)
         parts, rows = [], []
         for i, entry in enumerate(entries):
             rows.append(_row(entry, f"{where}: entry {i}"))
