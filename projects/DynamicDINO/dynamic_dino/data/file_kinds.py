@@ -7,13 +7,16 @@ from pathlib import Path
 
 from PIL import Image
 
+from .image_files import FORMATS
+
+HEIC = "HEIC, the format of iPhones"
 _HEIC = "pip install pillow-heif, which reads it, or convert it to JPEG"
 _CONVERT = "convert it to JPEG or PNG"
 _FETCH = "fetch the picture itself"
 # (what the first bytes are, what the file is, the remedy); the first that fits counts
 _KINDS = (
     (rb"$", "empty", "fetch or write it again"),
-    (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC, the format of iPhones", _HEIC),
+    (rb"....ftyp(hei|hev|mif1|msf1)", HEIC, _HEIC),
     (rb"....ftypavi[fs]", "AVIF, which this Pillow doesn't read", f"update Pillow, or {_CONVERT}"),
     (rb"....ftyp", "a video (or a camera's raw format)", "give its frames as images"),
     (rb"(\xff\x0a|\0\0\0\x0cJXL )", "JPEG XL", _CONVERT),
@@ -37,7 +40,8 @@ def what_it_is(path: Path) -> tuple[str, str]:
         head = file.read(256)
     for pattern, kind, remedy in _KINDS:
         if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
-            return kind, remedy
+            readable = kind is HEIC and "HEIF" in FORMATS  # then it is damaged
+            return ("", "") if readable else (kind, remedy)
     try:
         with Image.open(path) as image:
             return f"{image.format}, a format that isn't read here", _CONVERT

@@ -21,6 +21,7 @@ from .records import Records, Texts
 # Where tools put pictures when annotations have a folder of their own.
 BESIDE = ("images", "jpegimages", "img", "imgs", "pictures", "photos")
 DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+LONGEST = 1024  # characters of a path; what is longer is the picture itself, as text
 TRIES = 3  # files of one folder that are looked for, before the folder counts as lost
 REMEDY = (
     "name the folder of the images (--image-folder FOLDER; in training data.train_images=FOLDER or "
@@ -34,6 +35,8 @@ def find_path(name: str, folder: Path) -> Path | None:
     As it is said, else the longest end of the path that exists: under `folder` and its folders of
     images, then under the folder above and its folders of images.
     """
+    if len(name) > LONGEST:
+        return None
     path = _in_slashes(name)
     if os.path.exists(folder / path):  # False, not an error, for a path that can't be
         return folder / path
