@@ -258,6 +258,7 @@ class CocoFile:
                 raise DataError("duplicate id", _TWICE)
             self._odd_ids.add(own_id)
             own_id = NO_ID
+        read_flag(annotation.get("ignore"), "ignore")  # LVIS scores by it
         if self.read_further is not None:
             self.further.append(self.read_further(annotation, box[2] * box[3]))
         self.columns.add_annotation(

@@ -196,8 +196,10 @@ class _Text:
                 if not (cut and self._read_on()):
                     raise self._invalid(error.msg, error.pos) from None
                 continue
-            except (ValueError, RecursionError) as error:  # too many digits; nested too deeply
+            except ValueError as error:  # a number of too many digits
                 raise self._invalid(str(error), self.at) from None
+            except RecursionError:
+                raise self._invalid("nested too deeply", self.at) from None
             # a number may go on: "1", "1.", "1e-"
             if len(self.buffer) - end > 2 or not self._read_on():
                 self.at = end

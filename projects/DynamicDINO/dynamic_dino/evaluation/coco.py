@@ -164,13 +164,11 @@ def _read_image(image: dict) -> tuple[str, dict]:
 
 
 def _read_further(annotation: dict, area_of_box: float) -> dict:
-    area = read_number(annotation.get("area"))
-    return {
+    area, occluded = read_number(annotation.get("area")), annotation.get("occluded")
+    further = {
         "area": area if math.isfinite(area) else area_of_box,
         "ignore": int(read_flag(annotation.get("ignore"), "ignore")),
-        **(
-            {"occluded": read_flag(annotation["occluded"], "occluded")}
-            if "occluded" in annotation
-            else {}
-        ),
     }
+    if isinstance(occluded, int | float):  # KITTI counts from 0 to 3
+        further["occluded"] = bool(occluded)
+    return further
