@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         metavar="IOU",
         help="of boxes of one phrase that overlap more than this, such as 0.7, keep the best "
-        "(default: keep all)",
+        "(default: a shipped model's own, else keep all)",
     )
     p.add_argument("--nms-agnostic", action="store_true", help="--nms whatever the phrases are")
     p.add_argument(
