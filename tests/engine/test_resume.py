@@ -1,5 +1,6 @@
 """An interrupted run continues to the numbers of an uninterrupted one, bit for bit."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from dynamic_dino import files
-from dynamic_dino.config import ConfigError
+from dynamic_dino.config import ConfigError, load_config
 from dynamic_dino.engine import checkpointing, trainer
 from dynamic_dino.engine.checkpointing import last_checkpoint
+from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
 
 TRAIN_NET = Path(__file__).parents[2] / "projects/DynamicDINO/train_net.py"
@@ -162,6 +164,34 @@ def test_loss_scaling_resumes(recipe, metrics, monkeypatch):
     assert repr(metrics("cut")) == repr(metrics("whole"))  # NaN norms of skipped steps compare too
     scaler = load(recipe("whole"))["trainer"]["scaler"]
     assert scaler == load(recipe("cut"))["trainer"]["scaler"] and scaler["scale"] <= 2**16
+
+
+def test_other_settings_are_said_once(tmp_path, monkeypatch, caplog):
+    """What decides where, how fast or how often isn't; a recipe that moved says nothing."""
+    monkeypatch.setattr("dynamic_dino.engine.setup.setup_logger", lambda *_, **__: None)
+    logger = logging.getLogger("dynamic_dino")
+    monkeypatch.setattr(logger, "propagate", True)
+    custom = files.configs_folder() / "finetune/gdino_nano_custom.py"
+    run = [f"train.output_dir={tmp_path}", "train.device=cpu"]
+
+    def start(*overrides, resume=True):
+        caplog.clear()
+        setup(load_config(custom, [*run, *overrides]), resume)
+        found = [r.getMessage() for r in caplog.records if "resumed with other" in r.getMessage()]
+        return found[0] if found else ""
+
+    assert not start("data.source=/a b"), "nothing to resume"
+    (tmp_path / "model.pth").touch()
+    (tmp_path / "last_checkpoint").write_text("model.pth")
+    assert not start("data.source=/a b", "dataloader.train.num_workers=3", "train.log_period=7")
+    assert not start("data.source=c, d", resume=False)
+    said = start("data.train_json=e.json", "optimizer.lr=0.5")
+    assert "data.source was 'c, d' and is 'data'" in said and " and is 0.5" in said
+    assert "data.train_json was '${data.source}:train' and is 'e.json'" in said
+    assert said.count(" was ") == 3
+    assert not start("data.train_json=e.json", "optimizer.lr=0.5"), "once"
+    (tmp_path / "config.yaml").write_text("model: {")
+    assert not start()
 
 
 def test_resume_refuses_what_does_not_fit(recipe, tmp_path):

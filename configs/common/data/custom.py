@@ -5,6 +5,7 @@ for val. Or give both, ``data.train_json=...`` and ``data.val_json=...``, a file
 Category names and phrases are what the detector learns, so let them read like English. To keep
 what the model knows, mix other data sets in, ``data.extra=[coco_2017_train,gqa_train]``, and say
 how many of the samples come from each, yours first: ``data.weights=[2,1,1]`` (default: by size).
+Where some names are rare, ``dataloader.train.repeat_threshold=0.05`` draws their images more often.
 """
 
 from detectron2.config import LazyCall as L
@@ -38,6 +39,7 @@ dataloader = dict(
         num_workers=1,
         seed=0,
         weights="${data.weights}",
+        repeat_threshold=None,  # Detectron2's repeat factors: of names that fewer images show
     ),
     test=dict(
         val=L(build_test_loader)(

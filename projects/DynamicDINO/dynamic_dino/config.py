@@ -179,9 +179,12 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 def _load_yaml(path: Path) -> DictConfig:
     """As LazyConfig does, also where an older version of this package wrote the file."""
-    content = renamed.current_nodes(
-        yaml.unsafe_load(renamed.current(path.read_text(encoding="utf-8")))
-    )
+    text = renamed.current(path.read_text(encoding="utf-8"))
+    try:
+        content = renamed.current_nodes(yaml.unsafe_load(text))
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config file {path} is not valid YAML: {reason}") from None
     return OmegaConf.create(content, flags={"allow_objects": True})
 
 
@@ -196,6 +199,24 @@ def save_config(cfg: DictConfig, path: Path) -> None:
         LazyConfig.save(cfg, str(path))
     else:
         write_text(path, text)
+
+
+def flat(cfg: DictConfig) -> dict[str, Any]:
+    """Dotted key -> value, of all that is no section; references stay as they are written, and
+    callables are their import path."""
+    values: dict[str, Any] = {}
+
+    def add(prefix: str, node: Any) -> None:
+        if isinstance(node, list) and any(isinstance(item, dict) for item in node):
+            node = dict(enumerate(node))
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                add(f"{prefix}.{key}" if prefix else str(key), value)
+        else:
+            values[prefix] = node
+
+    add("", _named(OmegaConf.to_container(cfg, resolve=False)))
+    return values
 
 
 def _named(content: Any) -> Any:

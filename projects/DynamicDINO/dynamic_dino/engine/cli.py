@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """What each process does."""
     cfg = load_config(args.config_file, args.opts, args.model)
-    setup(cfg)
+    setup(cfg, resume=args.resume and not args.eval_only)
     if args.eval_only:
         do_test(cfg, load_for_evaluation(cfg, args.resume))
     else:

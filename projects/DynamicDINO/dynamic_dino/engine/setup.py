@@ -16,12 +16,15 @@ from omegaconf import DictConfig
 from ..config import ConfigError, save_config
 from ..files import probe_folder
 from .allocator import keep_freed_memory
+from .changes import changes
+from .checkpointing import last_checkpoint
 
 logger = logging.getLogger(__name__)
 
 
-def setup(cfg: DictConfig) -> None:
-    """Prepares this process. Sets ``train.device`` to what "auto" stands for.
+def setup(cfg: DictConfig, resume: bool = False) -> None:
+    """Prepares this process. Sets ``train.device`` to what "auto" stands for. With `resume` warns
+    of what differs from the config.yaml with which the run was last started.
 
     Raises `ConfigError` where the output folder can't be written or the device is absent.
     """
@@ -54,6 +57,13 @@ def setup(cfg: DictConfig) -> None:
     )
     if comm.is_main_process():
         path = Path(train.output_dir) / "config.yaml"
+        if resume and path.is_file() and last_checkpoint(train.output_dir):
+            if found := changes(path, cfg):
+                logger.warning(
+                    "This run is resumed with other settings than it had: %s. It goes on with the "
+                    "new ones; if that isn't meant, stop it, and give the former ones.",
+                    "; ".join(found),
+                )
         save_config(cfg, path)
         logger.info("Full config: %s", path)
 
