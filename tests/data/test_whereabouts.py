@@ -86,6 +86,15 @@ def test_two_names_never_become_one_file(tmp_path):
     assert with_found_images(records_of(["a.jpg"], tmp_path / "nowhere"))[1] == []
 
 
+def test_a_folder_that_is_there_stays_though_a_file_of_it_is_missing(tmp_path):
+    (tmp_path / "images").mkdir()
+    for file in ("b.jpg", "images/a.jpg"):
+        (tmp_path / file).touch()
+    for names in (["a.jpg", "b.jpg"], ["b.jpg", "a.jpg"]):
+        records = records_of(names, tmp_path)
+        assert with_found_images(records) == (records, [])
+
+
 @pytest.mark.parametrize(
     "name, words",
     [

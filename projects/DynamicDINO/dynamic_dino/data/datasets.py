@@ -52,7 +52,8 @@ def load_file(place: Place, **options: Any) -> Records:
             for what in elsewhere:
                 report(DataError("image found elsewhere", what, str(place.file)))
         else:
-            _add_notes(place.name, elsewhere)
+            more = [f"{len(elsewhere) - 3} more such folders"] if len(elsewhere) > 3 else []
+            _add_notes(place.name, [*elsewhere[:3], *more])
     if place.drawn is not None:
         records = _drawn(records, place)
     if entry is None:

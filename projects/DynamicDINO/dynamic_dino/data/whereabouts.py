@@ -22,7 +22,7 @@ from .records import Records, Texts
 BESIDE = ("images", "jpegimages", "img", "imgs", "pictures", "photos")
 DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 LONGEST = 1024  # characters of a path; what is longer is the picture itself, as text
-TRIES = 3  # files of one folder that are looked for, before the folder counts as lost
+TRIES = 3  # files of each folder that are looked for
 REMEDY = (
     "name the folder of the images (--image-folder FOLDER; in training data.train_images=FOLDER or "
     "data.val_images=FOLDER), add the file, or remove the annotation"
@@ -53,8 +53,9 @@ def find_path(name: str, folder: Path) -> Path | None:
 def with_found_images(records: Records) -> tuple[Records, list[str]]:
     """The records with the names of files that exist, and what was found elsewhere, in words.
 
-    Files that the annotations have in one folder lie in one folder: one of each is looked for.
-    Where two names would become one file, nothing is changed.
+    Files that the annotations have in one folder lie in one folder, so that some of each are looked
+    for; a folder stays if one of them is there. Where two names would become one file, nothing is
+    changed.
     """
     root = Path(os.path.abspath(records.image_root))
     if not os.path.isdir(root):
@@ -63,12 +64,13 @@ def with_found_images(records: Records) -> tuple[Records, list[str]]:
     tries: Counter[str] = Counter()
     for name in records.names:
         folder = _split(name)[0]
-        if folder in moved or tries[folder] == TRIES:
+        if tries[folder] >= TRIES:
             continue
         tries[folder] += 1
         if os.path.isfile(os.path.join(root, name)):
             moved[folder] = folder
-        elif (found := find_path(name, root)) and os.path.isfile(found):
+            tries[folder] = TRIES
+        elif folder not in moved and (found := find_path(name, root)) and os.path.isfile(found):
             moved[folder] = _relative(found.parent, root)
     changed = {old: new for old, new in moved.items() if old != new}
     if not changed:
@@ -115,6 +117,9 @@ def _nearly(name: str, folder: Path) -> Path | None:
 
 def _split(name: str) -> tuple[str, str]:
     """(folder as it stands there, up to the last slash, name of the file)"""
+    if "\\" not in name and ":" not in name:  # nearly all
+        cut = name.rfind("/") + 1
+        return name[:cut], name[cut:]
     path = name.partition("?")[0] if is_address(name) else name
     folder = path[: max(path.rfind("/"), path.rfind("\\")) + 1]
     return folder, _in_slashes(name).rpartition("/")[2]
