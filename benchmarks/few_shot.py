@@ -15,6 +15,7 @@ kept in benchmarks/results/<machine>/few_shot.json; the same command goes on wit
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import shutil
@@ -217,6 +218,19 @@ def run_all(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(*(run.key for run in left), sep="\n")
         return 0
+    options.work.mkdir(parents=True, exist_ok=True)
+    with (options.work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(
+                f"another few_shot.py works in {options.work}: wait for it, or name other places "
+                "with --work and --out"
+            ) from None
+        return tune_all(left, report, options, start)
+
+
+def tune_all(left: Sequence[Run], report: dict, options: argparse.Namespace, start: Start) -> int:
     sets: dict[str, Set] = {}
     for number, run in enumerate(left, start=1):
         if run.set not in sets:
