@@ -21,7 +21,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[
     if not len(names):
         return []
     rows = tokenizer(list(names), add_special_tokens=False, verbose=False)["input_ids"]
-    return [tuple(tokenizer.convert_ids_to_tokens(row)) for row in rows]  # type: ignore[arg-type]
+    return [tuple(tokenizer.convert_ids_to_tokens(row)) for row in rows]
 
 
 def known(tokens: Tokens, unknown: str | None) -> bool:

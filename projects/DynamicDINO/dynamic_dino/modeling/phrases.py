@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ class Phrases(tuple):
         of a field that is neither a tensor nor a list."""
         return Phrases(chain.from_iterable(parts))
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, int):
             return super().__getitem__(index)
         if isinstance(index, slice):
