@@ -15,7 +15,7 @@ from ..engine.setup import resolve_device
 from ..files import configs_folder
 from ..serving.shipped import DEFAULT_DENSE, DEFAULT_MODEL, SHIPPED_MODELS
 from ..sources import is_hub_spec, model_directory
-from .rule import iterations_for, rate_for
+from .rule import iterations_for
 
 PUBLIC = "hf:IDEA-Research/grounding-dino-tiny"  # where there is a GPU
 TITLES = {
@@ -152,7 +152,6 @@ def recipe_for(
     cfg.train.max_iter = iterations or iterations_for(photos, batch)
     cfg.train.log_period = max(1, min(cfg.train.log_period, cfg.train.max_iter // 10))
     cfg.train.checkpointer.period = max(50, cfg.train.max_iter // 5)
-    cfg.optimizer.lr = rate_for(photos, cfg.optimizer.lr)
     return apply_overrides(cfg, overrides)
 
 

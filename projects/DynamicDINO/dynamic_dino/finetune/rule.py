@@ -7,8 +7,8 @@ times as large is trained twice as long. Few photos come often (10 of them 38 ti
 names and boxes want some hundred samples however few photos there are; many come seldom (2,000 of
 them 2.7 times), because each brings something new.
 
-The rate is the recipe's, which falls to a hundredth along half a cosine; below 20 photos it is
-half of that, as nothing new would correct a step that was too far.
+The rate is the recipe's, however few they are, and falls to a hundredth along half a cosine: on 10
+photos of raccoons, half of it ended no better (AP 42.4 instead of 44.0, one seed).
 """
 
 from __future__ import annotations
@@ -17,14 +17,8 @@ import math
 
 LEAST = 60  # iterations
 BATCH = 4  # photos
-FEW = 20  # photos; with fewer the rate is halved
 
 
 def iterations_for(photos: int, batch: int = BATCH) -> int:
     """Iterations of `batch` photos, to tens."""
     return max(10 * round(3 * math.sqrt(photos) * BATCH / batch), LEAST)
-
-
-def rate_for(photos: int, rate: float) -> float:
-    """`rate` is the recipe's."""
-    return rate / 2 if photos < FEW else rate
