@@ -1,3 +1,5 @@
+from detectron2.evaluation import inference_on_dataset  # runs a DetectionEvaluator
+
 from .bootstrap import Interval, bootstrap
 from .coco import class_groups, coco_ap
 from .evaluator import DetectionEvaluator
@@ -23,6 +25,7 @@ __all__ = [
     "class_groups",
     "coco_ap",
     "format_results",
+    "inference_on_dataset",
     "lvis_ap",
     "operating_points",
     "refexp_precision",
