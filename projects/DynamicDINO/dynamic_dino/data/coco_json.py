@@ -94,10 +94,12 @@ def load_coco_json(
     file.leave_out(
         class_of[file.columns.key] < 0,
         "unknown category",
-        lambda i: (
-            f"category_id {file.keys[file.columns.key[i]]!r} is not among the file's categories"
-            f"{_other_spelling(file.keys[file.columns.key[i]], contiguous)}: "
-            "add the category with its name or remove the annotation"
+        lambda i: _unknown_id(
+            "category_id",
+            file.keys[file.columns.key[i]],
+            "categories",
+            contiguous,
+            "add the category with its name",
         ),
     )
     if sizes_of_images:
@@ -294,10 +296,8 @@ class CocoFile:
             self.leave_out(
                 bad,
                 "unknown image",
-                lambda i: (
-                    f"image_id {ids[numbers[i]]!r} is not among the file's images"
-                    f"{_other_spelling(ids[numbers[i]], known)}: add the image or "
-                    "remove the annotation"
+                lambda i: _unknown_id(
+                    "image_id", ids[numbers[i]], "images", known, "add the image"
                 ),
             )
 
@@ -341,12 +341,13 @@ def read_category(annotation: dict) -> Id:
     return read_id(annotation["category_id"], "category_id")
 
 
-def _other_spelling(wanted: Id, known: Collection[Id]) -> str:
-    """For the message about an id that isn't known, but would be as text or as a number."""
-    other = str(wanted) if isinstance(wanted, int) else read_number(wanted)
-    if other not in known:
-        return ""
-    return f", where {read_id(other, 'id')!r} is: write both with quotes or both without"
+def _unknown_id(field: str, id: Id, section: str, known: Collection[Id], remedy: str) -> str:
+    """What is wrong with an annotation's id that `section` lacks, or has as text or as a number."""
+    what = f"{field} {id!r} is not among the file's {section}"
+    other = str(id) if isinstance(id, int) else read_number(id)
+    if other in known:
+        return f"{what}, where {read_id(other, 'id')!r} is: write both with quotes or both without"
+    return f"{what}: {remedy} or remove the annotation"
 
 
 def report_mixed_ids(ids: Iterable[Id], what: str, path: str, report: Reporter) -> None:
