@@ -80,6 +80,14 @@ DYNMOE = {
     ),
 }
 PHOTOS = {
+    "unfrozen": (
+        "goes on from pretrain/nano_photos, with its backbone at a tenth of the rate",
+        [
+            "model.backbone.frozen=false",
+            "train.init_checkpoint=output/nano_photos/model_final.pth",
+            "optimizer.lr=4e-4",
+        ],
+    ),
     "control": (
         "the control of moe_tuning/nano_x16_photos",
         [
@@ -88,7 +96,7 @@ PHOTOS = {
             "train.max_iter=2500",
             "optimizer.lr=1e-4",
         ],
-    )
+    ),
 }
 
 VARIANTS = {
