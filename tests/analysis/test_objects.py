@@ -57,12 +57,15 @@ def test_the_tail_of_graded_classes():
     assert tail_classes(truth) == set()  # graded, none of them rare
 
 
-def test_combinations_of_objects(scene):
+@pytest.mark.parametrize("category", [int, str, lambda i: i + 2**70])
+def test_combinations_of_objects(scene, category):
     collection = scene()
+    for annotation in collection.truth["annotations"]:
+        annotation["category_id"] = category(annotation["category_id"])
     objects = objects_of(collection)
     found = object_combinations(collection, objects, 1)
     expected = [
-        (int(c), tuple(sorted(collection.experts[o, 1].tolist())))
+        (c, tuple(sorted(collection.experts[o, 1].tolist())))
         for c, o, iou in zip(objects.category_ids, objects.owner, objects.iou, strict=True)
         if iou >= 0.5
     ]

@@ -38,8 +38,9 @@ def object_combinations(
     collection: Collection, objects: Objects, layer: int
 ) -> list[tuple[int, tuple[int, ...]]]:
     """(category id, experts) of every object that a query is on, in a MoE layer of the decoder."""
+    ids = objects.category_ids.tolist()
     return [
-        (int(objects.category_ids[i]), combination(collection.experts[objects.owner[i], layer]))
+        (ids[i], combination(collection.experts[objects.owner[i], layer]))
         for i in np.flatnonzero(objects.iou >= FITS)
     ]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..data.fields import id_array
 from ..modeling.losses.boxes import box_iou
 from .collect import Collection
 
@@ -20,7 +21,7 @@ class Objects:
     """M objects of a collection, crowds left out.
 
     annotations   their entries in `truth`
-    category_ids  int64 [M]
+    category_ids  [M], see `data.fields.id_array`
     small         bool [M], area below 32^2 pixels of the original image (COCO's APs)
     occluded      bool [M], by the annotation's own "occluded"; where it has none, at least 30 % of
                   its box lies in the box of one other object
@@ -48,7 +49,7 @@ def objects_of(collection: Collection) -> Objects:
     areas = np.array([a["area"] for a in annotations])
     return Objects(
         annotations,
-        np.array([a["category_id"] for a in annotations], np.int64),
+        id_array([a["category_id"] for a in annotations]),
         areas < SMALL,
         occluded(annotations),
         np.array([a["category_id"] in rare for a in annotations], bool),
@@ -106,7 +107,8 @@ def image_spans(collection: Collection) -> dict[int | str, tuple[int, int]]:
         return {}
     starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]])
     ends = np.r_[starts[1:], len(ids)]
-    return {ids[s].item(): (int(s), int(e)) for s, e in zip(starts, ends, strict=True)}
+    spans = zip(starts.tolist(), ends.tolist(), strict=True)
+    return dict(zip(ids[starts].tolist(), spans, strict=True))
 
 
 def corners(boxes: np.ndarray) -> np.ndarray:

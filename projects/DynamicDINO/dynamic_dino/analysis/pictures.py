@@ -182,7 +182,7 @@ def before_after(
             continue
         wanted = by_image[image_id]
         boxes = corners(np.array([objects.annotations[i]["bbox"] for i in wanted])).tolist()
-        names = [after.names[int(objects.category_ids[i])] for i in wanted]
+        names = [after.names[c] for c in objects.category_ids[wanted].tolist()]
         pictures.append(draw_boxes(image, boxes, names, colors=[TRUTH] * len(boxes), min_size=480))
         captions.append(f"objects ({kind})")
         rows += [
