@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..data.boxes import corners
 from ..data.fields import id_array
 from ..modeling.losses.boxes import box_iou
 from .collect import Collection
@@ -109,12 +110,6 @@ def image_spans(collection: Collection) -> dict[int | str, tuple[int, int]]:
     ends = np.r_[starts[1:], len(ids)]
     spans = zip(starts.tolist(), ends.tolist(), strict=True)
     return dict(zip(ids[starts].tolist(), spans, strict=True))
-
-
-def corners(boxes: np.ndarray) -> np.ndarray:
-    """x, y, width, height -> x0, y0, x1, y1, float64 [N, 4]"""
-    boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
-    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
 
 
 def _by_image(annotations: list[dict]) -> dict[int | str, list[int]]:

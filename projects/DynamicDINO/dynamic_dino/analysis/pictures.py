@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..data.boxes import corners
 from ..data.images import load_image
 from ..data.visualization import contact_sheet, draw_boxes, phrase_colors
 from .collect import Collection
 from .combinations import FITS, combination, label
 from .figure import ReportFigure, slug
-from .objects import Objects, corners, image_spans
+from .objects import Objects, image_spans
 
 SHEET = 1100  # pixels
 BOXES, DOTS = 6, 60  # detections of a photo that are drawn

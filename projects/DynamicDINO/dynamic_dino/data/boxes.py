@@ -144,3 +144,9 @@ def _mixed(convention: Convention) -> str:
     if convention == "xywh":
         return f"reaches far beyond the image, but fits the image as {LAYOUT['xyxy']}"
     return f"is without a positive width and height, but fits the image as {LAYOUT['xywh']}"
+
+
+def corners(boxes: np.ndarray) -> np.ndarray:
+    """x, y, width, height -> x0, y0, x1, y1, float64 [N, 4]"""
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)

@@ -41,7 +41,7 @@ def find_path(name: str, folder: Path) -> Path | None:
     if os.path.exists(folder / path):  # False, not an error, for a path that can't be
         return folder / path
     parts = [part for part in path.split("/") if part not in ("", ".", "..")]
-    places = [folder, *_beside(folder), folder.parent, *_beside(folder.parent)]
+    places = [folder, *image_folders(folder), folder.parent, *image_folders(folder.parent)]
     for start in range(len(parts)):
         for place in places:
             found = place.joinpath(*parts[start:])
@@ -134,7 +134,8 @@ def _in_slashes(name: str) -> str:
     return name.replace("\\", "/")
 
 
-def _beside(folder: Path) -> Iterator[Path]:
+def image_folders(folder: Path) -> Iterator[Path]:
+    """The folders in it where tools put images."""
     try:
         inside = sorted(folder.iterdir())
     except OSError:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..data.boxes import corners
 from ..data.images import load_image
 from ..data.visualization import contact_sheet, draw_boxes
 from .predictions import DatasetPredictions
@@ -49,7 +50,7 @@ def results_sheet(
         pictures.append(
             draw_boxes(
                 _outline(image, [a["bbox"] for a in objects[image_id]]),
-                np.concatenate([mine.boxes[:, :2], mine.boxes[:, :2] + mine.boxes[:, 2:]], 1),
+                corners(mine.boxes),
                 [names.get(category, "") for category in mine.category_ids.tolist()],
                 mine.scores.tolist(),
             )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tabulate import tabulate
 
+from ..data.boxes import corners
 from ..data.images import load_image
 from ..data.visualization import contact_sheet, draw_boxes
 from ..evaluation.bootstrap import Interval, bootstrap
@@ -164,17 +165,15 @@ def changes_sheet(
             mine = mine[(mine.image_ids == image) & (mine.scores >= scores.threshold)]
             mine = mine[np.argsort(-mine.scores, kind="stable")]
             phrases = [names[c] for c in mine.category_ids.tolist()]
-            pictures.append(draw_boxes(pixels, _corners(mine.boxes), phrases, mine.scores.tolist()))
+            pictures.append(
+                draw_boxes(pixels, corners(mine.boxes).tolist(), phrases, mine.scores.tolist())
+            )
             what = "gain" if change[image] > 0 else "loss"
             captions.append(f"{title}, F1 {f1[image]:.2f} ({what})")
         annotated = objects[image]
-        boxes = np.array([a["bbox"] for a in annotated], dtype=float).reshape(-1, 4)
+        boxes = corners(np.array([a["bbox"] for a in annotated])).tolist()
         phrases = [names[a["category_id"]] for a in annotated]
-        pictures.append(draw_boxes(pixels, _corners(boxes), phrases))
+        pictures.append(draw_boxes(pixels, boxes, phrases))
         captions.append(f"truth: {Path(files[image]).name}")
     sheet = contact_sheet(pictures, 3, captions) if pictures else None
     return sheet, len(gained), len(lost)
-
-
-def _corners(boxes: np.ndarray) -> Sequence[Sequence[float]]:
-    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1).tolist()

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..image_files import files_under, is_picture, is_unread_picture
 from ..images import image_size
 from ..problems import DataError
-from ..whereabouts import BESIDE
+from ..whereabouts import BESIDE, image_folders
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -48,8 +48,8 @@ class Pictures:
         root = self.root.absolute()
         if root.name.lower() in BESIDE:
             return []
-        folders = [f for f in sorted(root.parent.iterdir()) if f.name.lower() in BESIDE]
-        return [path for f in folders if f.is_dir() for path in files_under(f) if is_picture(path)]
+        folders = image_folders(root.parent)
+        return [path for f in folders for path in files_under(f) if is_picture(path)]
 
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:
