@@ -275,6 +275,32 @@ def _recipe(model: str | Path, weights: str | Path | None) -> tuple[DictConfig, 
     return cfg, weights
 
 
+def detect_each(
+    detector: Detector,
+    images: Sequence[ImageLike],
+    prompts: Sequence[PromptLike],
+    *options: object,
+    errors: tuple[type[Exception], ...] = (ValueError,),
+) -> list[Instances | Exception]:
+    """The detections of each image or, where the model refuses one, the error that says why: one
+    image, or its text, costs no other of the batch.
+
+    Args:
+        options: `Detector.__call__`'s, behind images and prompts.
+        errors: what a refusal is; others are raised.
+    """
+    try:
+        return detector(list(images), list(prompts), *options)
+    except errors as error:
+        if len(images) == 1:
+            return [error]
+    return [
+        result
+        for image, prompt in zip(images, prompts, strict=True)
+        for result in detect_each(detector, [image], [prompt], *options, errors=errors)
+    ]
+
+
 def detection_records(detections: Instances) -> list[dict]:
     """Detections as plain data: phrase, score, box [x0, y0, x1, y1] in pixels of the image."""
     return [

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from ..console import command
 from ..modeling.prompt import PromptWarning
-from .shipped import DEFAULT_MODEL, EXAMPLE_NAMES, EXAMPLE_PROMPT
+from .options import (
+    add_detection_options,
+    add_model_options,
+    check_numbers,
+    make_detector,
+    named,
+)
+from .shipped import EXAMPLE_NAMES, EXAMPLE_PROMPT
 
 DESCRIPTION = "Detects what a text names in images; writes annotated pictures, predictions.json."
 FIRST, *_, LAST = EXAMPLE_NAMES
@@ -45,36 +52,8 @@ def parser() -> argparse.ArgumentParser:
         help="what to look for; once for all images, or once for each of them, in their order "
         "(default: all classes, of a closed-set detector)",
     )
-    which = p.add_mutually_exclusive_group()
-    which.add_argument(
-        "--model", default=DEFAULT_MODEL, help="a shipped model (default: %(default)s)"
-    )
-    which.add_argument("--config-file", metavar="FILE", help="the recipe of a model of your own")
-    p.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="checkpoint, or hf:OWNER/NAME or hf:DIRECTORY, public weights of Grounding DINO "
-        "(default: the shipped model's)",
-    )
-    p.add_argument(
-        "--threshold",
-        type=float,
-        help="lowest score that is shown (default: what suits the shipped model; 0.2 for others)",
-    )
-    p.add_argument(
-        "--max-detections",
-        type=int,
-        metavar="N",
-        help="per image (default: the recipe's model.max_detections)",
-    )
-    p.add_argument(
-        "--nms",
-        type=float,
-        metavar="IOU",
-        help="of boxes of one phrase that overlap more than this, such as 0.7, keep the best "
-        "(default: a shipped model's own, else keep all)",
-    )
-    p.add_argument("--nms-agnostic", action="store_true", help="--nms whatever the phrases are")
+    add_model_options(p)
+    add_detection_options(p)
     p.add_argument(
         "--output", default="output/predict", metavar="FOLDER", help="default: output/predict"
     )
@@ -84,25 +63,6 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         choices=("coco", "yolo", "label-studio"),
         help="also write annotations, to correct or to train on; may be given several times",
-    )
-    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    p.add_argument(
-        "--dtype",
-        default="float32",
-        choices=("float32", "float16", "bfloat16"),
-        help="of the weights (default: float32); float16 is the fastest on a GPU",
-    )
-    p.add_argument(
-        "--accelerate",
-        default="eager",
-        choices=("eager", "graph", "compile"),
-        help="CUDA graphs, or torch.compile, for many images of one size (default: eager)",
-    )
-    p.add_argument(
-        "--pack",
-        default="auto",
-        choices=("auto", "always", "never"),
-        help="weights packed for oneDNN, on a CPU (default: where that is measured to be faster)",
     )
     return p
 
@@ -136,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..data.images import as_array
     from ..data.visualization import draw_detections
     from ..files import writable_folder, write_text
-    from .inference import detection_records
+    from .inference import detect_each, detection_records
     from .labels import write_labels
     from .prompts import as_prompt
 
@@ -223,21 +183,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2 if failed else 0
 
 
-def detect_each(detector, images: Sequence, prompts: Sequence, *options) -> list:
-    """The detections of each image or, where the model refuses one, the ValueError that says why:
-    one image, or its text, costs no other of the batch."""
-    try:
-        return detector(list(images), list(prompts), *options)
-    except ValueError as error:
-        if len(images) == 1:
-            return [error]
-    return [
-        result
-        for image, prompt in zip(images, prompts, strict=True)
-        for result in detect_each(detector, [image], [prompt], *options)
-    ]
-
-
 def failure(message: object) -> int:
     """One line about one image, above the progress bar; counts one."""
     from tqdm import tqdm
@@ -245,39 +190,6 @@ def failure(message: object) -> int:
     with tqdm.external_write_mode(sys.stderr):
         fail(message)
     return 1
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise ValueError(f"--threshold {args.threshold:g} is not between 0 and 1")
-    if args.nms is not None and not 0 <= args.nms <= 1:
-        raise ValueError(f"--nms {args.nms:g} is not between 0 and 1")
-    if args.nms_agnostic and args.nms is None:
-        raise ValueError("--nms-agnostic needs --nms, such as --nms 0.7")
-    if args.max_detections is not None and args.max_detections < 1:
-        raise ValueError(f"--max-detections {args.max_detections} is less than 1")
-
-
-def named(args: argparse.Namespace) -> str:
-    """What runs, in words: public weights without a recipe are a model of their own."""
-    public = args.weights if (args.weights or "").startswith("hf:") else None
-    return args.config_file or public or args.model
-
-
-def make_detector(args: argparse.Namespace):
-    from ..engine.allocator import keep_freed_memory
-    from .inference import load_detector
-
-    keep_freed_memory()
-    return load_detector(
-        args.config_file or args.model,
-        args.weights,
-        args.device,
-        args.threshold,
-        args.dtype,
-        args.accelerate,
-        args.pack,
-    )
 
 
 def picture_paths(files: Sequence[Path], folder: Path) -> list[Path]:
