@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..console import command
 from ..modeling.prompt import PromptWarning
+from .labels import WRITERS, write_labels
 from .options import (
     add_detection_options,
     add_model_options,
@@ -61,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         action="append",
         default=[],
-        choices=("coco", "yolo", "label-studio"),
+        choices=tuple(WRITERS),
         help="also write annotations, to correct or to train on; may be given several times",
     )
     return p
@@ -97,7 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..data.visualization import draw_detections
     from ..files import writable_folder, write_text
     from .inference import detect_each, detection_records
-    from .labels import write_labels
     from .prompts import as_prompt
 
     try:

@@ -3,7 +3,7 @@
 Rectangles, polygons and ellipses, in per cent of the image, give boxes, of turned ones those around
 them; key points and brush strokes have none: they are left out and counted. Of a task's annotations
 that which is marked as ground truth counts, else the first that was not cancelled. Tasks that
-nobody annotated are left out and counted; predictions aren't read.
+nobody annotated are left out and counted; predictions that nobody accepted aren't read.
 
 The name of an uploaded image is found without the eight digits that Label Studio puts before it.
 """
@@ -119,9 +119,11 @@ def _addresses(data: Any) -> Iterator[str]:
 
 
 def _file_names(address: str) -> Iterator[str]:
-    """Under which names a file may lie: that of local storage, the whole path, the upload's."""
+    """Under which names a file may lie: that of local storage, whose root is often that of the file
+    system, the whole path, the upload's."""
     parts = urlsplit(address)
-    yield from parse_qs(parts.query).get("d", ())
+    for local in parse_qs(parts.query).get("d", ()):
+        yield from (f"/{local.lstrip('/')}", local)
     path = unquote(parts.path) if parts.scheme or parts.query else unquote(address)
     yield path.lstrip("/")
     folder, _, name = path.rpartition("/")

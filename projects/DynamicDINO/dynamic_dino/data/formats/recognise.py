@@ -35,6 +35,7 @@ ENDINGS = (".xml", ".json", ".jsonl", ".txt", ".yaml", ".yml", ".csv")
 HEAD = 4096  # bytes; the first lines of a file
 YOLO_LINE = re.compile(r"\d+(\.0+)?(\s+[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?){4,}")
 LABEL_STUDIO_NAMES = ("rectanglelabels", "polygonlabels", "ellipselabels", "labels")
+LABEL_STUDIO_FIELDS = {"annotations", "completions", "predictions"}
 PARTS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
@@ -244,7 +245,7 @@ def _kind_of_list(path: Path) -> Format | None:
         task = next(stream_json_list(path, progress=False), None)
     if not isinstance(task, dict):
         return None
-    if isinstance(task.get("data"), dict) and task.keys() & {"annotations", "completions"}:
+    if isinstance(task.get("data"), dict) and task.keys() & LABEL_STUDIO_FIELDS:
         return "labelstudio"
     lists = (items for items in task.values() if isinstance(items, list))
     shapes = (item for items in lists for item in items if isinstance(item, dict))
