@@ -13,6 +13,9 @@ from . import gather, reference
 
 __all__ = ["ms_deform_attn"]
 
+# torch.export and what is made of it, such as ONNX, know grid_sample; older torch can't tell.
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 
 def ms_deform_attn(
     value: Tensor,
@@ -48,8 +51,8 @@ def ms_deform_attn(
     shapes = [(int(height), int(width)) for height, width in spatial_shapes]
     _check_arguments(value, shapes, sampling_locations, attention_weights)
     tensors = (value, sampling_locations, attention_weights)
-    on_cpu = value.device.type == "cpu"
-    implementation = (gather if on_cpu and not needs_grad(*tensors) else reference).ms_deform_attn
+    gathers = value.device.type == "cpu" and not needs_grad(*tensors) and not is_exporting()
+    implementation = (gather if gathers else reference).ms_deform_attn
     if resolve_backend(backend, value.device) == "triton":
         from .ops import triton_ms_deform_attn as implementation  # imports Triton
     with torch.autocast(value.device.type, enabled=False):

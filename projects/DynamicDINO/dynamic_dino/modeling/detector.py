@@ -171,7 +171,7 @@ class OpenVocabularyDetector(nn.Module):
                 torch.cat([denoising.boxes, queries.boxes], 1),
             )
         decoded = self.decoder(queries, memory, text, mask)
-        batch = len(queries.boxes)
+        batch = queries.boxes.shape[0]  # len() of a traced tensor would fix it
         return DetectorOutput(
             layers=[Predictions(p.logits[:, skip:], p.boxes[:, skip:]) for p in decoded.layers],
             selection=selection,

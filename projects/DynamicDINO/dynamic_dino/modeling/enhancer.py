@@ -258,11 +258,11 @@ class EdgeEnhancer(nn.Module):
 
 
 def block_positions(blocks: Tensor) -> Tensor:
-    """Position of each token within its block: [B, L] -> int64 [B, L]"""
-    index = torch.arange(blocks.shape[1], device=blocks.device).expand_as(blocks)
-    starts = torch.ones_like(blocks, dtype=torch.bool)
-    starts[:, 1:] = blocks[:, 1:] != blocks[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(1).values
+    """Position of each token within its block, which is one run of equal ids: [B, L] -> int64
+    [B, L]. It counts the earlier tokens of the block, as ONNX has no cummax."""
+    index = torch.arange(blocks.shape[1], device=blocks.device)
+    earlier = (blocks[:, :, None] == blocks[:, None]) & (index[:, None] > index)
+    return earlier.sum(2)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class QuerySelection(nn.Module):
         boxes = self.box_head(tokens, boxes)
         if self.rank_unusable:
             boxes = boxes.masked_fill(~gather_rows(usable[..., None], top), 1.0)
-        content = self.content.weight[:k].expand(len(boxes), -1, -1)
+        content = self.content.weight[:k].expand(boxes.shape[0], -1, -1)
         return Queries(content, boxes.detach()), Predictions(logits, boxes)
 
 

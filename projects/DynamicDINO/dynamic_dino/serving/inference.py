@@ -30,6 +30,7 @@ from ..modeling.prompt import Prompt, shown
 from ..modeling.vocabulary import ClassVocabulary
 from ..sources import is_hub_spec
 from .deploy import optimize_for_inference
+from .exported import Exported, is_exported, load_exported
 from .prompts import PromptLike, prompts_of_images
 from .shipped import DEFAULT_MODEL, SHIPPED_MODELS, THRESHOLD
 from .suppression import unsuppressed
@@ -124,7 +125,7 @@ class Detector:
 
     def _most(self, max_detections: int | None) -> tuple[int | None, dict[str, int]]:
         """How many detections an image may have, and what is said to the model of that."""
-        own = isinstance(self.model, OpenVocabularyDetector)
+        own = isinstance(self.model, OpenVocabularyDetector | Exported)
         limit = self.model.max_detections if own else None  # another model's is unknown
         if max_detections is None:
             return limit, {}
@@ -133,13 +134,15 @@ class Detector:
 
     def all_classes(self) -> Prompt:
         """The prompt that asks for everything. Raises ValueError for an open vocabulary."""
-        vocabulary = getattr(self.model, "text_encoder", None)
-        if not isinstance(vocabulary, ClassVocabulary):
+        known: object = getattr(self.model, "text_encoder", None)
+        if isinstance(self.model, Exported) and self.model.names:
+            known = self.model
+        if not isinstance(known, ClassVocabulary | Exported):
             raise ValueError(
                 "nothing to look for: give phrases (predict.py: --text); only a closed-set "
-                "detector knows all that it can find"
+                "detector, or one exported with its names, knows all that it can find"
             )
-        return Prompt.from_phrases(vocabulary.names)
+        return Prompt.from_phrases(known.names)
 
     def _sample(self, image: ImageLike, prompt: Prompt) -> dict:
         """What `TestMapper` makes of a record, of an image that belongs to no data set."""
@@ -173,7 +176,8 @@ def load_detector(
     Args:
         model: one of `SHIPPED_MODELS`, the path of a LazyConfig file (.py, or the config.yaml of a
             run), the folder of a run, or public weights of Grounding DINO, "hf:OWNER/NAME" or
-            "hf:DIRECTORY". Default: the best of the shipped ones.
+            "hf:DIRECTORY". Default: the best of the shipped ones. Or what `python -m
+            dynamic_dino.export` wrote: an .onnx or .pt2 file, or the folder for OpenVINO.
         weights: checkpoint, or public weights; default for a shipped model: the shipped one; for a
             run: its last. Public weights without a recipe are a model of their own.
         device: "cuda", "cpu", ...; default: a GPU if there is one.
@@ -191,6 +195,18 @@ def load_detector(
     for name, value in (("threshold", threshold), ("nms", nms)):  # before the model is loaded
         if value is not None:
             fraction(value, name)
+    if is_exported(model):
+        if weights is not None or accelerate != "eager" or pack != "auto":
+            raise ValueError(
+                f"{model} is exported: it has its weights, and its own runtime makes it fast; "
+                "leave out weights, accelerate and pack"
+            )
+        exported = load_exported(model, _device(device or "cpu"), dtype)
+        info = exported.info
+        threshold = info.threshold if threshold is None else threshold
+        nms = info.nms if nms is None else nms
+        size, batch = info.size, info.batch
+        return Detector(exported, size, "cpu", threshold, batch, nms, nms_agnostic)
     device = _device(device)
     detector, cfg = load_model(model, weights, device, dtype, accelerate, pack)
     if isinstance(detector, OpenVocabularyDetector):
@@ -227,7 +243,7 @@ def load_model(
         detector = instantiate(cfg.model)
         detector.load_state_dict(imported.state)
     else:
-        cfg, weights = _recipe(model, weights)
+        cfg, weights = find_model(model, weights)
         detector = instantiate(cfg.model)
         load_checkpoint(detector, weights)
     detector.to(device)
@@ -236,8 +252,9 @@ def load_model(
     return detector.eval(), cfg
 
 
-def _recipe(model: str | Path, weights: str | Path | None) -> tuple[DictConfig, str | Path]:
-    """The config and the weights of a shipped model or a LazyConfig file; see `load_detector`."""
+def find_model(model: str | Path, weights: str | Path | None) -> tuple[DictConfig, str | Path]:
+    """The config and the weights of a shipped model, a run or a LazyConfig file; see
+    `load_detector`, whose errors it raises."""
     if str(model) in SHIPPED_MODELS:
         shipped = SHIPPED_MODELS[str(model)]
         config = configs_folder() / shipped.config

@@ -1,0 +1,114 @@
+"""The command: a file is written, checked and read back by each runtime."""
+
+import json
+import re
+
+import numpy as np
+import onnx
+import pytest
+from detectron2.config import LazyConfig, instantiate
+from dynamic_dino import load_detector
+from dynamic_dino.checkpoint.weights import export_weights
+from dynamic_dino.export import cli
+from dynamic_dino.export.check import TOLERANCES, compare, generated_images
+from dynamic_dino.export.detector import convert_to_openvino, load_source
+from dynamic_dino.export.onnx_format import store_in_half
+from dynamic_dino.modeling.prompt import Prompt
+from dynamic_dino.serving import predict
+from dynamic_dino.serving.exported import KEY, ExportInfo
+from helpers.nano import RECIPE
+from omegaconf import OmegaConf
+from PIL import Image
+
+TEXT = "red circle. blue square."
+
+
+@pytest.fixture(scope="module")
+def trained(_nano, nano_config, tmp_path_factory):
+    """The recipe and the weights of one decoder layer with x4 experts, at 64 pixels."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = nano_config.copy()
+    ffn = config.model.decoder.layer.ffn
+    config.model.decoder.layer.ffn = OmegaConf.create(
+        {
+            "_target_": "dynamic_dino.moe.layer.MoEFeedForward",
+            "dim": ffn.dim,
+            "hidden": ffn.hidden,
+            "router": {
+                "_target_": "dynamic_dino.moe.routers.SoftmaxRouter",
+                "dim": ffn.dim,
+                "num_experts": 4,
+            },
+        }
+    )
+    config.model.update(canvas=64, criterion=None, denoising=None)
+    config.model.decoder.num_layers, config.inference.size = 1, 64
+    config.model.query_selection.num_queries = 30
+    LazyConfig.save(config, str(folder / "config.yaml"))
+    export_weights(instantiate(config.model), folder / "weights.safetensors")
+    return str(folder / "config.yaml"), str(folder / "weights.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:# The axis name:UserWarning")
+def test_a_file_is_written_checked_and_read_back(trained, tmp_path):
+    """One test, since tracing is what takes long."""
+    recipe, weights = trained
+    file, images = tmp_path / "model.onnx", generated_images(64, 3)
+    arguments = [recipe, str(file), "--weights", weights, "--text", TEXT, "--batch", "dynamic"]
+    assert cli.main([*arguments, "--max-detections", "25"]) == 0
+
+    model = onnx.load(file)
+    onnx.checker.check_model(model)
+    kinds = {(node.domain, node.op_type) for node in model.graph.node}
+    assert {("", "GridSample"), ("", "NonZero")} <= kinds and {domain for domain, _ in kinds} == {""}
+    about = ExportInfo.from_json({p.key: p.value for p in model.metadata_props}[KEY], file)
+    assert about.names == ["red circle", "blue square"] and len(about.weights_sha256) == 64
+
+    detector = load_detector(file)
+    detector.batch_size = 3
+    for image, found in zip(images, detector(images, threshold=0.0), strict=True):
+        alone = detector(image, TEXT, threshold=0.0)
+        np.testing.assert_allclose(found.scores, alone.scores, atol=1e-5)
+        assert len(found) == 25 and set(found.phrases) <= {"red circle", "blue square"}
+
+    photo = tmp_path / "photo.png"
+    Image.fromarray(images[0]).save(photo)
+    assert predict.main([str(photo), "--model", str(file), "--output", str(tmp_path)]) == 0
+    (result,) = json.loads((tmp_path / "predictions.json").read_text())
+    assert result["prompt"] == about.names
+    for options in ({"weights": "x"}, {"accelerate": "compile"}):
+        with pytest.raises(ValueError, match="is exported: it has its weights"):
+            load_detector(file, **options)
+
+    half = tmp_path / "half.onnx"
+    store_in_half(model)
+    onnx.save(model, half)
+    assert half.stat().st_size < 0.6 * file.stat().st_size
+    full, rounded = (load_detector(f)(images[0], threshold=0.0).scores for f in (file, half))
+    assert 0 < (full - rounded).abs().max() < 0.05
+
+    convert_to_openvino(file, tmp_path / "folder", about)
+    source = load_source(recipe, weights, text=TEXT, max_detections=25)
+    allowed, prompt = TOLERANCES["float32"], Prompt.parse(TEXT)
+    openvino = load_detector(tmp_path / "folder")
+    found = compare(source.detector(), openvino, images[:2], prompt, allowed)
+    assert found.within(allowed), found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.onnx"], "what shall it look for.*--text-input"),
+        (["a.onnx", "--text", "cow.", "--text-input"], "give one of them"),
+        (["a.onnx", "--text", "cow.", "--size", "50"], "--size 50 is not a multiple of 32"),
+        (["a.pt2", "--text", "cow.", "--half"], "--half is for onnx"),
+        (["a.pt2", "--text", "cow.", "--experts", "sparse"], "torch has tiles and all"),
+        (["a.engine", "--text", "cow.", "--batch", "dynamic"], "fixed shapes"),
+    ],
+)
+def test_what_cannot_be_exported_is_said(arguments, message, trained, tmp_path, capsys):
+    recipe, weights = trained
+    output = str(tmp_path / arguments[0])
+    assert cli.main([recipe, output, "--weights", weights, *arguments[1:]]) == 2
+    assert re.search(message, capsys.readouterr().err)
