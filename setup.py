@@ -94,10 +94,15 @@ setup(
         "heic": ["pillow-heif>=0.16"],  # photos of iPhones
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18"]
         + ["prometheus_client>=0.20"],
+        # To export, and to run what was exported: `python -m dynamic_dino.export`.
+        "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
+        "openvino": ["onnx>=1.18", "onnxscript>=0.5", "openvino>=2025.0"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "pytest-xdist>=3"]
         + ["ruff>=0.9", "mypy>=2", "import-linter>=2.7", "pillow-heif>=0.16"]
         + ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus_client>=0.20"]
-        + ["httpx>=0.27"],
+        + ["httpx>=0.27"]
+        # 300 MB installed: openvino 180, onnxruntime 78, onnx 31, onnxscript 8
+        + ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20", "openvino>=2025.0"],
         # The report's page in a real browser: `BROWSER=1 make test`.
         "browser": ["playwright>=1.40", "brotli>=1.1"],
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "mkdocs-jupyter>=0.25"],

@@ -111,7 +111,11 @@ def test_text_as_an_input(nano, tmp_path):
     exported = read_back(source, tmp_path / "tokenizer.json", batch=2)
     for names in (["cow"], list(NAMES), ["St. Bernard", "old café"]):
         found = compare(
-            source.detector(), exported, generated_images(128, 1), Prompt.from_phrases(names), ALLOWED
+            source.detector(),
+            exported,
+            generated_images(128, 1),
+            Prompt.from_phrases(names),
+            ALLOWED,
         )
         assert found.within(ALLOWED), found
     with pytest.raises(ValueError, match="nothing to look for"):

@@ -141,9 +141,7 @@ class DetectorGraph(nn.Module):
         """[C, ...] -> [B * C, ...]"""
         return constant.expand(batch, *constant.shape).flatten(0, 1)
 
-    def _maps(
-        self, image: Tensor, content: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _maps(self, image: Tensor, content: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """`image_features` of images on the canvas."""
         model, side = self.model, torch.arange(self.size, device=image.device)
         x = (image.float() - model.pixel_mean) / model.pixel_std
