@@ -407,6 +407,39 @@ def flops(report: dict) -> str:
     return table([title, *models], rows)
 
 
+def serve_load(report: dict) -> str:
+    """Counts of requests, and the server's memory over time; its times are those of a busy CPU."""
+    counts = {
+        "accepted": "accepted",
+        "equal": "answered as alone",
+        "close": "but for last digits",
+        "refused": "bad, refused",
+        "busy": "429",
+        "stopping": "503",
+        "not_connected": "not accepted any more",
+        "wrong": "wrong",
+        "lost": "lost",
+        "exit_status": "exit status",
+    }
+    rows = []
+    for name, run in report["runs"].items():
+        memory = run["memory_mb"]
+        tenth = max(len(memory) // 10, 1)
+        parts = (memory[:tenth], memory[tenth : 2 * tenth], memory[-tenth:])
+        rows.append(
+            [
+                name,
+                f"{run['seconds']:.0f}",
+                str(run["clients"]),
+                *(f"{run[key]:,}" for key in counts),
+                " / ".join(f"{t:.1f}" for t in run["seconds_p50_p95_p99"]),
+                " / ".join(f"{max(part):,.0f}" for part in parts if part),
+            ]
+        )
+    head = ["run", "seconds", "clients", *counts.values(), "latency p50 / 95 / 99, s"]
+    return table([*head, "MB in the first / second / last tenth"], rows)
+
+
 def record_memory(report: dict) -> str:
     rows = [
         [
@@ -501,6 +534,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "flops": ("Operations and parameters", "flops", flops),
     "expert_analysis": ("What the experts of nano x16 do", "expert_analysis", expert_analysis),
     "record_memory": ("Memory of the training records", "record_memory", record_memory),
+    "serve_load": ("The server under load", "serve_load", serve_load),
 }
 
 

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from ..modeling.prompt import Prompt
 from ..serving.prompts import as_prompt
-from ..serving.shipped import EXAMPLE_NAMES, EXAMPLE_PROMPT
+from ..serving.shipped import EXAMPLE_NAMES
 from .batching import Options
 
 MOST_NAMES = 2000  # LVIS has 1203
@@ -49,7 +49,6 @@ class Wanted(BaseModel, extra="forbid"):
         description="Instead of `names`: the names, separated by full stops.",
         min_length=1,
         max_length=LONGEST_TEXT,
-        examples=[EXAMPLE_PROMPT],
     )
     threshold: float | None = Field(None, description="Lowest score that is kept.", ge=0, le=1)
     nms: float | None = Field(
