@@ -44,6 +44,24 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tile_options(p: argparse.ArgumentParser) -> None:
+    """How large images are looked at; `make_detector` takes them."""
+    p.add_argument(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="look at each image in square tiles of this side too, such as 640: finds small things "
+        "in huge images, and takes as many times longer as there are tiles (default: not)",
+    )
+    p.add_argument(
+        "--overlap",
+        type=float,
+        default=0.2,
+        help="of neighbouring tiles, as a part of their side; things that are smaller than it are "
+        "whole in one of them (default: %(default)s)",
+    )
+
+
 def add_detection_options(p: argparse.ArgumentParser) -> None:
     """Which of its detections are kept; `check_numbers` refuses what can't be."""
     p.add_argument(
@@ -87,9 +105,10 @@ def named(args: argparse.Namespace) -> str:
 def make_detector(args: argparse.Namespace):
     from ..engine.allocator import keep_freed_memory
     from .inference import load_detector
+    from .tiling import TiledDetector
 
     keep_freed_memory()
-    return load_detector(
+    detector = load_detector(
         args.config_file or args.model,
         args.weights,
         args.device,
@@ -98,3 +117,5 @@ def make_detector(args: argparse.Namespace):
         args.accelerate,
         args.pack,
     )
+    tile = getattr(args, "tile", None)  # not every command has it
+    return detector if tile is None else TiledDetector(detector, tile, args.overlap)

@@ -17,6 +17,7 @@ from .labels import WRITERS, write_labels
 from .options import (
     add_detection_options,
     add_model_options,
+    add_tile_options,
     check_numbers,
     make_detector,
     named,
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_model_options(p)
     add_detection_options(p)
+    add_tile_options(p)
     p.add_argument(
         "--output", default="output/predict", metavar="FOLDER", help="default: output/predict"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.structures import Instances
 from torch import Tensor
@@ -18,7 +20,12 @@ def unsuppressed(found: Instances, iou: float, agnostic: bool = False) -> Tensor
         iou: a box is dropped if its intersection over union with a better one is more than this.
         agnostic: whatever the phrases of the two are, and not only within a phrase.
     """
-    numbers: dict[str, int] = {}
-    groups = [0 if agnostic else numbers.setdefault(p, len(numbers)) for p in found.phrases]
     boxes, scores = found.pred_boxes.tensor.float(), found.scores.float()
-    return batched_nms(boxes, scores, torch.tensor(groups, dtype=torch.int64), iou)
+    return batched_nms(boxes, scores, groups_of(found.phrases, agnostic), iou)
+
+
+def groups_of(phrases: Sequence[str], agnostic: bool = False) -> Tensor:
+    """int64 [K], a number for each phrase; agnostic: one for all."""
+    numbers: dict[str, int] = {}
+    groups = [0 if agnostic else numbers.setdefault(p, len(numbers)) for p in phrases]
+    return torch.tensor(groups, dtype=torch.int64)
