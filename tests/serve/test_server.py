@@ -224,7 +224,7 @@ WRONG = {  # what is sent: status, what is said
 }
 
 
-def test_wrong_requests_are_told_what_is_wrong():
+def test_wrong_requests_are_told_what_is_wrong(monkeypatch):
     app = make_app(Detector(Echo(), None), Limits(max_body=20_000, max_pixels=10_000))
 
     async def main():
@@ -242,6 +242,16 @@ def test_wrong_requests_are_told_what_is_wrong():
                 "/detect", content=endless(), headers={"content-type": bodies.JSON}
             )
             assert answer.status_code == 413
+
+            async def slow():
+                yield b"{"
+                await asyncio.sleep(20)
+
+            monkeypatch.setattr(bodies, "BODY_SECONDS", 0.05)
+            answer = await client.post(
+                "/detect", content=slow(), headers={"content-type": bodies.JSON}
+            )
+            assert answer.status_code == 408 and "0.05 seconds" in answer.json()["detail"]
 
     asyncio.run(main())
 
@@ -338,6 +348,9 @@ def test_told_to_stop_it_answers_what_it_accepted(capsys):
             ask = form(picture(), names="cow")
             waiting = [asyncio.create_task(client.post("/detect", **ask)) for _ in range(6)]
             await until(lambda: app.state.gate.inside == 6)
+            with pytest.raises(httpx.ReadTimeout):  # who hangs up leaves the queue
+                await client.post("/detect", **ask, timeout=0.2)
+            await until(lambda: app.state.gate.inside == 6 and app.state.gate.accepted == 7)
             os.kill(os.getpid(), signal.SIGTERM)
             await until(lambda: app.state.gate.closed)
             late = await client.post("/detect", **ask)
@@ -353,7 +366,7 @@ def test_told_to_stop_it_answers_what_it_accepted(capsys):
     asyncio.run(main())
     with bound, pytest.raises(OSError):
         bound.getsockname()
-    assert "SIGTERM: answering 6 requests" in capsys.readouterr().out
+    assert "told to stop: answering 6 requests first" in capsys.readouterr().out
 
 
 def test_decoded_images_share_a_budget(rng):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 from collections.abc import Sequence
 from types import FrameType
@@ -20,21 +19,24 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, url: str) -> None:
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=CLOSING_SECONDS))
         self.gate, self.url = app.state.gate, url
+        self._says_so = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         print(f"listening on {self.url}, described at {self.url}/docs", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Prints nothing: it may have interrupted somebody who does.
         if self.gate.closed:
-            self.force_exit = True
-            super().handle_exit(sig, frame)
+            self.should_exit = self.force_exit = True
         self.gate.close()
-        print(f"{signal.Signals(sig).name}: answering {self.gate.inside} requests", flush=True)
 
     async def on_tick(self, counter: int) -> bool:
-        done = self.gate.closed and not self.gate.inside
-        return await super().on_tick(counter) or done
+        ends = await super().on_tick(counter)
+        if self.gate.closed and not self._says_so:
+            print(f"told to stop: answering {self.gate.inside} requests first", flush=True)
+            self._says_so = True
+        return ends or (self.gate.closed and not self.gate.inside)
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

@@ -121,6 +121,7 @@ class Exported(nn.Module):
         super().__init__()
         self.run, self.info, self.source, self.text = run, info, source, text
         self.names, self.max_detections = info.names, info.max_detections
+        self.canvas = info.size
 
     def forward(self, batch: list[dict], max_detections: int | None = None) -> list[dict]:
         """Samples, see `OpenVocabularyDetector.detect` -> {"instances": Instances} of each.
@@ -292,6 +293,7 @@ def _load_onnx(path: Path, device: torch.device) -> Exported:
     def load(file: Path):
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
         providers = ["CPUExecutionProvider"]
         if device.type == "cuda":
             if "CUDAExecutionProvider" not in ort.get_available_providers():
@@ -336,6 +338,7 @@ def _load_openvino(folder: Path, device: torch.device, dtype: str) -> Exported:
 
     def load(file: Path) -> Run:
         options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+        options["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
         compiled = core.compile_model(core.read_model(file), "CPU", options)
         return lambda feed: list(compiled(dict(feed)).values())
 
