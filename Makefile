@@ -10,6 +10,10 @@ PY := $(VENV)/bin/python
 PYTHONS := $(or $(PYTHON),python3 python3.11 python3.12 python3.10)
 READY := $(VENV)/.dynamic-dino-ready
 
+# Keep what Python compiles, also where a shell says not to: tests, demo and benchmarks start many
+# processes, and each would compile PyTorch again, for 4 s and more.
+export PYTHONDONTWRITEBYTECODE :=
+
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Environment: $(VENV). To choose the Python that creates it: make setup PYTHON=python3.11"

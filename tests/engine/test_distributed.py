@@ -1,8 +1,5 @@
-"""Two processes with gloo on CPU, started by torchrun, against one process."""
+"""Two processes with gloo on CPU, started as by torchrun, against one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +7,8 @@ import torch
 from dynamic_dino.config import ConfigError, load_config
 from dynamic_dino.engine.launch import Placement, first_host, placement_from_environment
 from dynamic_dino.engine.train import do_train
+from helpers.ranks import run_ranks
+from helpers.two_ranks import main as train_by_two
 
 HERE = Path(__file__).parent
 POISON = "041.png"
@@ -18,12 +17,7 @@ POISON = "041.png"
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     output = tmp_path_factory.mktemp("two_ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run(
-        [*torchrun, HERE / "two_ranks.py", output, POISON],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    run_ranks(train_by_two, output=output, poison=POISON)
     return output
 
 
@@ -67,7 +61,6 @@ def test_every_rank_names_the_batch_that_was_nan(two_ranks):
     assert POISON in batch and len(names) == 4, "the half batch of one rank"
 
 
-@pytest.mark.slow
 def test_placement_from_torchrun():
     env = dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4")
     assert placement_from_environment(env) is None
@@ -75,7 +68,6 @@ def test_placement_from_torchrun():
     assert placement_from_environment(env) == Placement(5, 8, 1, 4, "env://")
 
 
-@pytest.mark.slow
 def test_placement_from_slurm():
     batch_script = dict(SLURM_NTASKS="16", SLURM_PROCID="0", SLURM_JOB_ID="20123")
     assert placement_from_environment(batch_script) is None
@@ -93,7 +85,6 @@ def test_placement_from_slurm():
         placement_from_environment(step | dict(SLURM_STEP_TASKS_PER_NODE="8,4"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [

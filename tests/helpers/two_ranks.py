@@ -1,4 +1,4 @@
-"""Run by torchrun in test_distributed.py: whole runs, interrupted ones, and a poisoned one."""
+"""Run in engine/test_distributed.py: whole runs, interrupted ones, and a poisoned one."""
 
 import argparse
 from contextlib import suppress
@@ -7,14 +7,12 @@ from pathlib import Path
 import torch
 from detectron2.utils import comm
 from dynamic_dino.config import load_config
-from dynamic_dino.engine.launch import launch
 from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
 from dynamic_dino.engine.trainer import NonFiniteLossError
 
-HELPERS = Path(__file__).parents[1] / "helpers"
-RECIPE = HELPERS / "tiny_recipe.py"
-ADAPTIVE = HELPERS / "adaptive_recipe.py"
+RECIPE = Path(__file__).with_name("tiny_recipe.py")
+ADAPTIVE = Path(__file__).with_name("adaptive_recipe.py")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -40,10 +38,3 @@ def main(args: argparse.Namespace) -> None:
         train("adaptive_cut", "dataloader.train.stop_at=10", recipe=ADAPTIVE)
     train("adaptive_cut", resume=True, recipe=ADAPTIVE)
     train("adaptive_random", recipe=ADAPTIVE)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    parser.add_argument("poison")
-    launch(main, parser.parse_args(namespace=argparse.Namespace(num_gpus=0, opts=[])))

@@ -1,4 +1,4 @@
-"""Run by torchrun in test_sharing.py: two processes that read one data set."""
+"""Run in data/test_sharing.py: two processes that read one data set."""
 
 import argparse
 import json
@@ -8,7 +8,6 @@ import numpy as np
 from detectron2.utils import comm
 from dynamic_dino.data import build_train_loader, load_datasets
 from dynamic_dino.data.records import Records
-from dynamic_dino.engine.launch import launch
 
 
 def main(args: argparse.Namespace) -> None:
@@ -28,10 +27,3 @@ def main(args: argparse.Namespace) -> None:
         "left": [str(file) for file in files if Path(file).exists()],
     }
     (args.output / f"{comm.get_rank()}.json").write_text(json.dumps(report))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("file", type=Path)
-    parser.add_argument("output", type=Path)
-    launch(main, parser.parse_args(namespace=argparse.Namespace(num_gpus=0, opts=[])))
