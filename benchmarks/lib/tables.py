@@ -129,7 +129,6 @@ def model_zoo(report: dict) -> str:
         "val_real": ("val_real", "AP50_seen"),
     }
     rows = []
-    first = next(iter(report["models"].values()))["times"]["median_ms"]
     for name, model in report["models"].items():
         if not model["config"]:
             continue  # a run that isn't shipped
@@ -141,9 +140,7 @@ def model_zoo(report: dict) -> str:
                 f"{model['bytes'] / 1e6:.0f} MB",
                 *(_percent(_zoo_score(model, *place).get("value")) for place in columns.values()),
                 " / ".join(parameters),
-                f"{first / model['times']['median_ms']:.2f}"
-                if "speed" not in model
-                else f"{model['speed']:.2f}",
+                f"{model['speed']:.2f}",
             ]
         )
     head = ["model", "config", "size", *columns, "parameters, active / total", "speed"]
@@ -151,17 +148,12 @@ def model_zoo(report: dict) -> str:
 
 
 def _zoo_score(model: dict, test: str, metric: str) -> dict:
-    if "scores" in model:  # a file of before there were intervals
-        value = model["scores"].get(f"{test}/{metric}")
-        return {} if value is None else {"value": value}
     return model["tests"].get(test, {}).get("scores", {}).get(metric, {})
 
 
 def _with_interval(score: dict, sign: str = "") -> str:
     if not score:
         return "-"
-    if "low" not in score:
-        return f"{score['value']:.1f}"
     return f"{score['value']:{sign}.1f} [{score['low']:{sign}.1f}, {score['high']:{sign}.1f}]"
 
 

@@ -107,7 +107,7 @@ def test_intervals():
     assert {*intervals} == {k + s for k in ("AP", "AP50") for s in ("", "_seen", "_novel")}
     for metric, interval in intervals.items():
         assert interval.value == pytest.approx(metrics[metric])
-        assert 0 <= interval.low < interval.high <= 100
+        assert 0 <= interval.low < interval.value < interval.high <= 100
     narrow = bootstrap(truth, found, samples=200, level=0.5)
     assert intervals["AP"].low < narrow["AP"].low < narrow["AP"].high < intervals["AP"].high
     assert bootstrap(truth, found, samples=200) == intervals != bootstrap(truth, found, seed=1)
