@@ -44,7 +44,7 @@ setup(
         "dynamic_dino_kernels": "kernels/dynamic_dino_kernels",
     },
     package_data={
-        "dynamic_dino": ["py.typed", "weights/*", "**/*.json", "**/*.txt"],
+        "dynamic_dino": ["py.typed", "weights/*", "**/*.html", "**/*.json", "**/*.txt"],
         "dynamic_dino.configs": ["**/*.py", "**/*.md"],
         "dynamic_dino_kernels": ["py.typed", "moe/tuned.json"],
     },

@@ -12,8 +12,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PACKAGE = "@sparticuz/chromium@147.0.0"
@@ -53,6 +56,13 @@ def find_browser() -> Path | None:
 
 def look_at(page: Path, width: int) -> Seen:
     """What the page looks like in a window of this width."""
+    with open_tab(page, width) as (tab, console):
+        return Seen(console, **tab.evaluate(MEASURE))
+
+
+@contextmanager
+def open_tab(page: Path, width: int) -> Iterator[tuple[Any, list[str]]]:
+    """The page in a window of this width, to be clicked at, and what comes to its console."""
     from playwright.sync_api import sync_playwright
 
     browser, options, environment = find_browser(), list(OPTIONS), dict(os.environ)
@@ -68,9 +78,8 @@ def look_at(page: Path, width: int) -> Seen:
         tab.on("console", lambda message: console.append(message.text))
         tab.on("pageerror", lambda error: console.append(str(error)))
         tab.goto(page.as_uri(), wait_until="load")
-        seen = tab.evaluate(MEASURE)
+        yield tab, console
         chromium.close()
-    return Seen(console, **seen)
 
 
 def install() -> None:

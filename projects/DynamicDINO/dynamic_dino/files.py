@@ -3,6 +3,7 @@ a file."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -50,6 +51,15 @@ def written_whole(path: Path, binary: bool = False) -> Iterator[IO]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sha256_of_file(path: Path) -> str:
+    """In hexadecimal digits; the file may be larger than memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def configs_folder() -> Path:

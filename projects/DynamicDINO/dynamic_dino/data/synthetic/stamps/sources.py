@@ -8,7 +8,6 @@ compressed tar in it, an ``.rcc`` a tree of named, optionally zlib-compressed en
 
 from __future__ import annotations
 
-import hashlib
 import lzma
 import shutil
 import struct
@@ -19,6 +18,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from ....files import sha256_of_file
 
 
 class SourceError(RuntimeError):
@@ -66,19 +67,11 @@ def _manual_instructions() -> str:
     )
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def verify(path: Path, package: Package) -> Path:
     """Return ``path`` if its content is the pinned package; raise ``SourceError`` otherwise."""
     if not path.is_file():
         raise SourceError(f"{path}: no such file.\n{_manual_instructions()}")
-    actual = _sha256(path)
+    actual = sha256_of_file(path)
     if actual != package.sha256:
         raise SourceError(
             f"{path}: this is not {package.file_name}: truncated, corrupt, or another version.\n"
