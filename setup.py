@@ -98,6 +98,7 @@ setup(
         # To export, and to run what was exported: `python -m dynamic_dino.export`.
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "openvino": ["onnx>=1.18", "onnxscript>=0.5", "openvino>=2025.0"],
+        "int8": ["onnx>=1.18", "onnxscript>=0.5", "openvino>=2025.0", "nncf>=2.19"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "pytest-xdist>=3"]
         + ["ruff>=0.9", "mypy>=2", "import-linter>=2.7", "pillow-heif>=0.16"]
         + ["supervision>=0.31"]

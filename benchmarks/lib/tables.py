@@ -297,6 +297,23 @@ def packing(report: dict) -> str:
     return text
 
 
+def export(report: dict) -> str:
+    """Of files that PyTorch runs there is only the speed."""
+    tested = report["settings"]["test"]
+    rows = []
+    for row in report["rows"]:
+        cells = [row["model"], row["format"], row["precision"]]
+        measured = ("mb", "{:.1f}"), ("scores", "{:.1e}"), ("boxes", "{:.1e}"), ("speed", "{:.2f}")
+        cells += [style.format(row[key]) if key in row else "" for key, style in measured]
+        rows.append(cells + [f"{row[metric]:.2f}" for metric in ("AP", "AP50") if metric in row])
+    head = ["model", "format", "precision", "MB", "scores differ by", "boxes", "times as fast"]
+    scores = [f"{metric} on {tested}" for metric in ("AP", "AP50") if tested]
+    threads = (
+        f"{report['settings']['threads']} thread(s), {report['settings']['images']} photos.\n\n"
+    )
+    return threads + table(head + scores, rows)
+
+
 def peers(report: dict) -> str:
     rows = [
         [
@@ -516,6 +533,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "moe_phases": ("Phases and memory of the same", "moe_layer", moe_phases),
     "moe_scaling": ("The same over tokens and experts", "moe_scaling", moe_layer),
     "packing": ("Weights packed for oneDNN, on a CPU", "packing", packing),
+    "export": ("Exported detectors against PyTorch", "export", export),
     "training_step": ("A training step", "training_step", training_step),
     "peers": ("Other libraries' detectors", "peers", peers),
     "public_weights": (

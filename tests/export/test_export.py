@@ -5,17 +5,25 @@ import re
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch
 from detectron2.config import LazyConfig, instantiate
 from dynamic_dino import load_detector
 from dynamic_dino.checkpoint.weights import export_weights
 from dynamic_dino.export import cli
 from dynamic_dino.export.check import TOLERANCES, compare, generated_images
 from dynamic_dino.export.detector import convert_to_openvino, load_source
-from dynamic_dino.export.onnx_format import store_in_half
+from dynamic_dino.export.experts import EXPERTS, StaticMoE
+from dynamic_dino.export.graph import StaticBlock
+from dynamic_dino.export.onnx_format import store_in_half, write_onnx
+from dynamic_dino.export.tensorrt import build_engine, obstacles
 from dynamic_dino.modeling.prompt import Prompt
+from dynamic_dino.modeling.swin import PaddedBlock
+from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.serving import predict
 from dynamic_dino.serving.exported import KEY, ExportInfo
+from helpers.routers import DIM, ROUTERS
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -23,8 +31,9 @@ TEXT = "red circle. blue square."
 
 
 @pytest.fixture(scope="module")
-def trained(_nano, nano_config, tmp_path_factory):
-    """The recipe and the weights of one decoder layer with x4 experts, at 64 pixels."""
+def trained(nano_config, tmp_path_factory):
+    """The recipe and the weights of one decoder layer with x4 experts, at 64 pixels, and the
+    smallest backbone that there is."""
     folder = tmp_path_factory.mktemp("trained")
     config = nano_config.copy()
     ffn = config.model.decoder.layer.ffn
@@ -41,6 +50,8 @@ def trained(_nano, nano_config, tmp_path_factory):
         }
     )
     config.model.update(canvas=64, criterion=None, denoising=None)
+    config.model.backbone.update(name="test_efficientnet", weights=None, frozen=False)
+    config.model.enhancer.in_channels = [32, 48, 64]
     config.model.decoder.num_layers, config.inference.size = 1, 64
     config.model.query_selection.num_queries = 30
     LazyConfig.save(config, str(folder / "config.yaml"))
@@ -49,7 +60,6 @@ def trained(_nano, nano_config, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:# The axis name:UserWarning")
 def test_a_file_is_written_checked_and_read_back(trained, tmp_path):
     """One test, since tracing is what takes long."""
     recipe, weights = trained
@@ -81,6 +91,12 @@ def test_a_file_is_written_checked_and_read_back(trained, tmp_path):
         with pytest.raises(ValueError, match="is exported: it has its weights"):
             load_detector(file, **options)
 
+    assert any("NonZero" in text for text in obstacles(file))
+    with pytest.raises(
+        ValueError, match="trtexec --onnx=.*model.onnx --saveEngine=.*x.engine --fp16"
+    ):
+        build_engine(file, tmp_path / "x.engine", True)
+
     half = tmp_path / "half.onnx"
     store_in_half(model)
     onnx.save(model, half)
@@ -96,6 +112,47 @@ def test_a_file_is_written_checked_and_read_back(trained, tmp_path):
     assert found.within(allowed), found
 
 
+class Layers(torch.nn.Module):
+    """One after the other, what has operators of its own: every router, both forms of experts with
+    such, and Swin's windows. Traced once, which takes long."""
+
+    FORMS = {kind: EXPERTS[i % 2] for i, kind in enumerate(ROUTERS)}  # sparse, tiles, ...
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            StaticMoE(MoEFeedForward(DIM, 16, ROUTERS[kind](2, 2)), form)
+            for kind, form in self.FORMS.items()
+            if kind not in ("indicator", "straight-through", "instance")  # nothing of their own
+        )
+        self.swin = PaddedBlock(DIM, (7, 5), num_heads=2, window_size=3, shift_size=1)
+        self.swin.__class__ = StaticBlock
+        self.norm = torch.nn.LayerNorm(DIM)
+
+    def forward(self, x, scene):
+        x = self.swin(x).flatten(1, 2)
+        for layer in self.layers:
+            x, _ = layer(x, scene, self.norm)
+        return x
+
+
+@pytest.mark.slow
+def test_every_router_and_swin_in_onnx(tmp_path):
+    layers, file = Layers().eval(), tmp_path / "layers.onnx"
+    rows = torch.export.Dim("batch", max=64)
+    inputs = {"x": torch.randn(2, 7, 5, DIM), "scene": torch.randn(2, DIM)}
+    write_onnx(layers, inputs, ["y"], file, {name: {0: rows} for name in inputs})
+    inputs = {"x": torch.randn(3, 7, 5, DIM), "scene": torch.randn(3, DIM)}
+    with torch.no_grad():
+        expected = layers(**inputs)
+    feed = {name: value.numpy() for name, value in inputs.items()}
+    (y,) = onnxruntime.InferenceSession(str(file)).run(None, feed)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+    kinds = {text.split(",")[0].split(" (")[0] for text in obstacles(file)}  # those of "sparse"
+    without = {f"input {name} without a fixed shape" for name in feed}
+    assert kinds == {"operator NonZero", "ScatterND with a reduction", *without}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -105,6 +162,7 @@ def test_a_file_is_written_checked_and_read_back(trained, tmp_path):
         (["a.pt2", "--text", "cow.", "--half"], "--half is for onnx"),
         (["a.pt2", "--text", "cow.", "--experts", "sparse"], "torch has tiles and all"),
         (["a.engine", "--text", "cow.", "--batch", "dynamic"], "fixed shapes"),
+        (["a.onnx", "--text", "cow.", "--int8", "photos"], "--int8 is for openvino"),
     ],
 )
 def test_what_cannot_be_exported_is_said(arguments, message, trained, tmp_path, capsys):

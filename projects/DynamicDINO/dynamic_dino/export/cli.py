@@ -77,7 +77,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="images at once, or 'dynamic' for any number (default: 1)",
     )
-    p.add_argument("--half", action="store_true", help="weights are stored in 16 bits")
+    small = p.add_mutually_exclusive_group()
+    small.add_argument("--half", action="store_true", help="weights are stored in 16 bits")
+    small.add_argument(
+        "--int8",
+        metavar="FOLDER",
+        help="convolutions of 8 bits, calibrated on these photos; for OpenVINO",
+    )
     p.add_argument(
         "--experts",
         choices=("sparse", "tiles", "all"),
@@ -113,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.text and args.text_input is not None:
             raise ValueError("--text is baked in, --text-input is open: give one of them")
+        if args.int8 and form != "openvino":
+            raise ValueError(f"--int8 is for openvino, not for {form}")
         require(form)
         return run(args, form)
     except (ValueError, OSError) as error:
@@ -142,8 +150,11 @@ def run(args: argparse.Namespace, form: str) -> int:
     from ..serving.inference import load_detector
     from .check import TOLERANCES, compare, generated_images
     from .detector import export, load_source
+    from .quantize import quantize
+    from .tensorrt import build_engine, obstacles
 
     photos = find_images([args.check]) if args.check else None
+    calibration = find_images([args.int8]) if args.int8 else None
     writable_folder(args.output.parent, "choose another OUTPUT")
     source = load_source(
         args.model, args.weights, args.size, args.text, args.text_input, args.max_detections
@@ -152,13 +163,16 @@ def run(args: argparse.Namespace, form: str) -> int:
     info = export(source, file, form, args.batch, args.half, args.experts)
     what = f"{len(info.names)} names" if info.names else f"text of {info.text.tokens} tokens"
     print(f"{file}: {args.model} on {info.size} x {info.size} pixels, {what}, {form}")
+    if calibration:
+        quantize(file, calibration, source.prompt)
+        print(f"convolutions are of 8 bits, calibrated on {len(calibration)} photos")
 
-    allowed = TOLERANCES[info.precision]
+    allowed = TOLERANCES["int8" if calibration else info.precision]
     images = photos or generated_images(info.size)
-    found = compare(source.detector(), load_detector(file), images, source.prompt, allowed)
+    differs = compare(source.detector(), load_detector(file), images, source.prompt, allowed)
     kind = "photos" if photos else "generated images"
-    print(f"compared with PyTorch on {kind}, {found}")
-    if not found.within(allowed):
+    print(f"compared with PyTorch on {kind}, {differs}")
+    if not differs.within(allowed):
         print(
             f"error: {file} finds something else than {args.model} does; allowed are differences "
             f"of {allowed.scores:g} of scores and {allowed.boxes:g} of boxes, and "
@@ -166,4 +180,10 @@ def run(args: argparse.Namespace, form: str) -> int:
             file=sys.stderr,
         )
         return 2
+    if form == "tensorrt":
+        if found := obstacles(file):
+            raise ValueError(f"{file} has what TensorRT 10 doesn't take: {'; '.join(found)}")
+        print(f"{file} has only operators of TensorRT 10, without plugins, and fixed shapes")
+        build_engine(file, args.output, args.half)
+        print(f"{args.output}: the engine, for the GPU of this machine")
     return 0

@@ -295,9 +295,9 @@ def convert_to_openvino(file: Path, folder: Path, info: ExportInfo) -> None:
     folder.mkdir(exist_ok=True)
     for part, name in ((file, GRAPH), (text_file(file), TEXT)):
         if part.is_file():
-            converted = openvino.convert_model(part)
-            half = info.precision == "half"
-            openvino.save_model(converted, folder / name, compress_to_fp16=half)
+            # Not convert_model, which reports to its maker that it was called.
+            graph, half = openvino.Core().read_model(part), info.precision == "half"
+            openvino.save_model(graph, folder / name, compress_to_fp16=half)
     if info.text is not None:
         (folder / TOKENIZER).write_bytes(tokenizer_file(file).read_bytes())
     (folder / SIDECAR).write_text(info.to_json(), encoding="utf-8")

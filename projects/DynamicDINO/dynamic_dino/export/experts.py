@@ -256,10 +256,10 @@ class TiledExperts(nn.Module):
         source = x.new_zeros(tiles * TILE, dtype=torch.int64).scatter(0, place, token)
         tile = torch.arange(tiles, device=x.device)
         of = (tile[:, None] >= last).long().sum(1).clamp(max=experts - 1)
-        rows = x[source].unflatten(0, (-1, TILE))
+        rows = x[source].view(tiles, TILE, x.shape[1])
         hidden = activate(rows @ self.w1[of] + self.b1[of][:, None], self.activation)
         y = (hidden @ self.w2[of] + self.b2[of][:, None]).flatten(0, 1)[place]
-        return (y.unflatten(0, (-1, k)) * gates[..., None].to(y.dtype)).sum(1)
+        return (y.view(x.shape[0], k, x.shape[1]) * gates[..., None].to(y.dtype)).sum(1)
 
 
 class AllExperts(nn.Module):

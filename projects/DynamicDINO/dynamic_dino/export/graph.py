@@ -127,7 +127,7 @@ class DetectorGraph(nn.Module):
         scores, phrases, boxes = self._pairs(features, masks, text)
         phrases = phrases + self._of_images(self.first[:, None], batch)
         scores, phrases, boxes = (
-            t.unflatten(0, (-1, prompts)).flatten(1, 2) for t in (scores, phrases, boxes)
+            t.unflatten(0, (batch, prompts)).flatten(1, 2) for t in (scores, phrases, boxes)
         )
         scores, order = scores.topk(min(self.most, scores.shape[1]), 1)
         return (

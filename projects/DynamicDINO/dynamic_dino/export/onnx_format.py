@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +32,10 @@ def write_onnx(
     import onnx
     from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
-    with torch.no_grad():
+    quiet = logging.getLogger("onnxscript.optimizer")
+    quiet.setLevel(logging.ERROR)  # it reports each constant that it can't fold
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*LeafSpec|.*The axis name")  # of torch, of itself
         program = torch.onnx.export(
             graph,
             kwargs=example,
