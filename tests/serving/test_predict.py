@@ -9,32 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from detectron2.structures import Boxes, Instances
 from dynamic_dino.serving import predict
 from dynamic_dino.serving.inference import Detector
 from dynamic_dino.serving.shipped import EXAMPLE_PROMPT
+from helpers.right_half import RightHalf
 from helpers.seeds import fresh_rng
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[2] / "projects" / "DynamicDINO" / "predict.py"
-
-
-class RightHalf(torch.nn.Module):
-    """Finds every phrase in the right half of the image, the first with 0.8, the next 0.6, ..."""
-
-    def forward(self, batch):
-        outputs = []
-        for sample in batch:
-            h, w = sample["height"], sample["width"]
-            phrases = sample["prompt"].phrases
-            found = Instances((h, w))
-            found.pred_boxes = Boxes(torch.tensor([[w / 2, 0, w, h]] * len(phrases)))
-            found.scores = 0.8 - 0.2 * torch.arange(len(phrases))
-            found.pred_classes = torch.arange(len(phrases))
-            found.phrases = phrases
-            outputs.append({"instances": found})
-        return outputs
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from .renamed import FormerModules
 
 sys.meta_path.insert(0, FormerModules())
 
-__all__ = ["load_detector"]
+__all__ = ["detect_video", "load_detector"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from .serving.inference import load_detector
 
         return load_detector
+    if name == "detect_video":
+        from .serving.video_detection import detect_video
+
+        return detect_video
     if name == "__version__":  # one for both packages; the kernels stand below this one
         from dynamic_dino_kernels import __version__
 

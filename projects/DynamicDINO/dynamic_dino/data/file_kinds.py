@@ -18,7 +18,7 @@ _KINDS = (
     (rb"$", "empty", "fetch or write it again"),
     (rb"....ftyp(hei|hev|mif1|msf1)", HEIC, _HEIC),
     (rb"....ftypavi[fs]", "AVIF, which this Pillow doesn't read", f"update Pillow, or {_CONVERT}"),
-    (rb"....ftyp", "a video (or a camera's raw format)", "give its frames as images"),
+    (rb"....ftyp", "a video (or a camera's raw format)", "name it NAME.mp4, or give its frames"),
     (rb"(\xff\x0a|\0\0\0\x0cJXL )", "JPEG XL", _CONVERT),
     (rb"version https://git-lfs", "a pointer of Git LFS, not the picture", "run git lfs pull"),
     (rb"\s*(<!doctype html|<html)", "a web page", _FETCH),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -83,9 +83,14 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     return search_images(paths)[0]
 
 
-def search_images(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
+def search_images(
+    paths: Sequence[str | Path], wanted: Callable[[Path], bool] = is_picture
+) -> tuple[list[Path], list[Path]]:
     """What `find_images` finds, and what it leaves out: other files of the folders and patterns,
-    and folders in the folders; nothing that is hidden. A file that is named is taken as it is."""
+    and folders in the folders; nothing that is hidden. A file that is named is taken as it is.
+
+    wanted  which files of folders and patterns are taken, by their names
+    """
     taken: list[Path] = []
     others: dict[str, Path] = {}
     for given in paths:
@@ -94,9 +99,10 @@ def search_images(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
             taken.append(path)
             continue
         if os.path.isdir(path):
-            matches, left = _sorted_out(sorted(path.iterdir()))
+            matches, left = _sorted_out(sorted(path.iterdir()), wanted)
         else:
-            matches, left = _sorted_out(map(Path, sorted(glob.glob(str(given), recursive=True))))
+            found = sorted(glob.glob(str(given), recursive=True))
+            matches, left = _sorted_out(map(Path, found), wanted)
             left = [p for p in left if p.is_file()]
         if not matches:
             raise FileNotFoundError(_nothing_found(given))
@@ -122,11 +128,13 @@ def left_out(paths: Sequence[Path]) -> str:
     return "left out: " + ", ".join(parts)
 
 
-def _sorted_out(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+def _sorted_out(
+    paths: Iterable[Path], wanted: Callable[[Path], bool] = is_picture
+) -> tuple[list[Path], list[Path]]:
     """(pictures, everything else that isn't hidden)"""
     pictures, others = [], []
     for path in paths:
-        if is_picture(path) and not path.is_dir():  # a broken link is one, and an error later
+        if wanted(path) and not path.is_dir():  # a broken link is one, and an error later
             pictures.append(path)
         elif not is_hidden(path):
             others.append(path)

@@ -31,6 +31,7 @@ PALETTE: tuple[Color, ...] = (
     (0, 150, 135),
     (215, 150, 95),
 )
+UNTRACKED: Color = (190, 190, 190)
 
 
 def draw_detections(
@@ -43,7 +44,8 @@ def draw_detections(
 
     Args:
         image: a path, a PIL image or an array, see `as_array`.
-        detections: pred_boxes in pixels of the image, scores, phrases.
+        detections: pred_boxes in pixels of the image, scores, phrases; track_ids, where there are
+            some, are written behind the phrase, and each has a colour of its own.
         threshold: leaves out detections with a lower score.
         min_size: an image whose longer side is shorter is enlarged to it, so that labels can be
             read; 0 keeps the size.
@@ -53,12 +55,18 @@ def draw_detections(
     """
     detections = detections[detections.scores >= threshold]
     order = detections.scores.argsort(descending=True).tolist()
+    phrases, colors = [detections.phrases[i] for i in order], None
+    if detections.has("track_ids"):
+        tracks = detections.track_ids[order].tolist()
+        phrases = [f"{p} #{t}" if t else p for p, t in zip(phrases, tracks, strict=True)]
+        colors = [PALETTE[t % len(PALETTE)] if t else UNTRACKED for t in tracks]
     return draw_boxes(
         image,
         detections.pred_boxes.tensor[order].tolist(),
-        [detections.phrases[i] for i in order],
+        phrases,
         detections.scores[order].tolist(),
         min_size,
+        colors,
     )
 
 

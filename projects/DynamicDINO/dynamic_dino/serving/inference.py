@@ -319,8 +319,9 @@ def detect_each(
 
 
 def detection_records(detections: Instances) -> list[dict]:
-    """Detections as plain data: phrase, score, box [x0, y0, x1, y1] in pixels of the image."""
-    return [
+    """Detections as plain data: phrase, score, box [x0, y0, x1, y1] in pixels of the image; of a
+    followed video (`Tracker`) also track, the object's number, or None."""
+    records: list[dict] = [
         {"phrase": phrase, "score": round(score, 4), "box": [round(v, 1) for v in box]}
         for phrase, score, box in zip(
             detections.phrases,
@@ -329,6 +330,10 @@ def detection_records(detections: Instances) -> list[dict]:
             strict=True,
         )
     ]
+    if detections.has("track_ids"):
+        for record, track in zip(records, detections.track_ids.tolist(), strict=True):
+            record["track"] = track or None
+    return records
 
 
 def _kept(

@@ -1,4 +1,4 @@
-"""The command `predict.py`, or `dynamic-dino-predict`: detects what a text names in images."""
+"""The command `predict.py`, or `dynamic-dino-predict`: what a text names, in images and videos."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..console import command
-from ..modeling.prompt import PromptWarning
+from ..modeling.prompt import Prompt, PromptWarning
 from .labels import WRITERS, write_labels
 from .options import (
     add_detection_options,
@@ -24,7 +26,13 @@ from .options import (
 )
 from .shipped import EXAMPLE_NAMES, EXAMPLE_PROMPT
 
-DESCRIPTION = "Detects what a text names in images; writes annotated pictures, predictions.json."
+if TYPE_CHECKING:
+    from .inference import Detector
+
+DESCRIPTION = """\
+Detects what a text names in images and videos. Writes annotated pictures and predictions.json; for
+a video, an annotated one, NAME.mp4, and NAME.jsonl with a line for each frame.
+"""
 FIRST, *_, LAST = EXAMPLE_NAMES
 EXAMPLES = f"""\
 examples:
@@ -34,9 +42,13 @@ examples:
   %(prog)s photo.jpg --text "raccoon." --config-file output/raccoon/config.yaml \\
       --weights output/raccoon/model_final.pth
   %(prog)s photo.jpg --text "{EXAMPLE_PROMPT}" --weights hf:IDEA-Research/grounding-dino-tiny
+  %(prog)s clip.mp4 --text "{EXAMPLE_PROMPT}" --track --every 2
+  %(prog)s rtsp://192.168.1.20/door --text "{FIRST}." --max-frames 1000
+  %(prog)s --camera 0 --text "{FIRST}."
 
 Phrases of a text are separated by full stops. A file that is named twice, or by a link, is looked
-at as often. Exit status: 0, or 2 if something was wrong, also with one image; the others are done.
+at as often. Ctrl-C ends a video where it is; what was written is whole. Exit status: 0, or 2 if
+something was wrong, also with one image; the others are done.
 """
 
 
@@ -46,14 +58,23 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns")
+    p.add_argument(
+        "images",
+        nargs="*",
+        metavar="IMAGE",
+        help="files of images or videos, folders, quoted patterns, or addresses of streams",
+    )
+    p.add_argument(
+        "--camera", type=int, metavar="NUMBER", help="look through a camera; the first is 0"
+    )
     p.add_argument(
         "--text",
         action="append",
         default=[],
-        help="what to look for; once for all images, or once for each of them, in their order "
-        "(default: all classes, of a closed-set detector)",
+        help="what to look for; once for all, or once for each image and video: files in their "
+        "order, streams, the camera (default: all classes, of a closed-set detector)",
     )
+    add_video_options(p)
     add_model_options(p)
     add_detection_options(p)
     add_tile_options(p)
@@ -68,6 +89,15 @@ def parser() -> argparse.ArgumentParser:
         help="also write annotations, to correct or to train on; may be given several times",
     )
     return p
+
+
+def add_video_options(p: argparse.ArgumentParser) -> None:
+    video = p.add_argument_group("videos")
+    video.add_argument(
+        "--track", action="store_true", help="follow objects: numbers them, and counts them"
+    )
+    video.add_argument("--every", type=int, metavar="N", help="look at every N-th frame only")
+    video.add_argument("--max-frames", type=int, metavar="N", help="look at N frames, then end")
 
 
 @contextmanager
@@ -90,41 +120,81 @@ def plain_warnings() -> Iterator[None]:
 @plain_warnings()
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 if something was wrong."""
-    args = parser().parse_args(argv)
+    p = parser()
+    args = p.parse_args(argv)
+    if not args.images and args.camera is None:
+        p.error("nothing to look at: name images or videos, or give --camera 0")
     # Imported late, so that --help and wrong arguments answer at once.
-    from PIL import Image
-    from tqdm import tqdm
-
-    from ..data.image_files import left_out, search_images
-    from ..data.images import as_array
-    from ..data.visualization import draw_detections
-    from ..files import writable_folder, write_text
-    from .inference import detect_each, detection_records
+    from ..data.image_files import is_picture, left_out, search_images
+    from ..files import writable_folder
+    from .predict_video import check_video_options, predict_video
     from .prompts import as_prompt
+    from .video import is_stream, is_video
 
     try:
         check_numbers(args)
         prompts = [as_prompt(text) for text in args.text]
-        files, others = search_images(args.images)
-        if prompts and len(prompts) not in (1, len(files)):
+        streams = [name for name in args.images if is_stream(name)]
+        named_files = [name for name in args.images if not is_stream(name)]
+        files, others = search_images(named_files, lambda path: is_picture(path) or is_video(path))
+        sources = [*files, *streams] + ([args.camera] if args.camera is not None else [])
+        if prompts and len(prompts) not in (1, len(sources)):
             raise ValueError(
-                f"--text was given {len(prompts)} times for {len(files)} images: give one for all "
-                "or one for each"
+                f"--text was given {len(prompts)} times for {len(sources)} images and videos: give "
+                "one for all or one for each"
             )
+        images = [i for i, file in enumerate(files) if not is_video(file)]
+        videos = [i for i in range(len(sources)) if i not in set(images)]
+        check_video_options(args, bool(images), bool(videos))
         folder = writable_folder(args.output, "choose another folder with --output")
         start = time.perf_counter()
         detector = make_detector(args)
         prompts = prompts or [detector.all_classes()]
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         return fail(error)
     print(f"{named(args)} on {detector.device}, ready in {time.perf_counter() - start:.1f} s")
     if others:
         print(left_out(others))
 
+    prompts = prompts if len(prompts) > 1 else prompts * len(sources)
+    name_output = partial(output_path, folder, {file.resolve() for file in files})
+    try:
+        failed = 0
+        if images:
+            files, of_images = [files[i] for i in images], [prompts[i] for i in images]
+            failed = predict_images(args, detector, files, of_images, folder, name_output)
+        for i in videos:
+            failed += predict_video(
+                args, detector, sources[i], prompts[i], folder, name_output, failure
+            )
+    except KeyboardInterrupt:
+        return fail("interrupted")
+    except OSError as error:  # the disk is full, the folder is gone
+        return fail(f"can't write to {folder}: {error}")
+    return 2 if failed else 0
+
+
+def predict_images(
+    args: argparse.Namespace,
+    detector: Detector,
+    files: Sequence[Path],
+    prompts: Sequence[Prompt],
+    folder: Path,
+    name_output: Callable[[str, str], Path],
+) -> int:
+    """Writes pictures and predictions.json; returns how many images failed. An interruption is
+    raised, once what was done is written."""
+    from PIL import Image
+    from tqdm import tqdm
+
+    from ..data.images import as_array
+    from ..data.visualization import draw_detections
+    from ..files import write_text
+    from .inference import detect_each, detection_records
+
     threshold = detector.threshold if args.threshold is None else args.threshold
-    prompts = prompts if len(prompts) > 1 else prompts * len(files)
-    pictures = picture_paths(files, folder)
-    results, failed = [], 0
+    pictures = [name_output(file.stem, ".png") for file in files]
+    results, failed, interrupted = [], 0, False
     progress = tqdm(total=len(files), unit="image", disable=len(files) < 2, file=sys.stderr)
     try:
         for step in range(0, len(files), detector.batch_size):
@@ -169,24 +239,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with tqdm.external_write_mode(sys.stdout):
                     print("\n" + detection_table(results[-1], threshold))
     except KeyboardInterrupt:
-        failed = fail("interrupted")
-    except OSError as error:  # the disk is full, the folder is gone
-        return fail(f"can't write to {folder}: {error}")
+        interrupted = True
     finally:
         progress.close()
     write_text(folder / "predictions.json", json.dumps(results, indent=1) + "\n")
-    try:
-        written = [write_labels(results, folder, kind) for kind in args.format]
-    except OSError as error:
-        return fail(f"can't write the annotations: {error}")
-    for path in written:
+    for path in [write_labels(results, folder, kind) for kind in args.format]:
         print(f"annotations: {path}")
     print(f"\n{len(results)} of {len(files)} images. Pictures and predictions.json: {folder}/")
-    return 2 if failed else 0
+    if interrupted:
+        raise KeyboardInterrupt
+    return failed
 
 
 def failure(message: object) -> int:
-    """One line about one image, above the progress bar; counts one."""
+    """One line about one image or video, above the progress bar; counts one."""
     from tqdm import tqdm
 
     with tqdm.external_write_mode(sys.stderr):
@@ -194,17 +260,14 @@ def failure(message: object) -> int:
     return 1
 
 
-def picture_paths(files: Sequence[Path], folder: Path) -> list[Path]:
-    """`folder`/<stem>.png, numbered where stems repeat; never one of the images themselves."""
-    taken = {file.resolve() for file in files}
-    paths = []
-    for file in files:
-        path, number = folder / f"{file.stem}.png", 2
-        while path.resolve() in taken:
-            path, number = folder / f"{file.stem}_{number}.png", number + 1
-        taken.add(path.resolve())
-        paths.append(path)
-    return paths
+def output_path(folder: Path, taken: set[Path], stem: str, suffix: str) -> Path:
+    """`folder`/<stem><suffix>, numbered where that is taken, by an image or video itself or by what
+    is written for another; it is taken now."""
+    path, number = folder / f"{stem}{suffix}", 2
+    while path.resolve() in taken:
+        path, number = folder / f"{stem}_{number}{suffix}", number + 1
+    taken.add(path.resolve())
+    return path
 
 
 def detection_table(result: dict, threshold: float) -> str:
