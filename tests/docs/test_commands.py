@@ -14,11 +14,13 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
 from dynamic_dino.config import load_config
 from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
+from dynamic_dino.serving.video import VideoWriter
 from helpers.documentation import ROOT, blocks
 
 # What stands for a name of the reader's own, and what takes its place here.
@@ -143,6 +145,9 @@ def readers_folder(tmp_path, monkeypatch):
     shutil.copy(drawn, tmp_path / "train.json")
     shutil.copytree(tmp_path / "drawn/train", tmp_path / "images")
     shutil.copy(tmp_path / "images/000001.png", tmp_path / "photo.jpg")
+    with VideoWriter(tmp_path / "clip.mp4") as clip:
+        for seconds in (0, 0.1):
+            clip.write(np.zeros((48, 64, 3), np.uint8), seconds)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -4,7 +4,7 @@ It was chosen for what it pulls in: Roboflow's `trackers` has no compiled part a
 `motpy` and `norfair` bring filterpy, the latter with old versions of others, and `supervision` has
 no tracker any more. `trackers` asks for opencv-python, which mustn't lie beside the
 opencv-python-headless that is here, so that it is installed by ``pip install --no-deps trackers``;
-everything else that it needs comes with the extra ``supervision``.
+everything else that it needs comes with the extra ``track``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from detectron2.structures import Instances
 
-REMEDY = "pip install 'dynamic-dino[supervision]' && pip install --no-deps trackers"
+REMEDY = "pip install 'dynamic-dino[track]' && pip install --no-deps trackers"
 
 
 class Tracker:
