@@ -221,6 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--candidates", action="store_true", help="of `tune`, too")
+    parser.add_argument("--once", action="store_true", help="of each kernel its first launch alone")
     parser.add_argument("--report", action="store_true", help="what the machine code does, too")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
@@ -235,6 +236,9 @@ def main(arguments: list[str] | None = None) -> int:
         for tokens in options.tokens
         for job in jobs(target, getattr(torch, dtype), tokens, options.candidates)
     }
+    if options.once:
+        first = {(job.target, job.kernel): job for job in reversed(todo)}
+        todo = {job: None for job in todo if first[job.target, job.kernel] == job}
     head = f"{'target':8}{'input':17}{'kernel':22}{'shared':>8}{'regs':>6}{'stack':>7}  launch"
     print(head, "-" * len(head), sep="\n")
     failures = 0

@@ -3,8 +3,6 @@
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ from dynamic_dino.engine import checkpointing, trainer
 from dynamic_dino.engine.checkpointing import last_checkpoint
 from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
+from helpers.processes import start_file
 
 TRAIN_NET = Path(__file__).parents[2] / "projects/DynamicDINO/train_net.py"
 RECIPE = Path(__file__).parents[1] / "helpers/tiny_recipe.py"
@@ -71,15 +70,15 @@ def test_killed_run_equals_whole_run(recipe, metrics, tmp_path):
     """kill -9 while checkpoints are written after every iteration."""
     options = ["train.max_iter=60", "train.checkpointer.period=1"]
     do_train(recipe("whole", *options))
-    command = [sys.executable, TRAIN_NET, "--config-file", RECIPE, "--num-gpus", "0"]
     more = [f"train.output_dir={tmp_path / 'cut'}", "dataloader.train.delay=0.05"]
-    with subprocess.Popen([*command, *options, *more], stderr=subprocess.DEVNULL) as process:
-        file = tmp_path / "cut/metrics.json"
-        while not file.is_file() or file.read_text().count("\n") < 15:
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process = start_file(TRAIN_NET, "--config-file", RECIPE, "--num-gpus", "0", *options, *more)
+    file = tmp_path / "cut/metrics.json"
+    while not file.is_file() or file.read_text().count("\n") < 15:
+        assert process.is_alive(), "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     do_train(recipe("cut", *options), resume=True)
     assert metrics("cut") == metrics("whole")
     assert same(load(recipe("cut")), load(recipe("whole")))

@@ -1,7 +1,7 @@
 """``python -m dynamic_dino.evaluation``: tables of saved predictions, and its errors."""
 
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -26,15 +26,15 @@ def saved(tmp_path):
     return str(tmp_path / "predictions.json"), str(tmp_path / "truth.json")
 
 
-@pytest.mark.slow
-def test_the_command(saved, tmp_path):
+def test_the_command(saved, tmp_path, monkeypatch, capsys):
     predictions, truth = saved
-    command = [sys.executable, "-m", "dynamic_dino.evaluation", predictions, "--dataset", truth]
-    run = subprocess.run(
-        [*command, "--json", tmp_path / "out.json"], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert "fixed AP" in run.stdout and "acorn (r)" in run.stdout
+    arguments = [predictions, "--dataset", truth, "--json", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", ["evaluation", *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("dynamic_dino.evaluation", run_name="__main__")
+    assert not end.value.code
+    output = capsys.readouterr().out
+    assert "fixed AP" in output and "acorn (r)" in output
     results = json.loads((tmp_path / "out.json").read_text())
     assert (results["metrics"]["APr"], results["metrics"]["APf"]) == (pytest.approx(100), 0)
 

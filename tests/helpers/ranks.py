@@ -4,16 +4,17 @@ import argparse
 import signal
 from collections.abc import Callable
 
-import torch
 from dynamic_dino.engine.launch import launch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from .processes import FORK
 
 
 def run_ranks(main: Callable[[argparse.Namespace], None], **arguments: object) -> None:
     """Calls ``main(args)`` by `launch` in two processes; `args` has these arguments, and `opts`.
 
     By what torchrun calls itself, so that the processes can be forks of this one: new ones would
-    import everything once more. CUDA can't be used in a fork, nor gradients where there is a GPU.
+    import everything once more.
 
     Raises:
         ChildFailedError: one of them failed.
@@ -26,7 +27,7 @@ def run_ranks(main: Callable[[argparse.Namespace], None], **arguments: object) -
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        start_method="spawn" if torch.cuda.is_available() else "fork",
+        start_method=FORK,
     )
     handled = config.signals_to_handle.split(",")
     before = {name: signal.getsignal(getattr(signal, name)) for name in handled}

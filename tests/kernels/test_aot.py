@@ -1,30 +1,19 @@
 """Every kernel compiles for every GPU generation, without spills, within the shared memory."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
-from dynamic_dino_kernels import sass
+from dynamic_dino_kernels import aot, sass
+from helpers.processes import run_python
 
 
-def run(*arguments, **environment):
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", "dynamic_dino_kernels.aot", *arguments],
-        env=clean | environment,
-        capture_output=True,
-        text=True,
-    )
-
-
-# The other targets and types take minutes: `make aot`, in CI a job.
+# Other targets, types and launches take minutes: `make aot`, in CI a job.
 @pytest.mark.slow
 @pytest.mark.parametrize("target, unit", [("sm_90", "HGMMA")])
 def test_kernels_fit(target, unit):
     """And the detector's tiles compute no product twice, and copy beside the arithmetic."""
-    result = run("--targets", target, "--dtypes", "float16", "--tokens", "900", "--report")
+    options = f"--targets {target} --dtypes float16 --tokens 900 --once --report"
+    result = run_python("-m", "dynamic_dino_kernels.aot", *options.split())
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     assert lines[-1].endswith(" 0 don't fit")
@@ -58,7 +47,6 @@ TTGIR = (
 )
 
 
-@pytest.mark.slow
 def test_main_loop_and_duplication(monkeypatch):
     """Of nested loops an inner one, with the most arithmetic; two warps do a product of 32 x 16 x
     16 in two instructions each, so that four instructions are twice as many."""
@@ -72,7 +60,8 @@ def test_main_loop_and_duplication(monkeypatch):
     assert sass.read(b"", "", "", warps=2).duplication is None
 
 
-@pytest.mark.slow
-def test_the_interpreter_has_nothing_to_compile():
-    result = run(TRITON_INTERPRET="1")
-    assert result.returncode == 2 and "unset it" in result.stderr
+def test_the_interpreter_has_nothing_to_compile(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit) as stop:
+        aot.main([])
+    assert stop.value.code == 2 and "unset it" in capsys.readouterr().err

@@ -4,25 +4,20 @@ Triton's interpreter has no compiled kernels to repeat, so this runs on the pret
 benchmarks, in a process of its own; on a machine with a GPU also for real.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from dynamic_dino_kernels import expert_ffn, moe_block, ms_deform_attn, route
 from dynamic_dino_kernels.moe import ops
+from helpers.processes import run_python
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def on_the_pretended_gpu(code: str) -> str:
     code = f"import sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\n" + code
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -3,8 +3,6 @@
 import itertools
 import json
 import logging
-import os
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -24,6 +22,7 @@ from dynamic_dino_kernels.moe.tiles import (
     run_fitting,
     shared_memory,
 )
+from helpers.processes import run_python
 from triton.runtime.errors import OutOfResources
 
 CPU = torch.device("cpu")
@@ -100,11 +99,7 @@ COMPILED = [
 @pytest.mark.parametrize("name", ["sm_86"])  # test_aot.py compiles for sm_90
 def test_shared_memory_against_the_compiler(name):
     """Never below what the compiled kernels ask for, and not much above."""
-    # In a process without the interpreter, which replaces the kernels.
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__, name], env=clean, capture_output=True, text=True
-    )
+    done = run_python(__file__, name)
     assert done.returncode == 0, done.stderr
     for case, needed in zip(COMPILED, json.loads(done.stdout), strict=True):
         dtype, precision, backward, way = case

@@ -1,12 +1,11 @@
 """Public mixtures of experts, tiny and random, run on `expert_ffn` as on their own loop."""
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from dynamic_dino_kernels.transformers import experts_forward, register
+from helpers.processes import run_python
 from torch import nn
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -272,5 +271,5 @@ try:
 except ImportError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_python("-c", code)
     assert "pip install 'transformers>=5'" in done.stdout, done.stderr

@@ -1,7 +1,5 @@
 """What only the Triton back-end has: ways to cut the work, recomputation, being an operator."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -11,6 +9,7 @@ from dynamic_dino_kernels import expert_ffn
 from dynamic_dino_kernels.moe.ops import expert_ffn_backward_op, expert_ffn_op, triton_ffn
 from dynamic_dino_kernels.moe.precision import precision_of
 from dynamic_dino_kernels.moe.tiles import Problem, Tiles, choose_tiles, pinned_tiles
+from helpers.processes import run_python
 
 NAMES = ("x", "w1", "b1", "w2", "b2", "gates")
 
@@ -176,7 +175,7 @@ def test_tf32_is_pytorchs_choice():
         (None, None): ["tf32x3"] * 2,  # nothing is set: three products are the fastest way here
     }
     code = PRECISIONS.replace("SETTINGS", repr(list(expected)))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_python("-c", code)
     lines = [" ".join(map(str, [*setting, *half, "ieee"])) for setting, half in expected.items()]
     assert done.stdout.splitlines() == lines, done.stderr
 

@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -14,6 +11,7 @@ from dynamic_dino_kernels import aot, expert_ffn, tune
 from dynamic_dino_kernels.launch import GPU, recorded_launches
 from dynamic_dino_kernels.moe import tuned
 from dynamic_dino_kernels.moe.tiles import Problem, Tiles, choose_tiles, pinned_tiles
+from helpers.processes import run_python
 
 CPU = torch.device("cpu")
 H100 = GPU("sm_90", 132, 232448, product="NVIDIA H100 PCIe")
@@ -189,8 +187,7 @@ def test_needs_cuda():
 @pytest.mark.slow
 def test_compiles_for_a_gpu_that_is_not_there():
     """Triton's own compiler in two threads: what fits, what doesn't, and what is no kernel."""
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__], env=clean, capture_output=True, text=True)
+    done = run_python(__file__)
     assert done.returncode == 0, done.stderr
     fits, large, tiny = json.loads(done.stdout)
     assert fits is None
