@@ -16,7 +16,7 @@ IMPORTED = ["dynamic_dino_kernels.moe.ops", "dynamic_dino_kernels.deform_attn.op
 
 
 def run_python(*command: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """What ``python COMMAND...`` does: a file, or ``-c CODE``, or ``-m MODULE``, with arguments.
+    """What ``python COMMAND...`` does: a file, or ``-c CODE``, with arguments.
 
     It is a fork of a server that has imported PyTorch and Triton alone, without the latter's
     interpreter: in the tests' own process that has replaced the kernels for good.
@@ -46,9 +46,6 @@ def _run(command: list[str], environment: dict[str, str], folder: str) -> None:
     if command[0] == "-c":
         sys.argv = ["-c", *command[2:]]
         exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
-    elif command[0] == "-m":
-        sys.argv = command[1:]
-        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
         _run_file(*command)
 

@@ -13,7 +13,8 @@ from helpers.processes import run_python
 def test_kernels_fit(target, unit):
     """And the detector's tiles compute no product twice, and copy beside the arithmetic."""
     options = f"--targets {target} --dtypes float16 --tokens 900 --once --report"
-    result = run_python("-m", "dynamic_dino_kernels.aot", *options.split())
+    code = "import sys; from dynamic_dino_kernels import aot; sys.exit(aot.main(sys.argv[1:]))"
+    result = run_python("-c", code, *options.split())
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     assert lines[-1].endswith(" 0 don't fit")
