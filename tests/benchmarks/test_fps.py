@@ -6,9 +6,9 @@ import fps
 import profile_detector
 import pytest
 import torch
+from helpers.scripts import SMALL_NANO
 
 NANO = ["--config-file", "configs/moe_tuning/nano_x16_stamps.py", "--device", "cpu"]
-SMALL = ["model.decoder.num_layers=1", "model.query_selection.num_queries=8"]
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fps")
     arguments = "--sizes 64x96 --repeats 2 --text cached encoded --batch 1 2 --many-names 45"
     files = ["--json", str(folder / "fps.json"), "--plot", str(folder / "fps.png")]
-    fps.main([*NANO, *arguments.split(), *files, *SMALL])
+    fps.main([*NANO, *arguments.split(), *files, *SMALL_NANO])
     return json.loads((folder / "fps.json").read_text()), folder
 
 
@@ -34,7 +34,7 @@ def test_compares_dense_with_experts_on_every_backend(result):
             assert 0 < r["low_ms"] <= r["median_ms"] <= r["high_ms"]
             assert r["ran"] == "eager"
     assert report["many_names"]["pieces"] == 2 and len(report["many_names"]["results"]) == 2
-    assert report["settings"]["overrides"] == SMALL and report["commit"]
+    assert report["settings"]["overrides"] == SMALL_NANO and report["commit"]
     assert (folder / "fps.png").stat().st_size > 5000
 
 
@@ -54,7 +54,7 @@ def test_sizes_are_explained(capsys):
 
 def test_profile_adds_up_and_can_be_looked_at(tmp_path, capsys):
     files = ["--json", str(tmp_path / "p.json"), "--trace", str(tmp_path / "t.json")]
-    profile_detector.main([*NANO, "--size", "64x64", "--repeats", "2", *files])
+    profile_detector.main([*NANO, "--size", "64x64", "--repeats", "2", *files, *SMALL_NANO])
     report = json.loads((tmp_path / "p.json").read_text())
     stages = report["stages_ms"]
     parts = ("backbone", "text encoder", "enhancer", "query selection", "decoder")

@@ -17,6 +17,7 @@ import gpu
 import gpu_site
 import pytest
 import transformers
+from helpers.scripts import SMALL_NANO
 from lib import tables as results
 
 ROOT = Path(__file__).parents[2]
@@ -24,11 +25,8 @@ PRETENDED = Path(__file__).parent / "mock_gpu"
 NANO = "--config-file configs/moe_tuning/nano_x16_stamps.py"
 # Begins with an option of one value: those of several would take the overrides for theirs.
 SMALL = (
-    "--repeats 2 model.decoder.num_layers=1 model.query_selection.num_queries=4 "
-    "model.denoising.num_queries=2 model.decoder.layer.image_attention.heads=1 "
-    "model.decoder.layer.image_attention.points=1 model.decoder.layer.ffn.hidden=32 "
-    "model.decoder.layer.ffn.router.num_experts=4 model.backbone.weights=null "
-    "model.text_encoder.weights=False model.text_encoder.config={num_hidden_layers:1}"
+    "--repeats 2 model.denoising.num_queries=2 model.decoder.layer.image_attention.heads=1 "
+    f"model.decoder.layer.image_attention.points=1 {' '.join(SMALL_NANO)}"
 )
 LAYER = "--tokens 3 --dim 16 --hidden 16 --experts 2 --repeats 2"
 FURTHER = {

@@ -1,9 +1,9 @@
-"""What every command line of this package has in common: no letter of a name ends a program."""
+"""What the command lines of this package have in common: no letter of a name ends a program."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -26,3 +26,14 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
         return main(*args, **kwargs)
 
     return run
+
+
+def headline(number: int, of: int, text: str) -> None:
+    """Prints the headline of a program's step."""
+    print(f"\n[{number}/{of}] {text}", flush=True)
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of them for a message, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .config import load_config
-from .console import command
+from .console import command, headline
 from .data.datasets import get_metadata, load_datasets, register_builtin
 from .data.images import load_image
 from .data.synthetic.stamps.cli import main as make_stamps
@@ -55,12 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_demo(output: Path, photos: int, overrides: Sequence[str] = ()) -> None:
     """Runs all steps; everything that they write is in `output`."""
     start = time.monotonic()
-    _title(1, "The data: Stamps, photo cut-outs on photos, and real photos for the test")
+    headline(1, 6, "The data: Stamps, photo cut-outs on photos, and real photos for the test")
     if make_stamps([]) != 0:
         raise SystemExit(1)
     register_builtin()
 
-    _title(2, "The same boxes, before and after its FFNs become 16 experts each")
+    headline(2, 6, "The same boxes, before and after its FFNs become 16 experts each")
     recipe = configs_folder() / "demo/nano_x16.py"
     weights = f"package:dynamic_dino/weights/{SHIPPED_MODELS[DEFAULT_DENSE].weights}"
     own = [f"train.output_dir={_fresh(output / 'x16')}", f"train.init_checkpoint={weights}"]
@@ -71,10 +71,10 @@ def run_demo(output: Path, photos: int, overrides: Sequence[str] = ()) -> None:
     records = load_datasets("stamps_val_real")
     print(compare(dense, converted, [r["file_name"] for r in records[:8]], ["dog", "fish"]))
 
-    _title(3, f"MoE-Tuning for {cfg.train.max_iter} iterations (the recipe: {recipe})")
+    headline(3, 6, f"MoE-Tuning for {cfg.train.max_iter} iterations (the recipe: {recipe})")
     do_train(cfg)
 
-    _title(4, "AP before and after")
+    headline(4, 6, "AP before and after")
     dense_cfg = load_config(configs_folder() / "pretrain/nano_stamps.py")
     dense_cfg.train.output_dir = str(output / "dense")
     dense_cfg.train.device = cfg.train.device
@@ -82,7 +82,7 @@ def run_demo(output: Path, photos: int, overrides: Sequence[str] = ()) -> None:
     scores = {"dense": do_test(dense_cfg, dense.model)}
     scores["x16-Top2"] = json.loads((Path(cfg.train.output_dir) / "results.json").read_text())
 
-    _title(5, f"Real photos, by {DEFAULT_MODEL}, the shipped model that is used by default")
+    headline(5, 6, f"Real photos, by {DEFAULT_MODEL}, the shipped model that is used by default")
     picture = output / "real_photos.jpg"
     draw_photos(load_detector(device=cfg.train.device), records, photos, picture)
     curves = output / "curves.png"
@@ -90,7 +90,7 @@ def run_demo(output: Path, photos: int, overrides: Sequence[str] = ()) -> None:
 
     table = results_table(scores)
     (output / "results.txt").write_text(table + "\n")
-    _title(6, f"Done in {(time.monotonic() - start) / 60:.1f} minutes")
+    headline(6, 6, f"Done in {(time.monotonic() - start) / 60:.1f} minutes")
     print(f"AP50 (percent), prompts of 30 names\n{table}\n")
     print(
         f"pictures      {picture}\ncurves        {curves}\ntable         {output / 'results.txt'}"
@@ -176,10 +176,6 @@ def results_table(scores: dict[str, dict[str, float | None]]) -> str:
             f"{model:10}" + "".join(f"{'-' if v is None else f'{v:.1f}':>13}" for v in cells)
         )
     return "\n".join(lines)
-
-
-def _title(number: int, text: str) -> None:
-    print(f"\n[{number}/6] {text}", flush=True)
 
 
 def _fresh(folder: Path) -> Path:

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..console import some
 from ..sources import is_hub_spec, resolve
 from .files import read_state_dict
 from .public import import_public
@@ -80,7 +81,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()
     if missing or result.unexpected_keys:
         raise ValueError(
             f"{path} is of another architecture than this config: "
-            f"{_some('missing', missing)}; {_some('unexpected', result.unexpected_keys)}"
+            f"{_some_keys('missing', missing)}; {_some_keys('unexpected', result.unexpected_keys)}"
         )
     for prefix in replaced:
         encoders[prefix].pretrained = False  # what it brought is gone: it is to be stored
@@ -115,6 +116,5 @@ def _differ(state: dict[str, Tensor], own: dict[str, Tensor], prefix: str) -> bo
     return not all(torch.equal(state[k].to(own[k]), own[k]) for k in both)
 
 
-def _some(what: str, keys: list[str], show: int = 4) -> str:
-    more = f" and {len(keys) - show} more" if len(keys) > show else ""
-    return f"{len(keys)} {what} keys" + (f" ({', '.join(keys[:show])}{more})" if keys else "")
+def _some_keys(what: str, keys: list[str], show: int = 4) -> str:
+    return f"{len(keys)} {what} keys" + (f" ({some(keys, show)})" if keys else "")

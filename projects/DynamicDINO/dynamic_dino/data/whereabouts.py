@@ -11,7 +11,8 @@ import copy
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -132,6 +133,12 @@ def _in_slashes(name: str) -> str:
     if DRIVE.match(name):
         name = name[2:].lstrip("\\/")
     return name.replace("\\", "/")
+
+
+def common_end(a: Sequence[str], b: Sequence[str]) -> int:
+    """How many last parts of two paths are equal."""
+    pairs = zip(reversed(a), reversed(b), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def image_folders(folder: Path) -> Iterator[Path]:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from ..data.whereabouts import common_end
+
 
 def is_of_files(entry: Any) -> bool:
     """Whether an entry of a list of predictions is predict.py's, of an image, and not of a box."""
@@ -69,7 +71,7 @@ class _Names:
     def find(self, file: str) -> dict:
         parts = _parts(file)
         candidates = self.by_name.get(parts[-1], [])
-        common = [_common(parts, _parts(image["file_name"])) for image in candidates]
+        common = [common_end(parts, _parts(image["file_name"])) for image in candidates]
         best = [image for image, n in zip(candidates, common, strict=True) if n == max(common)]
         if not best:
             raise ValueError(f"the data set has no image named {parts[-1]}: is it another one?")
@@ -83,11 +85,3 @@ class _Names:
 
 def _parts(name: str) -> tuple[str, ...]:
     return PurePosixPath(str(name).replace("\\", "/")).parts
-
-
-def _common(a: tuple[str, ...], b: tuple[str, ...]) -> int:
-    """How many last parts are equal."""
-    n = 0
-    while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]:
-        n += 1
-    return n

@@ -25,6 +25,7 @@ from PIL import Image
 
 from ..checkpoint.weights import load_checkpoint
 from ..config import ConfigError, input_errors
+from ..console import headline, some
 from ..data.check import CheckResult, check_dataset
 from ..data.datasets import get_metadata, load_own_data
 from ..data.feature_cache import build_feature_cache, module_fingerprint
@@ -43,6 +44,7 @@ from .report import BEFORE, Scores, changes_sheet, gains, read_scores, table
 from .rule import iterations_for
 
 CHECKED = 2000  # images that are opened, before training, to see whether they can be
+NAMES = 12  # of those that some data lack, in a message
 SURE = 30  # validation photos; with fewer, little can be said
 LOGGERS = ("detectron2", "fvcore", "dynamic_dino", "dynamic_dino_kernels")
 SAID = ("dynamic_dino.engine.printer", "dynamic_dino.engine.checkpointing")
@@ -102,11 +104,11 @@ def finetune(options: Options) -> dict[str, Scores]:
             overrides=options.overrides,
         )
 
-    _title(1, "The data")
+    headline(1, 5, "The data")
     cfg = recipe(options.kinds[0])
     data = check_data(cfg)
 
-    _title(2, "The plan")
+    headline(2, 5, "The plan")
     batch = cfg.dataloader.train.total_batch_size
     iterations = options.iterations
     if options.epochs is not None:
@@ -120,7 +122,7 @@ def finetune(options: Options) -> dict[str, Scores]:
     _remember(options, start, configs)
     print(*explain(start, configs, data.photos, cached, options), sep="\n")
 
-    _title(3, "Before")
+    headline(3, 5, "Before")
     cfg = next(iter(configs.values()))
     if cached:
         build_features(cfg, data, options.output / "features")
@@ -131,10 +133,10 @@ def finetune(options: Options) -> dict[str, Scores]:
 
     for number, (kind, cfg) in enumerate(configs.items(), start=1):
         of = f" ({number} of {len(configs)})" if len(configs) > 1 else ""
-        _title(4, f"Tuning{of}, {TITLES[kind]}: {cfg.train.max_iter} iterations")
+        headline(4, 5, f"Tuning{of}, {TITLES[kind]}: {cfg.train.max_iter} iterations")
         tune(cfg)
 
-    _title(5, "What it has brought")
+    headline(5, 5, "What it has brought")
     scores = report(data, options.output, list(configs))
     print(*last_words(data, scores, options.output, list(configs)), sep="\n")
     print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes")
@@ -176,11 +178,11 @@ def check_data(cfg: DictConfig) -> Data:
     names = get_metadata(parts["val"][0]).thing_classes
     unscored = [n for i, n in enumerate(names) if i not in set(val.classes[~val.crowd].tolist())]
     if unscored:
-        print(f"  no box in the validation part, so not scored: {_some(unscored)}")
+        print(f"  no box in the validation part, so not scored: {some(unscored, NAMES)}")
     trained = get_metadata(parts["train"][0]).thing_classes
     unseen = [n for i, n in enumerate(trained) if i not in set(train.classes.tolist())]
     if unseen:
-        print(f"  no box in the training part, so not learnt: {_some(unseen)}")
+        print(f"  no box in the training part, so not learnt: {some(unseen, NAMES)}")
     if len(val) < SURE:
         print(
             f"  {len(val)} validation photos are few: the scores below will be rough (look at "
@@ -203,11 +205,6 @@ def _refusal(part: str, name: str, images: str | None, result: CheckResult) -> s
             f"{folder} --to coco --bad-boxes drop`, and give finetune.py that file"
         )
     return text
-
-
-def _some(names: Sequence[str], most: int = 12) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 # ---- the plan -----------------------------------------------------------------------------------
@@ -397,7 +394,3 @@ def last_words(
         f"your photos   python projects/DynamicDINO/predict.py PHOTO.jpg --model {output / best} "
         f'--threshold {threshold:.2f} --text "{text}"'
     )
-
-
-def _title(number: int, text: str) -> None:
-    print(f"\n[{number}/5] {text}", flush=True)

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-EXAMPLES = 3
+from ..console import some
 
 Tokens = tuple[str, ...]
 
@@ -47,7 +47,7 @@ def doubts(names: Sequence[str], readings: Sequence[Tokens], unknown: str | None
     said = said_of_alike(names, readings)
     if strange:
         said.append(
-            f"the text encoder knows no word or letter of {_some([repr(n) for n in strange])}, so "
+            f"the text encoder knows no word or letter of {some([repr(n) for n in strange])}, so "
             "what is found says nothing of them: name them in a language of its vocabulary"
         )
     return said
@@ -65,16 +65,11 @@ def said_of_alike(names: Sequence[str], readings: Sequence[Hashable]) -> list[st
     said = []
     if equal:
         said.append(
-            f"the prompt has {_some(equal)} more than once, so each of its boxes is found as often"
+            f"the prompt has {some(equal)} more than once, so each of its boxes is found as often"
         )
     if different:
         said.append(
-            f"the detector can't tell {_some(different)} apart, which are the same to it, so each "
+            f"the detector can't tell {some(different)} apart, which are the same to it, so each "
             "of their boxes is found under both names: ask for one of them, or use other words"
         )
     return said
-
-
-def _some(what: Sequence[str]) -> str:
-    more = f" and {len(what) - EXAMPLES:,} more" if len(what) > EXAMPLES else ""
-    return ", ".join(what[:EXAMPLES]) + more

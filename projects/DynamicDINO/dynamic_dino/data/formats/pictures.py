@@ -10,7 +10,7 @@ from pathlib import Path
 from ..image_files import files_under, is_picture, is_unread_picture
 from ..images import image_size
 from ..problems import DataError
-from ..whereabouts import BESIDE, image_folders
+from ..whereabouts import BESIDE, common_end, image_folders
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -100,14 +100,9 @@ def _best(found: list[Path], hint: str, near: Path) -> Path:
     *folders, name = hint.split("/")
 
     def alike(path: Path) -> tuple[bool, int, int]:
-        end = 0
-        for a, b in zip(reversed(path.parts[:-1]), reversed(folders), strict=False):
-            if a != b:
-                break
-            end += 1
         return (
             name in (path.name, path.stem),
-            end,
+            common_end(path.parts[:-1], folders),
             len(set(path.parent.parts) & set(near.parent.parts)),
         )
 
