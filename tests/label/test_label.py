@@ -75,9 +75,11 @@ def test_a_folder(tmp_path, model, capsys):
     folder, out = photos(tmp_path / "photos"), tmp_path / "out"
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:30])
     (folder / ".hidden.png").touch()
+    (folder / "day 1/drawing.svg").touch()
     kinds = ("coco", "yolo", "voc", "labelme", "label-studio")
     assert label(folder, *(word for kind in kinds for word in ("--format", kind))) == 2
     printed = capsys.readouterr()
+    assert "left out: 1 .svg (drawing.svg; convert it to JPEG or PNG)\n" in printed.out
     assert "6 images, 6 of them labelled now; 0 without a box" in printed.out
     assert re.search(r"  red panda +6 +6\n", printed.out)
     assert "never found: </script><b>\nimages that can't be looked at: 1\n  broken" in printed.out

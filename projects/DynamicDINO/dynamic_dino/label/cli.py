@@ -100,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 if something was wrong."""
     args = parser().parse_args(argv)
     # Imported late, so that --help and wrong arguments answer at once.
+    from ..data.image_files import files_under, is_unread_picture, left_out
     from ..modeling.prompt import Prompt
     from ..serving.prompts import as_prompt
     from .page import write_page
@@ -113,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.names is not None:
             prompt = Prompt.from_phrases(_read_names(args.names))
         images_of(args.folder, args.output)  # before the model is loaded
+        if unread := [p for p in files_under(args.folder) if is_unread_picture(p)]:
+            print(left_out(unread))
         detector = make_detector(args)
         prompt = prompt or detector.all_classes()
         print(f"{named(args)} on {detector.device}; results go to {args.output}/")

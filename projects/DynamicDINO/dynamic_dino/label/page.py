@@ -32,7 +32,7 @@ def write_page(labels: Labels, output: Path, model: str, most: int = 400) -> Pat
             they are still in their place, are addressed from there.
         model: what found the boxes, in words.
         most: how many images it shows. They are those with the least certain boxes; those without a
-            box come last. A thumbnail has about 15 KB.
+            box come last. A thumbnail has about 20 KB.
     """
     chosen = least_certain(labels)[:most]
     files = {result["name"]: result["file"] for result in chosen}

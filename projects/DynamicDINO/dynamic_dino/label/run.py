@@ -140,7 +140,8 @@ def label_folder(
             for name, file in files.items()
             if name in journal.results and name not in bad
         ]
-    labels = Labels(prompt.phrases, results, len(left) - len(failed), failed)
+    names = list(dict.fromkeys(prompt.phrases))
+    labels = Labels(names, results, len(left) - len(failed), failed)
     write_text(output / PREDICTIONS, json.dumps(results, indent=1) + "\n")
     labels.files = [write_labels(results, output, kind) for kind in formats]
     return labels
