@@ -7,14 +7,11 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.layers import Format
 from torch import Tensor, nn
 
 from ..sources import resolve
 from .swin import accept_any_size
-
-IN_DETECTOR = "backbone.body."  # names of the backbone's weights in a detector's file
 
 
 class Backbone(nn.Module):
@@ -23,8 +20,7 @@ class Backbone(nn.Module):
     Args:
         name: timm model name, e.g. "efficientvit_l1.r224_in1k".
         weights: None for random, "timm" for timm's pretrained weights (Hugging Face hub),
-            "package:MODULE/FILE" for a file inside an installed Python package, or a path; .pth or
-            .safetensors, the network's or an exported detector's with this backbone.
+            "package:MODULE/FILE" for a file inside an installed Python package, or a path.
         frozen: no gradients, batch norm in inference mode; then features can be cached on disk.
         freeze_norm: batch norms keep their weights and running statistics.
         frozen_modules: modules of the timm model that get no gradients, e.g.
@@ -108,14 +104,7 @@ class Backbone(nn.Module):
             parameter.requires_grad_(False)
 
     def _load(self, name: str, weights: str) -> None:
-        path = resolve(weights)
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        own = {k: v for k, v in state.items() if k.startswith(IN_DETECTOR)}
-        if own:
-            state = {key.removeprefix(IN_DETECTOR): value for key, value in own.items()}
+        state = torch.load(resolve(weights), map_location="cpu", weights_only=True)
         target = self.body.state_dict()
         names = [key for key in target if not key.endswith("num_batches_tracked")]
         if all(key in state for key in names):
