@@ -85,6 +85,7 @@ PHOTOS = {
         [
             "model.backbone.frozen=false",
             "train.init_checkpoint=output/nano_photos/model_final.pth",
+            "train.max_iter=4500",
             "optimizer.lr=4e-4",
         ],
     ),
@@ -92,8 +93,8 @@ PHOTOS = {
         "the control of moe_tuning/nano_x16_photos",
         [
             f"train.trainable=[{FUSION},'decoder.layers.*.ffn.*',{HEADS}]",
-            "train.init_checkpoint=output/nano_photos/model_final.pth",
-            "train.max_iter=2500",
+            "train.init_checkpoint=package:dynamic_dino/weights/nano_photos.safetensors",
+            "train.max_iter=1250",
             "optimizer.lr=1e-4",
         ],
     ),

@@ -16,11 +16,12 @@ from ..pretrain.nano_photos import (  # noqa: F401
 )
 
 model.decoder.layer.ffn = experts(model.decoder.layer.ffn, num_experts=16, top_k=2)
+model.decoder.layer.ffn.router.std = 1.0  # as Algorithm 1 draws it
 model.criterion.router_losses = [load_balance]
 
-# 8 images * 2,500 iterations
-train.max_iter = 2500
+# 4 images * 1,250 iterations, as many as nano_x16_stamps sees
+train.max_iter = 1250
 optimizer.lr = 1e-4
 train.trainable = MOE_TUNING
-train.init_checkpoint = "output/nano_photos/model_final.pth"
+train.init_checkpoint = "package:dynamic_dino/weights/nano_photos.safetensors"
 train.output_dir = "output/nano_x16_photos"

@@ -1,7 +1,7 @@
 """nano, dense, on photos and Stamps: from the weights that know Stamps alone.
 
 EfficientNet-lite0 stays frozen. The variant ``unfrozen`` goes on from here and trains it too, at a
-tenth of the rate, its batch norms excepted.
+tenth of the rate, its batch norms excepted, and ends no better.
 """
 
 from ..common.data.photos import data, dataloader  # noqa: F401
