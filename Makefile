@@ -108,13 +108,13 @@ PROGRESS := { grep --line-buffered -oE -e '^ *(Downloading|Using cached) .* [MG]
 
 # Runs again whenever what it installs has changed. Nothing is compiled to bytecode here: that takes a
 # minute for 17,000 files, of which few are ever imported.
-$(READY): setup.py constraints.txt projects/DynamicDINO/install_detectron2.py | $(PY) own
+$(READY): setup.py constraints.txt projects/DynamicDINO/dynamic_dino/install_detectron2.py | $(PY) own
 	@echo "[1/3] Installing Dynamic-DINO and what it needs into $(VENV)"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip  # environments of uv lack pip
 	@set -o pipefail; $(PY) -m pip --disable-pip-version-check install --progress-bar off --no-compile \
 	    -c constraints.txt -e '.[nano,dev]' | $(PROGRESS)
 	@echo "[2/3] Installing Detectron2, unless there is one"
-	@$(PY) projects/DynamicDINO/install_detectron2.py
+	@$(PY) -m dynamic_dino.install_detectron2
 	@echo "[3/3] Installing lvis, which the tests of our LVIS AP compare it with, and trackers"
 	@# without what they ask for: their second OpenCV takes the place of the one we have
 	@$(PY) -m pip --disable-pip-version-check install -q -c constraints.txt --no-deps lvis trackers

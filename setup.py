@@ -31,7 +31,20 @@ setup(
     name="dynamic-dino",
     version=read_version(),
     description="Dynamic-DINO: a mixture-of-experts open-vocabulary detector for Detectron2",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    project_urls={"Paper": "https://arxiv.org/abs/2507.17436"},
+    keywords=["object detection", "open vocabulary", "mixture of experts", "detectron2"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12)),
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
     python_requires=">=3.10,<3.13",
     packages=[
         *find_packages(PROJECT),
@@ -50,9 +63,10 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "dynamic-dino-train = dynamic_dino.engine.cli:main",
-            "dynamic-dino-predict = dynamic_dino.serving.predict:main",
-            "dynamic-dino-finetune = dynamic_dino.finetune.cli:main",
+            "dynamic-dino = dynamic_dino.cli:main",
+            "dynamic-dino-train = dynamic_dino.cli:train",
+            "dynamic-dino-predict = dynamic_dino.cli:predict",
+            "dynamic-dino-finetune = dynamic_dino.cli:finetune",
         ],
     },
     # Lower bounds only, for a user's own environment; constraints.txt pins what is tested.
@@ -72,8 +86,8 @@ setup(
         "anyascii>=0.3",  # labels in pictures, of scripts that no font here has
         "pyyaml>=5.1",
         # Detectron2 itself can't stand here: it is not on PyPI under its own name, and whoever has
-        # one built for their machine must keep it. `make setup` installs it where it is missing
-        # (projects/DynamicDINO/install_detectron2.py), without dependencies; these are them.
+        # one built for their machine must keep it. `dynamic-dino install-detectron2`, and with it
+        # `make setup`, installs it where it is missing, without dependencies; these are them.
         "black",
         "cloudpickle",
         "fvcore>=0.1.5",

@@ -30,6 +30,7 @@ PLACEHOLDERS = {
 }
 LAUNCHERS = ("torchrun", "srun")
 CONSOLE_SCRIPTS = {
+    "dynamic-dino": "dynamic_dino.cli",
     "dynamic-dino-train": "dynamic_dino.engine.cli",
     "dynamic-dino-predict": "dynamic_dino.serving.predict",
     "dynamic-dino-finetune": "dynamic_dino.finetune.cli",

@@ -1,4 +1,4 @@
-"""install_detectron2.py on a drawn wheel with the real one's layout: nothing is downloaded."""
+"""`dynamic-dino install-detectron2` on a drawn wheel like the real one: nothing is downloaded."""
 
 import base64
 import csv
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "projects/DynamicDINO/install_detectron2.py"
+SCRIPT = Path(__file__).parents[2] / "projects/DynamicDINO/dynamic_dino/install_detectron2.py"
 INFO = "sal_detectron2-0.7.2.dist-info"
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("install_detectron2", SCRIPT)
+    spec = importlib.util.spec_from_file_location("dynamic_dino.install_detectron2", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -123,7 +123,10 @@ def test_missing_wheel_and_no_network_are_one_clear_error(script, tmp_path, monk
 
 def test_help_teaches():
     result = subprocess.run(
-        [sys.executable, SCRIPT, "--help"], capture_output=True, text=True, env=dict(os.environ)
+        [sys.executable, "-m", "dynamic_dino.install_detectron2", "--help"],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
     )
     assert result.returncode == 0
     assert "already installed is kept" in result.stdout and "--wheel PATH" in result.stdout

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-INSTALLER = "projects/DynamicDINO/install_detectron2.py"
+INSTALLER = "projects/DynamicDINO/dynamic_dino/install_detectron2.py"
 
 
 @pytest.fixture

@@ -1,14 +1,20 @@
-"""What `pip install .` installs: every source file, recipe and data file, and nothing else."""
+"""What `pip install .` installs: every source file, recipe and data file, and nothing else; and the
+command `dynamic-dino`."""
 
+import argparse
+import ast
 import configparser
+import email
 import importlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from dynamic_dino import cli
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {  # where a folder of the checkout lands in the wheel
@@ -16,14 +22,15 @@ SOURCES = {  # where a folder of the checkout lands in the wheel
     "configs": "dynamic_dino/configs",
     "kernels/dynamic_dino_kernels": "dynamic_dino_kernels",
 }
-DATA = {".py", ".json", ".safetensors", ".typed"}
+DATA = {".py", ".json", ".html", ".safetensors", ".typed"}
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A copy, because building leaves files beside setup.py; with a data file of each kind."""
     copy = tmp_path_factory.mktemp("checkout")
-    for file in ("setup.py", "pyproject.toml", "LICENSE"):
+    named = (ROOT / "MANIFEST.in").read_text().split("include ")[1].splitlines()[0].split()
+    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", *named):
         shutil.copy(ROOT / file, copy)
     skip = shutil.ignore_patterns("__pycache__")
     for folder in SOURCES:
@@ -39,9 +46,17 @@ def checkout(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(checkout, tmp_path_factory):
+    """Made of the source distribution, so that what is in it was in that too."""
     folder = tmp_path_factory.mktemp("wheel")
+    sdist = [sys.executable, "setup.py", "--quiet", "sdist", f"--dist-dir={folder}"]
+    subprocess.run(sdist, cwd=checkout, check=True)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(folder, filter="data")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, f"--wheel-dir={folder}", str(checkout)], check=True)
+    subprocess.run(
+        [*build, f"--wheel-dir={folder}", archive.with_suffix("").with_suffix("")], check=True
+    )
     (path,) = folder.glob("dynamic_dino-*.whl")
     with zipfile.ZipFile(path) as file:
         yield file
@@ -61,22 +76,55 @@ def test_wheel_holds_every_source_and_data_file_and_no_stray_package(checkout, w
     assert {name.split("/")[0] for name in packaged} == {"dynamic_dino", "dynamic_dino_kernels"}
 
 
-def test_both_packages_and_the_distribution_have_one_version(checkout):
-    import dynamic_dino
-    import dynamic_dino_kernels
-
-    command = [sys.executable, "setup.py", "--version"]
-    output = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
-    assert output.stdout.split()[-1] == dynamic_dino.__version__
-    assert dynamic_dino.__version__ == dynamic_dino_kernels.__version__
-
-
 def test_console_scripts_exist(wheel):
     (entry_points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     config = configparser.ConfigParser()
     config.read_string(wheel.read(entry_points).decode())
     scripts = dict(config["console_scripts"])
-    assert set(scripts) == {f"dynamic-dino-{name}" for name in ("train", "predict", "finetune")}
+    assert "dynamic-dino" in scripts
+    assert set(scripts) - {"dynamic-dino"} == {
+        f"dynamic-dino-{name}" for name in ("train", "predict", "finetune")
+    }
     for target in scripts.values():
         module, function = target.split(":")
         assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_metadata_says_what_it_is(wheel):
+    import dynamic_dino
+    import dynamic_dino_kernels
+
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(wheel.read(name))
+    assert metadata["License"] == "Apache-2.0" or metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_payload(decode=True).decode().startswith("# Dynamic-DINO")
+    assert metadata["Version"] == dynamic_dino.__version__ == dynamic_dino_kernels.__version__
+    assert metadata["Project-URL"] and metadata["Classifier"]
+
+
+def test_command_lists_and_finds_programs_without_torch():
+    code = "import sys; from dynamic_dino.cli import main; main(['--help']); print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *lines, modules = run.stdout.splitlines()
+    assert not {"torch", "numpy", "PIL"} & set(modules.split())
+    for name, program in cli.PROGRAMS.items():
+        assert any(line.split()[:1] == [name] and program.does in line for line in lines)
+        file = ROOT / "projects/DynamicDINO/dynamic_dino" / (program.module.replace(".", "/"))
+        tree = ast.parse(file.with_suffix(".py").read_text(encoding="utf-8"))
+        assert "main" in [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
+
+
+def test_command_answers_what_it_cannot_run(monkeypatch, capsys):
+    assert cli.main(["exprot", "nano-x16"]) == 2
+    assert "did you mean export?" in capsys.readouterr().err
+    given = []
+    monkeypatch.setattr(cli, "import_module", lambda *_: argparse.Namespace(main=given.append))
+    assert cli.main(["check", "mine"]) == 0 and given == [["check", "mine"]]
+
+    monkeypatch.setattr(cli, "import_module", lambda *_: importlib.import_module("detectron2"))
+    monkeypatch.setitem(sys.modules, "detectron2", None)  # Python's word for: is not there
+    assert cli.main(["predict", "photo.jpg"]) == 2
+    assert "dynamic-dino install-detectron2" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "import_module", lambda *_: importlib.import_module("no_such_package"))
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        cli.main(["predict"])

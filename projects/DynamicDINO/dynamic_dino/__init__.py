@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Any
 
+from .console import named_remedy
 from .renamed import FormerModules
 
 sys.meta_path.insert(0, FormerModules())
 
 __all__ = ["detect_video", "load_detector"]
+LAZY = {"load_detector": ".serving.inference", "detect_video": ".serving.video_detection"}
 
 
 def __getattr__(name: str) -> Any:
     # Lazily, so that `import dynamic_dino` doesn't pull torch and transformers in.
-    if name == "load_detector":
-        from .serving.inference import load_detector
-
-        return load_detector
-    if name == "detect_video":
-        from .serving.video_detection import detect_video
-
-        return detect_video
+    if name in LAZY:
+        with named_remedy():
+            return getattr(import_module(LAZY[name], __name__), name)
     if name == "__version__":  # one for both packages; the kernels stand below this one
         from dynamic_dino_kernels import __version__
 

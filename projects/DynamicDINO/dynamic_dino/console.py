@@ -1,14 +1,33 @@
-"""What the command lines of this package have in common: no letter of a name ends a program."""
+"""What the command lines of this package have in common: no letter of a name ends a program, and a
+missing Detectron2 is an error that says how to install it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# pip can't bring it as a dependency: it is not on PyPI under its own name.
+DETECTRON2 = (
+    "Detectron2 is not installed: `dynamic-dino install-detectron2` does that, from PyPI, without "
+    "a compiler (or: python -m dynamic_dino.install_detectron2)"
+)
+
+
+@contextmanager
+def named_remedy() -> Iterator[None]:
+    """A ModuleNotFoundError of Detectron2 from inside of it says what to do."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "detectron2":
+            raise
+        raise ModuleNotFoundError(DETECTRON2, name=error.name) from None
 
 
 def command(main: Callable[P, R]) -> Callable[P, R]:

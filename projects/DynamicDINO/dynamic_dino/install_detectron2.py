@@ -1,8 +1,8 @@
-"""Install Detectron2 into the environment of the Python that runs this script.
+"""Install Detectron2 into the environment of the Python that runs this.
 
 Detectron2 is not on PyPI under its own name, and building it needs a compiler. PyPI has one wheel
 of it, `sal-detectron2`: upstream at commit a59f0563 with a fix for Python 3.11. It is tagged for
-CPython 3.10 only because of one compiled file that Dynamic-DINO doesn't use. This script downloads
+CPython 3.10 only because of one compiled file that Dynamic-DINO doesn't use. This program downloads
 that wheel, checks it, leaves that file out and installs the rest, which is plain Python.
 
 A Detectron2 that is already installed is kept, whoever made it.
@@ -21,6 +21,8 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from .console import command
 
 REQUIREMENT = "sal-detectron2==0.7.2"
 WHEEL = "sal_detectron2-0.7.2-cp310-none-any.whl"
@@ -44,7 +46,7 @@ def download(folder: Path) -> Path:
     run_pip(
         ["download", "--quiet", *tags, f"--dest={folder}", REQUIREMENT],
         remedy=f"Without access to PyPI, fetch {WHEEL} elsewhere and run\n"
-        f"  {sys.executable} {__file__} --wheel PATH\n"
+        f"  {sys.executable} -m dynamic_dino.install_detectron2 --wheel PATH\n"
         "or install Detectron2 yourself: an existing one is kept.",
     )
     return folder / WHEEL
@@ -107,9 +109,12 @@ def run_pip(arguments: list[str], remedy: str) -> None:
         raise SystemExit(f"error: `pip {command}` failed; its own message is above.\n{remedy}")
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m dynamic_dino.install_detectron2",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--wheel",
@@ -129,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
         # Without dependencies: setup.py lists them, so that constraints.txt can pin them.
         run_pip(
             ["install", "--quiet", "--no-deps", str(repacked)],
-            remedy="Run this script with the Python of a virtual environment you can write to.",
+            remedy="Run it with the Python of a virtual environment you can write to.",
         )
     print(f"Detectron2: installed {find_installed()}")
 
