@@ -54,7 +54,7 @@ def test_sizes_are_explained(capsys):
 
 def test_profile_adds_up_and_can_be_looked_at(tmp_path, capsys):
     files = ["--json", str(tmp_path / "p.json"), "--trace", str(tmp_path / "t.json")]
-    profile_detector.main([*NANO, "--size", "64x64", "--repeats", "2", *files, *SMALL_NANO])
+    profile_detector.main([*NANO, "--size", "64x64", "--repeats", "2", *files])
     report = json.loads((tmp_path / "p.json").read_text())
     stages = report["stages_ms"]
     parts = ("backbone", "text encoder", "enhancer", "query selection", "decoder")
