@@ -136,7 +136,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     place_output(options, "export")
     use_threads(options)
-    report = provenance(PACKAGES) | {"settings": settings(options), "rows": []}
+    asked = {k: v for k, v in settings(options).items() if k not in ("photos", "int8")}  # folders
+    report = provenance(PACKAGES) | {"settings": asked, "rows": []}
     for model in options.models:
         with tempfile.TemporaryDirectory() as folder:
             report["rows"] += measure(model, Path(folder), options)
