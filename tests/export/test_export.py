@@ -13,7 +13,7 @@ from dynamic_dino import load_detector
 from dynamic_dino.checkpoint.weights import export_weights
 from dynamic_dino.export import cli
 from dynamic_dino.export.check import TOLERANCES, compare, generated_images
-from dynamic_dino.export.detector import convert_to_openvino, load_source
+from dynamic_dino.export.detector import _write_torch, convert_to_openvino, load_source
 from dynamic_dino.export.experts import EXPERTS, StaticMoE
 from dynamic_dino.export.graph import StaticBlock
 from dynamic_dino.export.onnx_format import store_in_half, write_onnx
@@ -134,6 +134,32 @@ class Layers(torch.nn.Module):
         for layer in self.layers:
             x, _ = layer(x, scene, self.norm)
         return x
+
+
+class Corner(torch.nn.Module):
+    """A detector of one box, the left half, whose score is the picture's mean."""
+
+    def forward(self, image, content):
+        scores = image.float().mean((1, 2, 3))[:, None] / 255
+        box = torch.tensor([0.25, 0.5, 0.5, 1.0]).expand(content.shape[0], 1, 4)
+        return scores, torch.zeros_like(scores, dtype=torch.int64), box.clone()
+
+
+def test_a_pt2_file_is_read_back(tmp_path):
+    info = ExportInfo("corner", ["half"], 32, 1, None, ["image", "content"], 0.1, nms=0.5)
+    image = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    inputs = {"image": image, "content": torch.ones(2, 2, dtype=torch.int64)}
+    _write_torch(None, Corner(), inputs, info, tmp_path / "corner.pt2")
+    detector = load_detector(tmp_path / "corner.pt2")
+    assert (detector.threshold, detector.nms, detector.size) == (0.1, 0.5, 32)
+    detector.batch_size = 3
+    *_, found = detector([np.full((64, 128, 3), value, np.uint8) for value in (40, 60, 200)])
+    assert found.phrases == ["half"] and found.scores.item() == pytest.approx(100 / 255, abs=1e-3)
+    assert found.pred_boxes.tensor.tolist() == [[0, 0, 64, 64]]
+    with pytest.raises(ValueError, match="dtype 'bfloat16' is for OpenVINO alone"):
+        load_detector(tmp_path / "corner.pt2", dtype="bfloat16")
+    with pytest.raises(FileNotFoundError, match="none.onnx doesn't exist"):
+        load_detector(tmp_path / "none.onnx")
 
 
 @pytest.mark.slow
