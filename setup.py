@@ -114,6 +114,8 @@ setup(
         "track": ["av>=14.2", "supervision>=0.31", "rich>=13"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18"]
         + ["prometheus_client>=0.20"],
+        # Gradio 6 asks for pillow<13, which constraints.txt is above: docs/page.md
+        "page": ["gradio>=6"],
         # To export, and to run what was exported: `python -m dynamic_dino.export`.
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "openvino": ["onnx>=1.18", "onnxscript>=0.5", "openvino>=2025.0"],

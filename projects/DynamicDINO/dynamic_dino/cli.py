@@ -27,6 +27,7 @@ class Program(NamedTuple):
 
 PROGRAMS = {
     "predict": Program("serving.predict", "find what a text names, in images and videos"),
+    "page": Program("page.cli", "the same on a web page of this machine"),
     "label": Program("label.cli", "label a folder of images"),
     "serve": Program("serve.cli", "serve a detector over HTTP"),
     "export": Program("export.cli", "export a detector to ONNX, OpenVINO, PyTorch or TensorRT"),
