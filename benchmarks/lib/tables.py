@@ -23,6 +23,7 @@ DOCUMENTS = [
     CARDS,
     PROJECT / "docs/accuracy.md",
     PROJECT / "docs/speed.md",
+    PROJECT / "docs/video.md",
 ]
 PAGE = BENCHMARKS / "RESULTS.md"
 MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.S)
@@ -449,6 +450,25 @@ def serve_load(report: dict) -> str:
     return table([*head, "MB in the first / second / last tenth"], rows)
 
 
+def video(report: dict) -> str:
+    """What was tracked, and the command's peak memory by frame."""
+    rows = []
+    for name, run in report["runs"].items():
+        memory = [f"{peak:,.0f} (frame {frame})" for frame, peak in run["peak_mb"].items()]
+        rows.append(
+            [
+                f"`{name}`",
+                str(run["frames"]),
+                f"{run['objects_found']} of {run['objects']}",
+                *(str(run[key]) for key in ("ids", "id_switches")),
+                *(f"{run[key]:.1f}" for key in ("recall", "precision", "MOTA", "IDF1")),
+                ", ".join(memory),
+            ]
+        )
+    head = ["options", "frames", "objects found", "ids given", "id switches", "recall"]
+    return table([*head, "precision", "MOTA", "IDF1", "peak memory, MB"], rows)
+
+
 def record_memory(report: dict) -> str:
     rows = [
         [
@@ -544,6 +564,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "flops": ("Operations and parameters", "flops", flops),
     "expert_analysis": ("What the experts of nano x16 do", "expert_analysis", expert_analysis),
     "record_memory": ("Memory of the training records", "record_memory", record_memory),
+    "video": ("A video of known objects, tracked by predict.py, percent", "video", video),
     "serve_load": ("The server under load", "serve_load", serve_load),
 }
 
