@@ -55,7 +55,12 @@ def make_page(models: Models, threshold: float, examples: Sequence[Path] = ()) -
                 if examples:
                     gr.Examples([[str(file)] for file in examples], [picture])
             with gr.Column():
-                boxes = gr.Image(label="Found", interactive=False, format="png")
+                boxes = gr.Image(
+                    label="Found",
+                    interactive=False,
+                    format="png",
+                    buttons=["fullscreen", "download"],  # and none that shares it on the hub
+                )
                 summary = gr.Markdown()
         table = gr.Dataframe(
             label="Detections; of a mixture of experts, those that each one's query took",
