@@ -2,9 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.interpreter import patch_language_once
 
 FOLDER = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, Triton's interpreter runs
+if DEVICE == "cpu":
+    patch_language_once()
 
 
 def pytest_collection_modifyitems(items):
