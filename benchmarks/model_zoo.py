@@ -9,9 +9,9 @@ A model is the name of a shipped one, or NAME=RUN, where RUN is the folder of a 
 checkpoint) or a checkpoint in one. Each is evaluated on the sets of ``configs/eval/shipped.py``, as
 `train_net.py --eval-only` does; then boxes are suppressed as `load_detector` does for the shipped
 model (of a run: --nms). Intervals are 95 %, by bootstrap over images. The threshold is the one with
-the best F1 among those of at least half right boxes, on COCO photos asked for what they show. Then
-the models take turns with nano-dense on one image, served as `load_detector` does, text cached.
-What the results have of other models or sets stays in them.
+the best F1 on COCO photos asked for what they show. Then the models take turns with nano-dense on
+one image, served as `load_detector` does, text cached. What the results have of other models or
+sets stays in them.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def chosen_points(tests: dict[str, dict]) -> dict[str, dict]:
     """Of each set with a curve the point of the threshold that is chosen on THRESHOLD; {} without
     that set. Takes the points out of `tests`."""
     points = {name: row.pop("points") for name, row in tests.items() if "points" in row}
-    best = best_point(points.get(THRESHOLD, {}).values(), least_precision=50)
+    best = best_point(points.get(THRESHOLD, {}).values())
     return {name: asdict(row[best.threshold]) for name, row in points.items()} if best else {}
 
 

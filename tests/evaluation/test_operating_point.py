@@ -81,13 +81,12 @@ def test_without_objects():
     assert (point.precision, point.recall, point.f1, best.f1) == (0, 0, 0, 0)
 
 
-def test_the_best_point_of_enough_precision():
-    """F1 at .9: 50; at .8: 40; at .6: 33; at .5: 57; at .4: 50. Precision: 100, 50, 33, 50, 40."""
+def test_the_best_point():
+    """F1 at .9: 50; at .8: 40; at .6: 33; at .5: 57; at .4: 50."""
     points, best = operating_points(TRUTH, FOUND, [0.95, 0.9, 0.8, 0.6, 0.5, 0.4])
     assert best_point(points) == best and best.threshold == 0.5
-    assert best_point(points, least_precision=50).threshold == 0.5
-    assert best_point(points, least_precision=51).threshold == 0.9
-    assert best_point(points[:1], least_precision=0) is None, "no box is no precision"
+    assert best_point([points[1], points[5]]).threshold == 0.9
+    assert best_point(points[:1]) is None, "no box is no precision"
 
 
 def reference(truth, predictions, threshold):

@@ -90,10 +90,7 @@ def operating_points(
     return [point(threshold) for threshold in thresholds], best
 
 
-def best_point(
-    points: Iterable[OperatingPoint], least_precision: float = 0.0
-) -> OperatingPoint | None:
-    """The point of the best F1 among those with boxes and at least that precision, in percent; of
-    equal ones that of the highest threshold. None if there is no such point."""
-    good = [p for p in points if p.boxes and p.precision >= least_precision]
-    return max(good, key=lambda p: (p.f1, p.threshold), default=None)
+def best_point(points: Iterable[OperatingPoint]) -> OperatingPoint | None:
+    """The point of the best F1, of equal ones that of the highest threshold; None without boxes."""
+    found = [point for point in points if point.boxes]
+    return max(found, key=lambda point: (point.f1, point.threshold), default=None)

@@ -26,10 +26,12 @@ class ShippedModel(NamedTuple):
 SHIPPED_MODELS = {
     "nano-dense": ShippedModel("pretrain/nano_stamps.py", "nano_dense.safetensors"),
     "nano-x16": ShippedModel("moe_tuning/nano_x16_stamps.py", "nano_x16.safetensors"),
-    "nano-photos": ShippedModel("pretrain/nano_photos.py", "nano_photos.safetensors", nms=0.7),
+    "nano-photos": ShippedModel(
+        "pretrain/nano_photos.py", "nano_photos.safetensors", 0.23, nms=0.7
+    ),
 }
-DEFAULT_MODEL = "nano-x16"
-DEFAULT_DENSE = "nano-dense"  # what `make demo` makes experts of, and finetune.py tunes
+DEFAULT_MODEL = "nano-photos"
+DEFAULT_DENSE = "nano-photos"  # what `make demo` makes experts of, and finetune.py tunes
 DEFAULT_MIXTURE = "nano-x16"  # where experts are looked at
 
 # What help, pages and docstrings ask for. The default model finds each of these names in a photo of
