@@ -29,6 +29,9 @@ SHIPPED_MODELS = {
     "nano-photos": ShippedModel(
         "pretrain/nano_photos.py", "nano_photos.safetensors", 0.23, nms=0.7
     ),
+    "nano-photos-x16": ShippedModel(
+        "moe_tuning/nano_x16_photos.py", "nano_photos_x16.safetensors", 0.23, nms=0.7
+    ),
 }
 DEFAULT_MODEL = "nano-photos"
 DEFAULT_DENSE = "nano-photos"  # what `make demo` makes experts of, and finetune.py tunes
