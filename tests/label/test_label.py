@@ -115,7 +115,7 @@ def test_a_folder(tmp_path, model, capsys):
 
 def test_other_settings_are_said(tmp_path, model, capsys):
     folder = photos(tmp_path / "photos")
-    no_page = ("--page-images", "0")
+    no_page = ("--model", "nano-x16", "--page-images", "0")
     assert label(folder, *no_page) == 0
     for more, said in (
         (("--threshold", "0.1"), "threshold was 0.2, is 0.1"),

@@ -21,7 +21,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, url: str) -> None:
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=CLOSING_SECONDS))
         self.gate, self.url = app.state.gate, url
-        self._says_so = False
+        self._unsaid: int | None = None  # requests that were inside when it was told to stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -32,13 +32,15 @@ class Server(uvicorn.Server):
             # Not by print: the signal may have interrupted somebody who prints.
             os.write(2, b"error: ended at once, before every request was answered\n")
             os._exit(2)
+        if not self.gate.closed:
+            self._unsaid = self.gate.inside
         self.gate.close()
 
     async def on_tick(self, counter: int) -> bool:
         ends = await super().on_tick(counter)
-        if self.gate.closed and not self._says_so:
-            print(f"told to stop: answering {self.gate.inside} requests first", flush=True)
-            self._says_so = True
+        if self._unsaid is not None:
+            print(f"told to stop: answering {self._unsaid} requests first", flush=True)
+            self._unsaid = None
         return ends or (self.gate.closed and not self.gate.inside)
 
 

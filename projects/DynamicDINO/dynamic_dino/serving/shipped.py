@@ -34,7 +34,7 @@ SHIPPED_MODELS = {
     ),
 }
 DEFAULT_MODEL = "nano-photos"
-DEFAULT_DENSE = "nano-photos"  # what `make demo` makes experts of, and finetune.py tunes
+DEFAULT_DENSE = "nano-photos"  # what finetune.py tunes
 DEFAULT_MIXTURE = "nano-x16"  # where experts are looked at
 
 # What help, pages and docstrings ask for. The default model finds each of these names in a photo of
