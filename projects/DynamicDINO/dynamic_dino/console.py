@@ -47,6 +47,12 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def fail(message: object) -> int:
+    """One line on stderr, and the exit status that goes with it."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
+
+
 def headline(number: int, of: int, text: str) -> None:
     """Prints the headline of a program's step."""
     print(f"\n[{number}/{of}] {text}", flush=True)

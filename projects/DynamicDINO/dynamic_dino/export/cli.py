@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..console import command
+from ..console import command, fail
 from ..serving.shipped import DEFAULT_MODEL, EXAMPLE_PROMPT
 
 DESCRIPTION = """
@@ -124,8 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require(form)
         return run(args, form)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return fail(error)
 
 
 def require(form: str) -> None:
@@ -173,13 +171,11 @@ def run(args: argparse.Namespace, form: str) -> int:
     kind = "photos" if photos else "generated images"
     print(f"compared with PyTorch on {kind}, {differs}")
     if not differs.within(allowed):
-        print(
-            f"error: {file} finds something else than {args.model} does; allowed are differences "
+        return fail(
+            f"{file} finds something else than {args.model} does; allowed are differences "
             f"of {allowed.scores:g} of scores and {allowed.boxes:g} of boxes, and "
-            f"{allowed.lost:.0%} of detections that aren't found again",
-            file=sys.stderr,
+            f"{allowed.lost:.0%} of detections that aren't found again"
         )
-        return 2
     if form == "tensorrt":
         if found := obstacles(file):
             raise ValueError(f"{file} has what TensorRT 10 doesn't take: {'; '.join(found)}")

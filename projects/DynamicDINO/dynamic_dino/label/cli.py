@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..console import command
+from ..console import command, fail
 from ..serving.labels import WRITERS
 from ..serving.options import (
     add_detection_options,
@@ -17,7 +17,7 @@ from ..serving.options import (
     make_detector,
     named,
 )
-from ..serving.predict import fail, plain_warnings
+from ..serving.predict import plain_warnings
 from ..serving.shipped import EXAMPLE_PROMPT
 
 DESCRIPTION = """

@@ -8,9 +8,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..console import command
+from ..console import command, fail
 from ..serving.options import add_model_options, check_numbers, make_detector, named
-from ..serving.predict import fail
 from ..serving.shipped import SHIPPED_MODELS, THRESHOLD
 
 EXAMPLES = """\

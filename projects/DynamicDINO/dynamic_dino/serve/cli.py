@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from ..console import command
+from ..console import command, fail
 from ..serving.options import (
     add_detection_options,
     add_model_options,
@@ -16,7 +16,6 @@ from ..serving.options import (
     make_detector,
     named,
 )
-from ..serving.predict import fail
 
 NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 EXAMPLES = """\

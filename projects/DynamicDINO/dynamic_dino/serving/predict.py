@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..console import command
+from ..console import command, fail
 from ..modeling.prompt import Prompt, PromptWarning
 from .labels import WRITERS, write_labels
 from .options import (
@@ -283,9 +283,3 @@ def detection_table(result: dict, threshold: float) -> str:
     headers = ["phrase", "score", "left", "top", "right", "bottom"]
     table = tabulate(rows, headers, disable_numparse=True, colalign=["left"] + ["right"] * 5)
     return head + "\n" + "\n".join("  " + line for line in table.splitlines())
-
-
-def fail(message: object) -> int:
-    """One line on stderr, and the exit status that goes with it."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    return 2
