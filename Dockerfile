@@ -17,8 +17,9 @@ COPY constraints.txt /tmp/constraints.txt
 
 # What differs is PyTorch: constraints.txt says which version; pip prefers the one with +cpu.
 FROM base AS cpu
-RUN pip install -c /tmp/constraints.txt torch torchvision \
-    --extra-index-url https://download.pytorch.org/whl/cpu
+# The address of PyTorch's wheels for CPUs, which its own site names; without it come the large ones.
+ARG PIP_EXTRA_INDEX_URL
+RUN pip install -c /tmp/constraints.txt torch torchvision
 
 FROM base AS cuda
 # Triton builds launchers when it runs; they include Python's headers, which this image has.
