@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import sha256_of_file
 from ..modeling.detector import OpenVocabularyDetector
 from ..modeling.prompt import Prompt
 from ..modeling.text import TextEncoder
@@ -29,7 +29,7 @@ from ..serving.exported import (
     tokenizer_file,
 )
 from ..serving.inference import Detector, find_model, load_model
-from ..serving.shipped import SHIPPED_MODELS, THRESHOLD
+from ..serving.shipped import defaults_of
 from ..sources import is_hub_spec
 from .graph import DetectorGraph, TextGraph, static_copy
 from .onnx_format import write_onnx
@@ -99,7 +99,6 @@ def load_source(
     size = size or detector.canvas or -(-edge // DIVISOR) * DIVISOR
     if size < DIVISOR or size % DIVISOR:
         raise ValueError(f"--size {size} is not a multiple of {DIVISOR}, as the canvas must be")
-    shipped = SHIPPED_MODELS.get(model) if weights is None else None
     detector.canvas, detector.return_routings = size, False
     detector.max_detections_per = "image"
     if max_detections is not None:
@@ -131,8 +130,7 @@ def load_source(
         size,
         prompt,
         slots,
-        shipped.threshold if shipped else THRESHOLD,
-        shipped.nms if shipped else None,
+        *defaults_of(str(model), weights),
         _checksum(model, weights),
     )
 
@@ -156,11 +154,7 @@ def _checksum(model: str, weights: str | None) -> str | None:
     if is_hub_spec(model) or is_hub_spec(weights or ""):
         return None
     _, file = find_model(model, weights)
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of_file(Path(file))
 
 
 def export(

@@ -32,7 +32,7 @@ from ..sources import is_hub_spec
 from .deploy import optimize_for_inference
 from .exported import Exported, is_exported, load_exported
 from .prompts import PromptLike, prompts_of_images
-from .shipped import DEFAULT_MODEL, SHIPPED_MODELS, THRESHOLD
+from .shipped import DEFAULT_MODEL, SHIPPED_MODELS, THRESHOLD, defaults_of
 from .suppression import unsuppressed
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -211,11 +211,9 @@ def load_detector(
     detector, cfg = load_model(model, weights, device, dtype, accelerate, pack)
     if isinstance(detector, OpenVocabularyDetector):
         detector.return_routings = False  # a `Detector` has no place for them
-    shipped = SHIPPED_MODELS.get(str(model)) if weights is None else None
-    if threshold is None:
-        threshold = shipped.threshold if shipped else THRESHOLD
-    if nms is None and shipped:
-        nms = shipped.nms
+    usual = defaults_of(str(model), weights)
+    threshold = usual[0] if threshold is None else threshold
+    nms = usual[1] if nms is None else nms
     return Detector(
         detector, cfg.inference.size, device, threshold, nms=nms, nms_agnostic=nms_agnostic
     )

@@ -33,6 +33,14 @@ SHIPPED_MODELS = {
         "moe_tuning/nano_x16_photos.py", "nano_photos_x16.safetensors", 0.23, nms=0.7
     ),
 }
+
+
+def defaults_of(model: str, weights: object = None) -> tuple[float, float | None]:
+    """Threshold and NMS of a model: a shipped one's own, unless it has other weights."""
+    shipped = SHIPPED_MODELS.get(model) if weights is None else None
+    return (shipped.threshold, shipped.nms) if shipped else (THRESHOLD, None)
+
+
 DEFAULT_MODEL = "nano-photos"
 DEFAULT_DENSE = "nano-photos"  # what finetune.py tunes
 DEFAULT_MIXTURE = "nano-x16"  # where experts are looked at
