@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -332,9 +333,10 @@ def test_no_body_is_a_fault_of_the_server():
     loop.close()
 
 
-def test_told_to_stop_it_answers_what_it_accepted(capsys):
-    """Over a socket, with the signal."""
-    model = Echo()
+def test_told_to_stop_it_answers_what_it_accepted(capsys, monkeypatch):
+    """Over a socket, with the signal; log handlers of the rest of the process stay open."""
+    model, others = Echo(), logging.StreamHandler()
+    monkeypatch.setattr(others, "close", lambda: pytest.fail("a handler was closed"))
     app = make_app(Detector(model, None), Limits(max_batch=2))
     bound = bound_socket("127.0.0.1", 0)
     url = address_of(bound.getsockname())

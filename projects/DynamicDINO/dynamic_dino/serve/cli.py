@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging.config
 import time
 import warnings
 from collections.abc import Sequence
@@ -90,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(f"{missing[0]} is missing: pip install 'dynamic-dino[serve]'")
     # Imported late, so that --help and wrong arguments answer at once.
     import torch
+    from uvicorn.config import LOGGING_CONFIG
 
     from .app import Limits, make_app
     from .batching import Options
@@ -125,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         defaults = Options(args.threshold, args.max_detections, args.nms, args.nms_agnostic or None)
         app = make_app(detector, limits, defaults, named(args))
+        logging.config.dictConfig(LOGGING_CONFIG)
         Server(app, address_of(bound.getsockname())).run(sockets=[bound])
     print(f"stopped: {app.state.gate.accepted} requests were accepted and answered")
     return 0

@@ -19,7 +19,10 @@ class Server(uvicorn.Server):
     once every request that was accepted before is answered. SIGINT meanwhile ends it at once."""
 
     def __init__(self, app: FastAPI, url: str) -> None:
-        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=CLOSING_SECONDS))
+        # The process decides about logging: uvicorn's own set-up would close everybody's handlers.
+        super().__init__(
+            uvicorn.Config(app, timeout_graceful_shutdown=CLOSING_SECONDS, log_config=None)
+        )
         self.gate, self.url = app.state.gate, url
         self._unsaid: int | None = None  # requests that were inside when it was told to stop
 
