@@ -333,19 +333,70 @@ def test_no_body_is_a_fault_of_the_server():
     loop.close()
 
 
+@asynccontextmanager
+async def over_a_socket(app):
+    """The server, and the address where it listens until it is told to stop."""
+    with bound_socket("127.0.0.1", 0) as bound:
+        url = address_of(bound.getsockname())
+        server = Server(app, url)
+        serving = asyncio.create_task(server.serve(sockets=[bound]))
+        await until(lambda: server.started)
+        yield server, serving, url
+        app.state.gate.close()
+        await asyncio.wait_for(serving, 10)
+    with pytest.raises(OSError):
+        bound.getsockname()
+
+
+@pytest.mark.parametrize("connection", ["close", "keep-alive"])
+def test_a_refusal_reaches_a_client_that_is_still_sending(connection):
+    """Of any status, stated length or chunks, whether the connection is kept or not."""
+    model = Echo()
+    app = make_app(Detector(model, None), Limits(max_body=1_000_000, queue=1))
+    part = bytes(1_000_000)
+
+    async def main():
+        async with over_a_socket(app) as (server, _, url):
+            assert server.config.timeout_keep_alive > 60  # who closes first loses nothing
+
+            async def send(kind, head, parts):
+                reader, writer = await asyncio.open_connection("127.0.0.1", url.rsplit(":")[-1])
+                writer.write(
+                    f"POST /detect HTTP/1.1\r\nhost: a\r\nconnection: {connection}\r\n"
+                    f"content-type: {kind}\r\n{head}\r\n\r\n".encode()
+                )
+                for bytes_ in parts:
+                    writer.write(bytes_)
+                    await writer.drain()
+                status = await asyncio.wait_for(reader.readline(), 10)
+                writer.close()
+                return int(status.split()[1])
+
+            stated = f"content-length: {len(part) * 8}", [part] * 8
+            chunked = "transfer-encoding: chunked", [b"%x\r\n%b\r\n" % (len(part), part)] * 8
+            chunked[1].append(b"0\r\n\r\n")
+            for body in stated, chunked:
+                assert await send("image/png", *body) == 415
+                assert await send(bodies.JSON, *body) == 413
+            with app.state.gate.entered():
+                assert await send(bodies.JSON, *stated) == 429
+            waits = "content-length: 8\r\nexpect: 100-continue"
+            assert await send("image/png", waits, []) == 415
+
+    asyncio.run(main())
+
+
 def test_told_to_stop_it_answers_what_it_accepted(capsys, monkeypatch):
     """Over a socket, with the signal; log handlers of the rest of the process stay open."""
     model, others = Echo(), logging.StreamHandler()
     monkeypatch.setattr(others, "close", lambda: pytest.fail("a handler was closed"))
     app = make_app(Detector(model, None), Limits(max_batch=2))
-    bound = bound_socket("127.0.0.1", 0)
-    url = address_of(bound.getsockname())
 
     async def main():
-        server = Server(app, url)
-        serving = asyncio.create_task(server.serve(sockets=[bound]))
-        await until(lambda: server.started)
-        async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+        async with (
+            over_a_socket(app) as (_, serving, url),
+            httpx.AsyncClient(base_url=url, timeout=20) as client,
+        ):
             model.free.clear()
             ask = form(picture(), names="cow")
             waiting = [asyncio.create_task(client.post("/detect", **ask)) for _ in range(6)]
@@ -363,11 +414,9 @@ def test_told_to_stop_it_answers_what_it_accepted(capsys, monkeypatch):
             assert not serving.done()
             model.free.set()
             assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200] * 6
-        await asyncio.wait_for(serving, 10)  # and the signal isn't raised again
+            await asyncio.wait_for(serving, 10)  # and the signal isn't raised again
 
     asyncio.run(main())
-    with bound, pytest.raises(OSError):
-        bound.getsockname()
     assert "told to stop: answering 6 requests first" in capsys.readouterr().out
 
 

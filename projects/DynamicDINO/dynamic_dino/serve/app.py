@@ -22,6 +22,7 @@ from .admission import Closed, Full, Gate, PixelBudget
 from .batching import Batcher, Options
 from .bodies import HUNG_UP, read_body, request_body
 from .metrics import Measured, Metrics
+from .unread import Unread
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -136,6 +137,7 @@ def make_app(
     )
     app.state.gate = gate
     app.add_middleware(Measured, metrics=metrics, path="/detect")
+    app.add_middleware(Unread, most=10 * limits.max_body)
 
     async def decode(function: Callable[..., R], *arguments: Any) -> R:
         """Runs what reads an image beside the event loop."""

@@ -72,11 +72,12 @@ class Measured:
         if scope["type"] != "http" or scope["path"] != self.path:
             await self.app(scope, receive, send)
             return
-        start, status = time.perf_counter(), 500
+        start, status, seconds = time.perf_counter(), 500, None
 
         async def noted(message: dict) -> None:
-            nonlocal status
-            status = message.get("status", status)
+            nonlocal status, seconds
+            if message["type"] == "http.response.start":  # its end may wait for the client
+                status, seconds = message["status"], time.perf_counter() - start
             await send(message)
 
         try:
@@ -84,4 +85,4 @@ class Measured:
         finally:
             self.metrics.requests.labels(str(status)).inc()
             if status not in (429, 503):
-                self.metrics.seconds.observe(time.perf_counter() - start)
+                self.metrics.seconds.observe(seconds or time.perf_counter() - start)

@@ -12,6 +12,9 @@ import uvicorn
 from fastapi import FastAPI
 
 CLOSING_SECONDS = 30  # for clients that don't take their answers
+# Clients and proxies keep a connection that nobody uses for 60 s at most (httpx 5, nginx 60). The
+# client must close it first: what it sends while the server closes is lost.
+IDLE_SECONDS = 75
 
 
 class Server(uvicorn.Server):
@@ -21,7 +24,12 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, url: str) -> None:
         # The process decides about logging: uvicorn's own set-up would close everybody's handlers.
         super().__init__(
-            uvicorn.Config(app, timeout_graceful_shutdown=CLOSING_SECONDS, log_config=None)
+            uvicorn.Config(
+                app,
+                timeout_keep_alive=IDLE_SECONDS,
+                timeout_graceful_shutdown=CLOSING_SECONDS,
+                log_config=None,
+            )
         )
         self.gate, self.url = app.state.gate, url
         self._unsaid: int | None = None  # requests that were inside when it was told to stop
