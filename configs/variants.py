@@ -37,6 +37,10 @@ DYNAMIC_DINO = {
     "without_init": ("Dynamic-DINO Table 10, without initialisation", [NEW_EXPERTS, UNTIED]),
     "alpha_0": ("no load balance", [f"{BALANCE}=0.0"]),
     "alpha_0.1": ("ten times the load balance", [f"{BALANCE}=0.1"]),
+    "balance_sum": (
+        "the load balance added up over layers, as Switch Transformer's code does",
+        ["model.criterion.router_losses.0.over_layers=sum"],
+    ),
     "trains_experts": ("experts alone train", [f"train.trainable=[{EXPERTS}]"]),
     "trains_experts_fusion": ("heads don't train", [f"train.trainable=[{EXPERTS},{FUSION}]"]),
     "trains_experts_heads": ("fusion doesn't train", [f"train.trainable=[{EXPERTS},{HEADS}]"]),

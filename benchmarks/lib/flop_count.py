@@ -321,4 +321,7 @@ def measure(
         for name, number in modules.items()
         if 0 < name.count(".") <= depth and number
     }
-    return {"flops": by_part(analysis, empty), "parameters": parameters, "modules": modules}
+    flops = by_part(analysis, empty)
+    layers = flops["stages"]["decoder"] - flops["decoder"]["heads"] - flops["decoder"]["other"]
+    flops["decoder_layer"] = layers // len(detector.decoder.layers)
+    return {"flops": flops, "parameters": parameters, "modules": modules}

@@ -400,12 +400,14 @@ def flops(report: dict) -> str:
     for part in next(iter(models.values()))["flops"]["decoder"]:
         title = f"decoder: {part}"
         rows.append(row(title, 1e9, lambda m, part=part: m["flops"]["decoder"][part]))
+    title = "decoder: one layer, without heads"
+    rows.append(row(title, 1e9, lambda m: m["flops"]["decoder_layer"]))
     for kind in ("total", "active", "trainable"):
         title = f"parameters, {kind} (millions)"
         rows.append(row(title, 1e6, lambda m, kind=kind: m["parameters"][kind]))
     for title, key, unit in (
         ("parameters (millions)", "parameters", 1e6),
-        ("decoder", "decoder", 1e9),
+        ("decoder (that of one layer)", "decoder", 1e9),
         *((key, key, 1) for key in ("FPS, A100", "FPS, Orin NX")),
     ):
         values = [report["paper"].get(key, {}).get(name) for name in models]

@@ -54,7 +54,7 @@ def top_any(dense, num_experts: int = 8, initial_experts: int = 6, **options):
     return mixture(dense, router, **options)
 
 
-load_balance = L(LoadBalanceLoss)(weight=0.01)
-squared_balance = L(SquaredBalanceLoss)(weight=0.01)
-diversity = L(DiversityLoss)(weight=0.001)
-sparse_gating = L(SparseGatingLoss)(weight=0.01)
+load_balance = L(LoadBalanceLoss)(weight=0.01, over_layers="mean")
+squared_balance = L(SquaredBalanceLoss)(weight=0.01, over_layers="mean")
+diversity = L(DiversityLoss)(weight=0.001, over_layers="mean")
+sparse_gating = L(SparseGatingLoss)(weight=0.01, over_layers="mean")

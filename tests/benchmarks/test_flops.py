@@ -174,6 +174,8 @@ def test_parts_add_up_to_the_total(script):
         counted = model["flops"]
         assert sum(counted["stages"].values()) == counted["total"] > 1e9
         assert sum(counted["decoder"].values()) == counted["stages"]["decoder"]
+        of_all = counted["decoder"]["heads"] + counted["decoder"]["other"]
+        assert LAYERS * counted["decoder_layer"] + of_all == counted["stages"]["decoder"]
         assert (
             sum(model["modules"].values()) + counted["stages"]["post-processing"]
             == (counted["total"])

@@ -112,6 +112,10 @@ def test_load_balance_by_hand():
     assert LoadBalanceLoss(1.0)([first]).item() == pytest.approx(expected)
     both = LoadBalanceLoss(0.5)([first, routing([[0, 1], [2, 3]])]).item()
     assert both == pytest.approx(0.5 * (expected + 1) / 2)
+    added = LoadBalanceLoss(0.5, over_layers="sum")([first, routing([[0, 1], [2, 3]])]).item()
+    assert added == pytest.approx(0.5 * (expected + 1))
+    with pytest.raises(ValueError, match="over_layers='max': choose mean or sum"):
+        LoadBalanceLoss(over_layers="max")
 
 
 def test_load_balance_pushes_towards_rare_experts():

@@ -19,8 +19,30 @@ class RouterLoss(Protocol):
         """The weighted loss, a scalar, of the routings of a forward pass, one of each MoE layer."""
 
 
-class LoadBalanceLoss:
-    """alpha * E * sum_i f_i P_i, mean over layers (Switch Transformer, eq. 4; alpha: Dynamic-DINO).
+class LayerLoss:
+    """`weight` times the loss of a MoE layer, over all layers: their mean, or their sum.
+
+    The papers write the loss of one layer. Their codes add the layers up (Switch Transformer,
+    MoE-LLaVA, DynMoE); by the mean, a weight means the same however many layers have experts.
+    """
+
+    name: str
+
+    def __init__(self, weight: float = 0.01, over_layers: str = "mean") -> None:
+        if over_layers not in ("mean", "sum"):
+            raise ValueError(f"over_layers={over_layers!r}: choose mean or sum")
+        self.weight, self.over_layers = weight, over_layers
+
+    def __call__(self, routings: list[Routing]) -> Tensor:
+        terms = torch.stack([self.of_layer(routing) for routing in routings])
+        return self.weight * (terms.mean() if self.over_layers == "mean" else terms.sum())
+
+    def of_layer(self, routing: Routing) -> Tensor:
+        raise NotImplementedError
+
+
+class LoadBalanceLoss(LayerLoss):
+    """alpha * E * sum_i f_i P_i of a layer (Switch Transformer, eq. 4; alpha: Dynamic-DINO).
 
     f_i is expert i's share of all filled slots, P_i the mean of its probability. The loss is alpha
     when the load is even, and grows with imbalance; the gradient flows through P.
@@ -28,19 +50,12 @@ class LoadBalanceLoss:
 
     name = "loss_load_balance"
 
-    def __init__(self, weight: float = 0.01) -> None:
-        self.weight = weight
-
-    def __call__(self, routings: list[Routing]) -> Tensor:
-        terms = []
-        for routing in routings:
-            share = expert_load(routing)
-            terms.append(routing.num_experts * (share * routing.probs.mean(0)).sum())
-        return self.weight * torch.stack(terms).mean()
+    def of_layer(self, routing: Routing) -> Tensor:
+        return routing.num_experts * (expert_load(routing) * routing.probs.mean(0)).sum()
 
 
-class SquaredBalanceLoss:
-    """weight * sum_k (f_k - 1 / E)^2, mean over layers (HI-MoE, section 3.5).
+class SquaredBalanceLoss(LayerLoss):
+    """weight * sum_k (f_k - 1 / E)^2 of a layer (HI-MoE, section 3.5).
 
     f_k is expert k's share of the filled slots. Shares of hard choices have no gradient, and the
     paper doesn't say what takes its place: here it is that of the mean probability P_k.
@@ -48,20 +63,14 @@ class SquaredBalanceLoss:
 
     name = "loss_squared_balance"
 
-    def __init__(self, weight: float = 0.01) -> None:
-        self.weight = weight
-
-    def __call__(self, routings: list[Routing]) -> Tensor:
-        terms = []
-        for routing in routings:
-            mean = routing.probs.mean(0)
-            share = expert_load(routing) + mean - mean.detach()
-            terms.append((share - 1 / routing.num_experts).square().sum())
-        return self.weight * torch.stack(terms).mean()
+    def of_layer(self, routing: Routing) -> Tensor:
+        mean = routing.probs.mean(0)
+        share = expert_load(routing) + mean - mean.detach()
+        return (share - 1 / routing.num_experts).square().sum()
 
 
-class DiversityLoss:
-    """weight * (log m - JS(p_1, ..., p_m)), mean over layers: HI-MoE's diversity loss.
+class DiversityLoss(LayerLoss):
+    """weight * (log m - JS(p_1, ..., p_m)) of a layer: HI-MoE's diversity loss.
 
     The paper names a regulariser based on the Jensen-Shannon divergence of the experts' outputs;
     the rest is ours. p_e is the softmax over channels of expert e's mean output for tokens of its
@@ -72,53 +81,45 @@ class DiversityLoss:
 
     name = "loss_diversity"
 
-    def __init__(self, weight: float = 0.001) -> None:
-        self.weight = weight
+    def __init__(self, weight: float = 0.001, over_layers: str = "mean") -> None:
+        super().__init__(weight, over_layers)
 
-    def __call__(self, routings: list[Routing]) -> Tensor:
-        terms = []
-        for routing in routings:
-            if routing.mean_outputs is None:
-                raise ValueError(
-                    "DiversityLoss needs the experts' mean outputs: set response_tokens of "
-                    "MoEFeedForward, e.g. to 32"
-                )
-            used = (expert_load(routing) > 0).float()
-            count = used.sum().clamp(min=1)
-            p = routing.mean_outputs.float().softmax(-1)
-            mean = (p * used[:, None]).sum(0) / count
-            divergence = entropy(mean) - (entropy(p) * used).sum() / count
-            terms.append(count.log() - divergence)
-        return self.weight * torch.stack(terms).mean()
+    def of_layer(self, routing: Routing) -> Tensor:
+        if routing.mean_outputs is None:
+            raise ValueError(
+                "DiversityLoss needs the experts' mean outputs: set response_tokens of "
+                "MoEFeedForward, e.g. to 32"
+            )
+        used = (expert_load(routing) > 0).float()
+        count = used.sum().clamp(min=1)
+        p = routing.mean_outputs.float().softmax(-1)
+        mean = (p * used[:, None]).sum(0) / count
+        return count.log() - (entropy(mean) - (entropy(p) * used).sum() / count)
 
 
-class SparseGatingLoss:
-    """weight * (||W W^T - I||_F + mean_e ||w_e||), W the representations of the active experts.
+class SparseGatingLoss(LayerLoss):
+    """weight * (||W W^T - I||_F + mean_e ||w_e||) of a layer, W the representations of its active
+    experts: DynMoE's sparse and simple gating loss (equation 8).
 
-    DynMoE's sparse and simple gating loss (equation 8), mean over layers: experts that look in
-    different directions are seldom chosen together, and short rows keep it simple. Its published
-    code, whose weight this is, normalises the rows before the first term; the paper doesn't.
+    Experts that look in different directions are seldom chosen together, the paper says, and short
+    rows keep it simple. Neither term asks for few experts a token: rows that start orthonormal are
+    at the minimum of the first. The published code, whose weight this is, normalises the rows
+    before the first term; the paper doesn't.
     """
 
     name = "loss_sparse_gating"
 
-    def __init__(self, weight: float = 0.01) -> None:
-        self.weight = weight
-
-    def __call__(self, routings: list[Routing]) -> Tensor:
-        terms = []
-        for routing in routings:
-            if routing.keys is None:
-                raise ValueError(
-                    "SparseGatingLoss needs routers that report their experts' representations "
-                    "(Routing.keys), such as TopAnyRouter"
-                )
-            rows, on = routing.keys.float(), routing.active
-            on = torch.ones_like(rows[:, 0]) if on is None else on.to(rows.dtype)
-            likeness = (rows @ rows.T - torch.eye(len(rows), device=rows.device)) * on * on[:, None]
-            lengths = torch.linalg.vector_norm(rows, dim=1)
-            terms.append(likeness.norm() + (lengths * on).sum() / on.sum())
-        return self.weight * torch.stack(terms).mean()
+    def of_layer(self, routing: Routing) -> Tensor:
+        if routing.keys is None:
+            raise ValueError(
+                "SparseGatingLoss needs routers that report their experts' representations "
+                "(Routing.keys), such as TopAnyRouter"
+            )
+        rows, on = routing.keys.float(), routing.active
+        on = torch.ones_like(rows[:, 0]) if on is None else on.to(rows.dtype)
+        likeness = (rows @ rows.T - torch.eye(len(rows), device=rows.device)) * on * on[:, None]
+        lengths = torch.linalg.vector_norm(rows, dim=1)
+        return likeness.norm() + (lengths * on).sum() / on.sum()
 
 
 def expert_load(routing: Routing) -> Tensor:

@@ -71,8 +71,8 @@ class SoftmaxRouter(Router):
             FFN, each cut into k parts.
         tied: a row is drawn for each copy, and repeated for its parts (Algorithm 1). False draws
             every row by itself (Table 10, without initialisation).
-        std: standard deviation of the rows. Algorithm 1 draws N(0, 1), which saturates the softmax
-            on layer-normalised tokens; a small value starts from a nearly even load.
+        std: standard deviation of the rows. Algorithm 1 draws N(0, 1). Which experts are chosen
+            doesn't depend on it; the smaller the rows, the faster an optimizer turns them.
 
     Raises:
         ValueError: an unknown gate, or a k that is out of range or, if tied, doesn't divide E.
