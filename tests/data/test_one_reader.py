@@ -5,9 +5,10 @@ import json
 import math
 
 import pytest
-from dynamic_dino.data import datasets
+from dynamic_dino.data import check, datasets
 from dynamic_dino.data.check import check_dataset
 from dynamic_dino.data.json_stream import stream_json
+from dynamic_dino.data.problems import MAX_LENGTH, DataError
 from dynamic_dino.evaluation.coco import coco_ap, read_ground_truth
 from dynamic_dino.evaluation.predictions import DatasetPredictions
 from hypothesis import HealthCheck, given, settings
@@ -119,7 +120,9 @@ values = st.recursive(
     st.none()
     | st.booleans()
     | st.sampled_from([0, 1, 2, -1, 1 << 70, 10**400, 1.5, math.nan, math.inf, 1e300, 60])
-    | st.sampled_from(["", " ", "1", "a", "0", "???", "_", "nan", "\ud800", "\0", "1_0"]),
+    | st.sampled_from(
+        ["", " ", "1", "a", "a" * 10**5, "0", "???", "_", "nan", "\ud800", "\0", "1_0"]
+    ),
     lambda inner: (
         st.lists(inner, max_size=5)
         | st.dictionaries(st.sampled_from(["id", "name", "counts", "size"]), inner, max_size=2)
@@ -158,7 +161,7 @@ def test_nothing_is_good_here_and_a_crash_there(tmp_path, field, value, outline)
         try:
             read(file)
         except ValueError as error:
-            assert str(file) in str(error)
+            assert str(file) in str(error) and len(str(error)) < 2 * MAX_LENGTH
             return False
         return True
 
@@ -220,6 +223,37 @@ def test_captions_are_refused_or_read_by_all(tmp_path, place, value):
         return  # by which the format is told from COCO's
     result = check_dataset(str(file), images=0)
     assert result.ok == (records is not None), result.counts
+
+
+def test_spans_are_whole_numbers(tmp_path):
+    content, file = grounded()["grounding"], tmp_path / "a.jsonl"
+    region = content["grounding"]["regions"][0]
+
+    def spans(value) -> list:
+        region["tokens_positive"] = value
+        file.write_text(json.dumps(content))
+        return datasets.load_odvg_jsonl(file, tmp_path)[0]["phrase_spans"]
+
+    for value in ([["2", "5"]], [[2.0, 5]]):
+        assert spans(value) == [[[2, 5]]]
+    for value in (["25"], [[1.5, 3]], [[False, 3]], [[0, math.inf]], "ab", {"25": 1}, [[2, 5, 7]]):
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 1: grounding.*are no spans: give"):
+            spans(value)
+
+
+def test_a_check_that_fails_itself_hides_no_other(tmp_path, monkeypatch):
+    def broken(*arguments):
+        yield DataError("unclean name", "of the first check")
+        raise TypeError("of the\nsecond")
+
+    content = plain()
+    content["annotations"].append({**content["annotations"][0], "id": 99})
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr(check, "check_names", broken)
+    result = check_dataset(str(file), images=0)
+    assert result.counts == {"unclean name": 1, "failed check": 1, "box twice": 1} and not result.ok
+    assert any("TypeError (of the second; test_one_reader.py" in line for line in result.lines())
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "gbk", "shift-jis"])

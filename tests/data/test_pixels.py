@@ -249,6 +249,41 @@ def test_a_file_that_is_no_picture_is_called_what_it_is(tmp_path, monkeypatch):
         as_array("https://a.org/b.jpg")
 
 
+def test_what_is_not_read_is_not_opened(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "photo.jpg", "EPS")
+    opened = []
+    begins = Image.OPEN["EPS"][1]
+    monkeypatch.setitem(Image.OPEN, "EPS", (lambda *file: opened.append(file), begins))
+    with pytest.raises(ValueError, match="it is EPS, a format that isn't read here: convert"):
+        as_array(tmp_path / "photo.jpg")
+    assert not opened  # it would start Ghostscript
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    def part(kind: bytes, content: bytes) -> bytes:
+        whole = kind + content
+        return struct.pack(">I", len(content)) + whole + struct.pack(">I", zlib.crc32(whole))
+
+    for width, height in ((13_000, 13_000), (60_000, 60_000)):  # the second is too much for Pillow
+        head = part(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        content = b"\x89PNG\r\n\x1a\n" + head + part(b"IDAT", zlib.compress(bytes(9)))
+        (tmp_path / "bomb.png").write_bytes(content)
+        for read in (image_size, as_array):
+            with pytest.raises(ValueError, match=r"bomb.png has .*128 million.*_MAX_PIXELS"):
+                read(tmp_path / "bomb.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "small.png")
+    monkeypatch.setenv("DYNAMIC_DINO_MAX_PIXELS", "0.001")
+    with pytest.raises(ValueError, match=r"small.png has 40 x 30 pixels, more than 0.001 million"):
+        as_array(tmp_path / "small.png")
+    monkeypatch.setenv("DYNAMIC_DINO_MAX_PIXELS", "0.0012")
+    assert as_array(tmp_path / "small.png").shape == (30, 40, 3)
+    for wrong in ("many", "-1", "0", ""):
+        monkeypatch.setenv("DYNAMIC_DINO_MAX_PIXELS", wrong)
+        with pytest.raises(ValueError, match=f"DYNAMIC_DINO_MAX_PIXELS={wrong}: it needs a number"):
+            as_array(tmp_path / "small.png")
+
+
 def test_photos_of_phones(tmp_path):
     pytest.importorskip("pillow_heif", reason="the extra heic")
     exif = Image.Exif()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +98,9 @@ def check_dataset(
     except (FileNotFoundError, ValueError) as error:
         result(DataError("unreadable file", str(error), str(place.file)))
         return result
+    except Exception as error:  # a mistake of ours must not hide what else is found
+        result(_failed_itself(error, place.file))
+        return result
     metadata = get_metadata(place.name)
     classes = metadata.thing_classes
     if outlined := metadata.get("outlined", 0):
@@ -104,18 +108,32 @@ def check_dataset(
         result(DataError("box from a polygon", f"{what}: see that they are right", str(place.file)))
     result.images, result.boxes = len(records), len(records.boxes)
     result.names, result.recognised = len(classes), describe(place, records)
-    for problem in (
-        *_check_counts(result, entry),
-        *_check_units(place.file, records),
-        *check_names(place.file, classes, tokenizer),
-        *_check_crowds(place.file, records),
-        *_check_twice(place.file, records, classes),
-        *_check_use(place.file, [classes[i] for i in unasked_classes(place.name)]),
-        *_check_captions(place.file, records, classes, tokenizer, max_tokens),
-        *_check_images(place.file, records, images),
+    for problems in (
+        _check_counts(result, entry),
+        _check_units(place.file, records),
+        check_names(place.file, classes, tokenizer),
+        _check_crowds(place.file, records),
+        _check_twice(place.file, records, classes),
+        _check_use(place.file, [classes[i] for i in unasked_classes(place.name)]),
+        _check_captions(place.file, records, classes, tokenizer, max_tokens),
+        _check_images(place.file, records, images),
     ):
-        result(problem)
+        try:
+            for problem in problems:
+                result(problem)
+        except Exception as error:
+            result(_failed_itself(error, place.file))
     return result
+
+
+def _failed_itself(error: Exception, file: Path) -> DataError:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    what = (
+        f"a check ended with {type(error).__name__} ({' '.join(str(error).split())[:200]}; "
+        f"{Path(place.filename).name}, line {place.lineno}): what it looks for wasn't looked for; "
+        "please report this line, and the file if you can"
+    )
+    return DataError("failed check", what, str(file))
 
 
 def _check_counts(result: CheckResult, entry: Builtin | None) -> Iterator[DataError]:

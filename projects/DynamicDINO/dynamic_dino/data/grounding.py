@@ -12,7 +12,7 @@ from .boxes import read_box, read_size
 from .catalog import replace_metadata, require_file
 from .coco_json import CocoFile
 from .columns import Columns
-from .fields import brief, is_text, read_list, read_name, read_path
+from .fields import brief, is_text, read_list, read_name, read_number, read_path
 from .json_stream import stream_jsonl
 from .label_map import read_label_map
 from .problems import BadBoxes, DataError, Dropped, Reporter, refuse, require_fields
@@ -223,17 +223,20 @@ def read_caption(item: dict) -> str:
 
 def read_spans(tokens_positive: Any) -> Spans:
     """The spans of "tokens_positive"; raises DataError where they can't be spans of any caption."""
-    try:
-        spans = tuple((int(start), int(end)) for start, end in tokens_positive)
-    except (OverflowError, TypeError, ValueError):
-        spans = ()
-    if not spans or any(not 0 <= start < end for start, end in spans):
+    spans = tokens_positive if isinstance(tokens_positive, list | tuple) else ()
+    pairs = [list(map(read_number, s)) if isinstance(s, list | tuple) else [] for s in spans]
+    if not pairs or not all(map(_is_span, pairs)):
         raise DataError(
             "phrase outside the caption",
             f"tokens_positive {brief(tokens_positive)} are no spans: give [[start, end], ...], "
             "characters of the caption with start < end",
         )
-    return spans
+    return tuple((int(start), int(end)) for start, end in pairs)
+
+
+def _is_span(pair: list[float]) -> bool:
+    whole = len(pair) == 2 and all(v.is_integer() for v in pair)  # neither infinite nor NaN is
+    return whole and 0 <= pair[0] < pair[1]
 
 
 def outside_caption(spans: Spans, caption: str) -> DataError:

@@ -24,6 +24,23 @@ FORMATS = tuple(name for name in _ALLOWED.split() if name in Image.OPEN)
 SUFFIXES = tuple(
     sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 )
+# A picture of few bytes may have so many pixels that decoding them fills the memory, at about 14
+# bytes a pixel. Whoever allows more than Pillow does, means its limit too.
+MAX_PIXELS = "DYNAMIC_DINO_MAX_PIXELS"
+
+
+def most_pixels() -> int:
+    """How many pixels an image file may have; raises ValueError where the variable is no number."""
+    text = os.environ.get(MAX_PIXELS, "128")
+    if not re.fullmatch(r"\d{1,6}(\.\d*)?", text) or not float(text):
+        raise ValueError(f"{MAX_PIXELS}={text}: it needs a number of millions of pixels, as 128")
+    return int(float(text) * 1e6)
+
+
+with suppress(ValueError):  # said when a picture is opened
+    if MAX_PIXELS in os.environ:
+        Image.MAX_IMAGE_PIXELS = most_pixels()
+
 # Pictures to a person, whether they are read here or not.
 _OTHERS = ".heic .heif .hif .avif .jxl .svg .psd .eps .ico .dng .cr2 .cr3 .nef .arw .raf .orf"
 UNREAD_SUFFIXES = tuple(suffix for suffix in _OTHERS.split() if suffix not in SUFFIXES)

@@ -15,7 +15,7 @@ from detectron2.data import transforms as T
 from PIL import Image, UnidentifiedImageError
 
 from .file_kinds import what_it_is
-from .image_files import FORMATS, is_address, shorten
+from .image_files import FORMATS, MAX_PIXELS, is_address, most_pixels, shorten
 from .pixels import orientation, pixels_of_array, pixels_of_image, seen_size
 from .whereabouts import why_missing
 
@@ -51,20 +51,25 @@ def load_image(path: str | Path) -> np.ndarray:
 
     Raises FileNotFoundError or ValueError, naming the file, if it is missing or can't be decoded.
     """
-    with _opened(path) as image:
+    with open_image(path) as image:
         return _decoded(image, str(path))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of what `load_image` reads, from the head of the file; raises as it does."""
-    with _opened(path) as image:
+    with open_image(path) as image:
         try:
             return seen_size(image)
         except DAMAGES as error:
             raise _unreadable(str(path), error) from error
 
 
-def _opened(given: str | Path) -> Image.Image:
+def open_image(given: str | Path) -> Image.Image:
+    """An image file, opened and not yet decoded: of a format that is read here, and of no more
+    pixels than `most_pixels`. All files are opened by this or by `open_bytes`.
+
+    Raises FileNotFoundError or ValueError, naming the file.
+    """
     path = Path(given)
     if not os.path.isfile(path):
         if is_address(given):
@@ -76,7 +81,7 @@ def _opened(given: str | Path) -> Image.Image:
 
 
 def open_bytes(content: bytes, name: str) -> Image.Image:
-    """An image file in memory, opened and not yet decoded, which `as_array` does.
+    """`open_image` of a file in memory; `as_array` decodes it.
 
     Args:
         name: what errors call it, here and there.
@@ -89,8 +94,15 @@ def open_bytes(content: bytes, name: str) -> Image.Image:
 
 
 def _open(file: Path | io.BytesIO, name: str) -> Image.Image:
+    most = most_pixels()
+    too_large = (
+        f"than {most / 1e6:g} million: make it smaller, or allow more with the environment "
+        f"variable {MAX_PIXELS} (in millions)"
+    )
     try:
-        return Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError:  # of more than Pillow lets through
+        raise ValueError(f"image {name} has more pixels {too_large}") from None
     except UnidentifiedImageError as error:
         with file.open("rb") if isinstance(file, Path) else file as stream:
             kind, remedy = what_it_is(stream)
@@ -99,6 +111,11 @@ def _open(file: Path | io.BytesIO, name: str) -> Image.Image:
         raise _unreadable(name, "no image format is recognized") from error
     except DAMAGES as error:
         raise _unreadable(name, error) from error
+    if image.width * image.height > most:
+        size = f"{image.width} x {image.height}"
+        image.close()
+        raise ValueError(f"image {name} has {size} pixels, more {too_large}")
+    return image
 
 
 def _decoded(image: Image.Image, name: str) -> np.ndarray:
@@ -140,7 +157,7 @@ def _wrong_size(path: str, size: tuple[int, int], stated: tuple[int, int]) -> st
     )
     if stated != size[::-1]:
         return f"{what}: its boxes can't be right; correct the annotation file"
-    with Image.open(path) as image:
+    with open_image(path) as image:
         turn = orientation(image)
     repair = "`python -m dynamic_dino.data convert IN OUT --to coco --sizes-of-images` does it"
     if turn < 5:

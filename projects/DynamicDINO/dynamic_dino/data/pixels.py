@@ -97,7 +97,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         shown = shown.convert("RGB")
         shown.putalpha(Image.fromarray(_differs(np.asarray(image), key)))
     if not shown.has_transparency_data:
-        return shown.convert("RGB")
+        return shown if shown.mode == "RGB" else shown.convert("RGB")
     page = Image.new("RGBA", shown.size, "white")
     page.alpha_composite(shown.convert("RGBA"))
     return page.convert("RGB")

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 logger = logging.getLogger(__name__)
 
+MAX_LENGTH = 1000  # characters of a message
 BadBoxes = Literal["error", "drop"]
 
 
@@ -64,6 +65,10 @@ KINDS = {
     "wrong count": Kind(
         "No image at all, or not as many images and boxes as were published.",
         "Get the version that [data sets](../datasets/README.md) names.",
+    ),
+    "failed check": Kind(
+        "A check itself failed, for a reason that nobody thought of; the others were made.",
+        "Report the line that is printed.",
     ),
     # images
     "missing image": Kind(
@@ -238,6 +243,8 @@ class DataError(Exception):
     """
 
     def __init__(self, kind: str, what: str, where: str = "") -> None:
+        if len(what) > MAX_LENGTH:  # it may show a name or a caption of any length
+            what = f"{what[: MAX_LENGTH - 300]} [...] {what[-300:]}"
         super().__init__(f"{where}: {what}" if where else what)
         self.kind, self.what, self.where = kind, what, where
 

@@ -12,8 +12,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from ..data.image_files import FORMATS
-from ..data.images import as_array
+from ..data.images import as_array, open_image
 from ..data.visualization import phrase_colors
 from ..files import write_text
 from .run import Labels, load_ahead
@@ -78,7 +77,7 @@ def least_certain(labels: Labels) -> list[dict]:
 def _thumbnail(file: str) -> str:
     """A JPEG as an address that holds it; none for an image that has gone since."""
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        with open_image(file) as image:
             image.draft("RGB", (2 * SIDE, 2 * SIDE))  # of a JPEG, no more than that is decoded
             small = Image.fromarray(as_array(image))
     except (ValueError, OSError):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 
 import cv2
-from PIL import Image
 
 from ...files import written_whole
-from ..image_files import FORMATS
-from ..images import DAMAGES
+from ..images import DAMAGES, open_bytes
 from ..pixels import pixels_of_image
 from .sets import PhotosError
 
@@ -30,7 +27,7 @@ def write_scaled(path: Path, content: bytes, width: int, height: int, where: str
     Raises `PhotosError` if it isn't a picture of the size that its annotations say.
     """
     try:
-        with Image.open(BytesIO(content), formats=FORMATS) as image:
+        with open_bytes(content, where) as image:
             pixels = pixels_of_image(image, turn=False)  # boxes lie in the stored picture
     except DAMAGES:
         raise PhotosError(f"{where} is no picture: fetch it again") from None
