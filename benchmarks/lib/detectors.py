@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from detectron2.config import LazyCall as L
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.structures import Boxes, Instances
-from dynamic_dino.config import load_config
+from dynamic_dino.config import load_config, without_downloads
 from dynamic_dino.modeling.feed_forward import FeedForward
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.moe.experts import Experts
@@ -37,13 +37,7 @@ COCO_NAMES = [category["name"] for category in COCO_CATEGORIES if category["isth
 
 def load_model_config(path: str = RECIPE, overrides: Sequence[str] = ()) -> DictConfig:
     """The model of a recipe, with random towers where its own would have to be downloaded."""
-    cfg = load_config(ROOT / path, list(overrides))
-    random = LazyConfig.load(str(ROOT / "configs/common/models/edge_random.py")).model
-    if cfg.model.backbone.weights == "timm":
-        cfg.model.backbone.weights = None
-    if not cfg.model.text_encoder.get("model", "package:").startswith("package:"):
-        cfg.model.text_encoder = random.text_encoder
-    return cfg.model
+    return without_downloads(load_config(ROOT / path, list(overrides)).model)
 
 
 def dense_of(model: DictConfig) -> DictConfig:

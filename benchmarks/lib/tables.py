@@ -300,19 +300,27 @@ def packing(report: dict) -> str:
 
 def export(report: dict) -> str:
     """Of files that PyTorch runs there is only the speed."""
-    tested = report["settings"]["test"]
+    asked = report["settings"]
+    measured = {
+        "mb": "{:.1f}",
+        "compared": "{}",
+        "missing": "{}",
+        "extra": "{}",
+        "scores": "{:.1e}",
+        "boxes": "{:.1e}",
+        "speed": "{:.2f}",
+    }
+    scores = [metric for metric in ("AP", "AP50") if asked["test"]]
     rows = []
     for row in report["rows"]:
-        cells = [row["model"], row["format"], row["precision"]]
-        measured = ("mb", "{:.1f}"), ("scores", "{:.1e}"), ("boxes", "{:.1e}"), ("speed", "{:.2f}")
-        cells += [style.format(row[key]) if key in row else "" for key, style in measured]
-        rows.append(cells + [f"{row[metric]:.2f}" for metric in ("AP", "AP50") if metric in row])
-    head = ["model", "format", "precision", "MB", "scores differ by", "boxes", "times as fast"]
-    scores = [f"{metric} on {tested}" for metric in ("AP", "AP50") if tested]
-    threads = (
-        f"{report['settings']['threads']} thread(s), {report['settings']['images']} photos.\n\n"
-    )
-    return threads + table(head + scores, rows)
+        cells = [style.format(row[key]) if key in row else "" for key, style in measured.items()]
+        cells += [f"{row[metric]:.2f}" for metric in scores]
+        rows.append([row["model"], row["format"], row["precision"], *cells])
+    head = ["model", "format", "precision", "MB", "compared", "missing", "new"]
+    head += ["scores differ by", "boxes", "times as fast"]
+    head += [f"{metric} on {asked['test']}" for metric in scores]
+    text = f"{asked['threads']} thread(s), {asked['images']} photos.\n\n"
+    return text + table(head, rows)
 
 
 def peers(report: dict) -> str:

@@ -11,6 +11,7 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from dynamic_dino import load_detector
 from dynamic_dino.checkpoint.weights import export_weights
+from dynamic_dino.config import without_downloads
 from dynamic_dino.export import cli
 from dynamic_dino.export.check import TOLERANCES, compare, generated_images
 from dynamic_dino.export.detector import _write_torch, convert_to_openvino, load_source
@@ -18,6 +19,7 @@ from dynamic_dino.export.experts import EXPERTS, StaticMoE
 from dynamic_dino.export.graph import StaticBlock
 from dynamic_dino.export.onnx_format import store_in_half, write_onnx
 from dynamic_dino.export.tensorrt import build_engine, obstacles
+from dynamic_dino.files import configs_folder
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.modeling.swin import PaddedBlock
 from dynamic_dino.moe.layer import MoEFeedForward
@@ -189,6 +191,7 @@ def test_every_router_and_swin_in_onnx(tmp_path):
         (["a.pt2", "--text", "cow.", "--experts", "sparse"], "torch has tiles and all"),
         (["a.engine", "--text", "cow.", "--batch", "dynamic"], "fixed shapes"),
         (["a.onnx", "--text", "cow.", "--int8", "photos"], "--int8 is for openvino"),
+        (["a.onnx", "--text", "cow.", "--random-weights"], "instead of --weights"),
     ],
 )
 def test_what_cannot_be_exported_is_said(arguments, message, trained, tmp_path, capsys):
@@ -196,3 +199,15 @@ def test_what_cannot_be_exported_is_said(arguments, message, trained, tmp_path, 
     output = str(tmp_path / arguments[0])
     assert cli.main([recipe, output, "--weights", weights, *arguments[1:]]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_random_weights(trained):
+    recipe, _ = trained
+    sources = [load_source(recipe, text=TEXT, random_weights=True) for _ in range(2)]
+    states = [source.model.state_dict() for source in sources]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert sources[0].weights_sha256 is None and sources[0].name.endswith("random weights")
+    edge = LazyConfig.load(str(configs_folder() / "moe_tuning/dynamic_dino_x16_top2.py")).model
+    node = without_downloads(edge)
+    assert node.backbone.weights is None and node.text_encoder.weights is False
+    assert edge.backbone.weights == "timm" and node.text_encoder.max_tokens == 256

@@ -7,6 +7,7 @@ that no override of it is accepted and does nothing.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import os
@@ -23,7 +24,7 @@ from detectron2.utils.registry import _convert_target_to_string, locate
 from omegaconf import DictConfig, OmegaConf, SCMode
 
 from . import renamed
-from .files import write_text
+from .files import configs_folder, write_text
 from .values import CALLABLE, read_value
 
 NODES = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "inference")
@@ -72,6 +73,19 @@ def input_errors() -> Iterator[None]:
         yield
     except (ValueError, FileNotFoundError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+
+
+def without_downloads(model: DictConfig) -> DictConfig:
+    """A copy of the `model` of a recipe whose backbone and text encoder start at random where their
+    weights would have to be fetched; the tokenizer is then that of the package with MiniLM."""
+    model = copy.deepcopy(model)
+    if model.backbone.get("weights") == "timm":
+        model.backbone.weights = None
+    if not model.text_encoder.get("model", "package:").startswith("package:"):
+        random = LazyConfig.load(str(configs_folder() / "common/models/edge_random.py")).model
+        for key in ("model", "weights", "config"):
+            model.text_encoder[key] = random.text_encoder[key]
+    return model
 
 
 def load_config(

@@ -24,6 +24,7 @@ examples
 Exit status: 0; 2 if something was wrong, also if what was written finds something else.
 """
 
+CHECKED = 20  # of the photos to calibrate on, where there are no others
 SUFFIXES = {".onnx": "onnx", ".pt2": "torch", ".engine": "tensorrt"}
 
 
@@ -44,6 +45,12 @@ def parser() -> argparse.ArgumentParser:
         "output", metavar="OUTPUT", type=Path, help="FILE.onnx, FILE.pt2, FILE.engine or a folder"
     )
     p.add_argument("--weights", metavar="FILE", help="checkpoint (default: the model's own)")
+    p.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="of a recipe, random ones, for which nothing is fetched: to time a model, or to see "
+        "whether it can be exported, before it is trained. What the file finds means nothing",
+    )
     p.add_argument(
         "--format",
         choices=("onnx", "openvino", "torch", "tensorrt"),
@@ -93,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--check",
         metavar="FOLDER",
-        help="photos to compare with PyTorch on (default: a few generated images)",
+        help="photos to compare with PyTorch on (default: some of --int8's, or generated images)",
     )
     return p
 
@@ -155,8 +162,16 @@ def run(args: argparse.Namespace, form: str) -> int:
     calibration = find_images([args.int8]) if args.int8 else None
     writable_folder(args.output.parent, "choose another OUTPUT")
     source = load_source(
-        args.model, args.weights, args.size, args.text, args.text_input, args.max_detections
+        args.model,
+        args.weights,
+        args.size,
+        args.text,
+        args.text_input,
+        args.max_detections,
+        args.random_weights,
     )
+    if args.random_weights:
+        print(f"THE WEIGHTS ARE RANDOM: {args.output} is for timing, what it finds means nothing")
     file = args.output.with_suffix(".onnx") if form == "tensorrt" else args.output
     info = export(source, file, form, args.batch, args.half, args.experts)
     what = f"{len(info.names)} names" if info.names else f"text of {info.text.tokens} tokens"
@@ -166,16 +181,21 @@ def run(args: argparse.Namespace, form: str) -> int:
         print(f"convolutions are of 8 bits, calibrated on {len(calibration)} photos")
 
     allowed = TOLERANCES["int8" if calibration else info.precision]
+    photos = photos or (calibration or [])[:CHECKED]
     images = photos or generated_images(info.size)
     differs = compare(source.detector(), load_detector(file), images, source.prompt, allowed)
     kind = "photos" if photos else "generated images"
     print(f"compared with PyTorch on {kind}, {differs}")
-    if not differs.within(allowed):
+    if args.random_weights:
+        print("not judged: random layers turn rounding into close calls")
+    elif not differs.compared:
         return fail(
-            f"{file} finds something else than {args.model} does; allowed are differences "
-            f"of {allowed.scores:g} of scores and {allowed.boxes:g} of boxes, and "
-            f"{allowed.lost:.0%} of detections that aren't found again"
+            f"{file} is written, but whether it finds what {args.model} does isn't known: no "
+            f"detection in the {kind} is sure enough to be compared, by {allowed.scores:g} above "
+            "the least one; give photos that show some of the names with --check"
         )
+    elif not differs.within(allowed):
+        return fail(f"{file} finds something else than {args.model} does: {allowed}")
     if form == "tensorrt":
         if found := obstacles(file):
             raise ValueError(f"{file} has what TensorRT 10 doesn't take: {'; '.join(found)}")

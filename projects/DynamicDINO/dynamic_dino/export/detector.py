@@ -28,7 +28,7 @@ from ..serving.exported import (
     text_file,
     tokenizer_file,
 )
-from ..serving.inference import Detector, find_model, load_model
+from ..serving.inference import Detector, find_files, load_model, random_model
 from ..serving.shipped import defaults_of
 from ..sources import is_hub_spec
 from .graph import DetectorGraph, TextGraph, static_copy
@@ -75,11 +75,13 @@ def load_source(
     text: str | None = None,
     text_input: int | None = None,
     max_detections: int | None = None,
+    random_weights: bool = False,
 ) -> Source:
     """Loads a model for its export.
 
     Args:
         model, weights: see `load_detector`.
+        random_weights: instead of the model's own, see `random_model`.
         size: side of the square canvas in pixels, a multiple of 32; default: the recipe's.
         text: the names to bake in, as "cow. horse."; default, of a closed set: all its classes.
         text_input: instead, how many tokens of text an input shall hold; 0: as many as suit the
@@ -89,7 +91,11 @@ def load_source(
     Raises:
         FileNotFoundError, ValueError: naming the argument, and what to give instead.
     """
-    detector, cfg = load_model(model, weights, "cpu", pack="never")
+    if random_weights and weights:
+        raise ValueError("--random-weights are instead of --weights: give one of them")
+    detector, cfg = (
+        random_model(model) if random_weights else load_model(model, weights, "cpu", pack="never")
+    )
     if not isinstance(detector, OpenVocabularyDetector):
         raise ValueError(
             f"{model} is a {type(detector).__name__}: only an OpenVocabularyDetector has an export"
@@ -126,12 +132,12 @@ def load_source(
         prompt = Prompt.from_phrases(["cow", "red circle", "yellow triangle"])
     return Source(
         detector,
-        str(model),
+        f"{model}, random weights" if random_weights else str(model),
         size,
         prompt,
         slots,
         *defaults_of(str(model), weights),
-        _checksum(model, weights),
+        None if random_weights else _checksum(model, weights),
     )
 
 
@@ -153,7 +159,7 @@ def text_slots(encoder: TextEncoder, tokens: int, max_phrases: int | None) -> Te
 def _checksum(model: str, weights: str | None) -> str | None:
     if is_hub_spec(model) or is_hub_spec(weights or ""):
         return None
-    _, file = find_model(model, weights)
+    _, file = find_files(model, weights)
     return sha256_of_file(Path(file))
 
 

@@ -16,6 +16,7 @@ from ..serving.options import (
     check_numbers,
     make_detector,
     named,
+    public_name,
 )
 
 NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             int(args.max_pixels * 1e6),
         )
         defaults = Options(args.threshold, args.max_detections, args.nms, args.nms_agnostic or None)
-        app = make_app(detector, limits, defaults, named(args))
+        app = make_app(detector, limits, defaults, public_name(args))
         logging.config.dictConfig(LOGGING_CONFIG)
         Server(app, address_of(bound.getsockname())).run(sockets=[bound])
     print(f"stopped: {app.state.gate.accepted} requests were accepted and answered")

@@ -111,7 +111,8 @@ class Exported(nn.Module):
     Args:
         run: {input: array} -> scores, phrases, boxes, see `DetectorGraph`.
         info: what `run` is.
-        source: file or folder, for errors.
+        source: file or folder, of which errors say the name; a server shows them to its clients,
+            whom its folders don't concern.
         text: encoder of prompts, where the graph takes text.
     """
 
@@ -119,7 +120,7 @@ class Exported(nn.Module):
         self, run: Run, info: ExportInfo, source: Path, text: ExportedText | None = None
     ) -> None:
         super().__init__()
-        self.run, self.info, self.source, self.text = run, info, source, text
+        self.run, self.info, self.source, self.text = run, info, source.absolute().name, text
         self.names, self.max_detections = info.names, info.max_detections
         self.canvas = info.size
 

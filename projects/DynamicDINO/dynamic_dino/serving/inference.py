@@ -18,7 +18,7 @@ from torch import nn
 
 from ..checkpoint.public import import_public
 from ..checkpoint.weights import load_checkpoint
-from ..config import load_config, split_variant
+from ..config import load_config, split_variant, without_downloads
 from ..data.image_files import find_images as find_images  # where it was before
 from ..data.images import ImageLike, Size, as_array, resize_transform, to_tensor
 from ..engine.checkpointing import last_checkpoint
@@ -250,9 +250,44 @@ def load_model(
     return detector.eval(), cfg
 
 
+def random_model(model: str | Path) -> tuple[nn.Module, DictConfig]:
+    """What `load_model` returns, with random weights, always the same ones, and nothing fetched: it
+    takes as long and has the same operators as a trained one, but what it finds means nothing.
+
+    Args:
+        model: a recipe, the folder of a run, or a shipped model.
+    """
+    path = Path(model)
+    if str(model) in SHIPPED_MODELS:
+        path = configs_folder() / SHIPPED_MODELS[str(model)].config
+    cfg = _recipe(path / "config.yaml" if path.is_dir() else path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        detector = instantiate(without_downloads(cfg.model))
+    if isinstance(detector, OpenVocabularyDetector):
+        optimize_for_inference(detector, torch.float32, "eager", "never")
+    return detector.eval(), cfg
+
+
 def find_model(model: str | Path, weights: str | Path | None) -> tuple[DictConfig, str | Path]:
     """The config and the weights of a shipped model, a run or a LazyConfig file; see
     `load_detector`, whose errors it raises."""
+    config, weights = find_files(model, weights)
+    return _recipe(config), weights
+
+
+def _recipe(config: Path) -> DictConfig:
+    cfg = load_config(config)
+    if OmegaConf.select(cfg, "inference.size") is None:
+        raise ValueError(
+            f"{config} has no `inference.size`, so it isn't known how images are resized: import "
+            "`inference` beside `model`, as in: from ..common.models.nano import inference, model"
+        )
+    return cfg
+
+
+def find_files(model: str | Path, weights: str | Path | None) -> tuple[Path, str | Path]:
+    """The files of `find_model`: recipe, weights."""
     if str(model) in SHIPPED_MODELS:
         shipped = SHIPPED_MODELS[str(model)]
         config = configs_folder() / shipped.config
@@ -281,13 +316,7 @@ def find_model(model: str | Path, weights: str | Path | None) -> tuple[DictConfi
         )
     if not is_hub_spec(weights) and not Path(weights).is_file():
         raise FileNotFoundError(f"weights {weights} of {model} don't exist")
-    cfg = load_config(config)
-    if OmegaConf.select(cfg, "inference.size") is None:
-        raise ValueError(
-            f"{config} has no `inference.size`, so it isn't known how images are resized: import "
-            "`inference` beside `model`, as in: from ..common.models.nano import inference, model"
-        )
-    return cfg, weights
+    return config, weights
 
 
 def detect_each(

@@ -6,6 +6,7 @@ Imports nothing heavy, so that `--help` and wrong arguments answer at once.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from .shipped import DEFAULT_MODEL
 
@@ -100,6 +101,13 @@ def named(args: argparse.Namespace) -> str:
     """What runs, in words: public weights without a recipe are a model of their own."""
     public = args.weights if (args.weights or "").startswith("hf:") else None
     return args.config_file or public or args.model
+
+
+def public_name(args: argparse.Namespace) -> str:
+    """`named` for the clients of a server, whom its folders don't concern."""
+    name = named(args)
+    of_hub = name.startswith("hf:") and not Path(name[3:]).is_dir()
+    return name if of_hub else Path(name).absolute().name
 
 
 def make_detector(args: argparse.Namespace):
