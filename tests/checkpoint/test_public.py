@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import LazyConfig, instantiate
 from dynamic_dino.checkpoint.__main__ import main
+from dynamic_dino.checkpoint.files import read_directory
 from dynamic_dino.checkpoint.mmdetection_names import from_unfold
 from dynamic_dino.checkpoint.public import (
     IncompleteError,
@@ -22,6 +23,8 @@ from dynamic_dino.checkpoint.weight_names import UNUSED, canonical_name
 from dynamic_dino.checkpoint.weights import load_checkpoint
 from dynamic_dino.config import load_config
 from dynamic_dino.files import configs_folder
+from dynamic_dino.modeling.text import TextEncoder
+from dynamic_dino.sources import model_directory
 from helpers.twins import random_samples, random_transformers_model, their_inputs
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -525,12 +528,58 @@ def test_weights_in_parts(damaged, gdino):
     assert same_weights(import_public(folder).state, gdino.ours.state_dict())
 
 
+@pytest.mark.parametrize("elsewhere", ["../other.safetensors", "/etc/passwd", "sub/a.bin", 3, ""])
+def test_an_index_points_nowhere_else(tmp_path, elsewhere):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": elsewhere}}))
+    with pytest.raises(ValueError, match=r"index.json names .*which is no file beside it"):
+        read_directory(tmp_path)
+    for damage in ("{", "[]", '{"weight_map": [3]}'):
+        index.write_text(damage)
+        with pytest.raises(ValueError, match=r"index.json is no index of weights"):
+            read_directory(tmp_path)
+
+
+def test_code_that_a_model_brings_is_never_run(twins, tmp_path, monkeypatch):
+    """transformers asks for leave where it isn't told, and runs it at "y"."""
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    ran, folder = tmp_path / "ran", tmp_path / "model"
+    shutil.copytree(twins.folder, folder)
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    brought = {"auto_map": {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **brought}))
+    assert same_weights(import_public(folder).state, twins.ours.state_dict())
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", **brought}))
+    refused(folder, "is a evil model; what can be loaded are grounding-dino")
+    with pytest.raises(ValueError, match="code that a model brings is never run"):
+        TextEncoder(str(folder), weights=False)
+    assert not ran.exists()
+
+
 @pytest.mark.parametrize("name", ["IDEA-Research/grounding-dino-tiny", "no/such/folder", "/none"])
 def test_not_at_hand(name):
     """Tests are offline, as many machines are."""
     with pytest.raises(FileNotFoundError, match=name) as error:
         import_public(f"hf:{name}")
     assert ("hf download" in str(error.value)) == (name.count("/") == 1 and name[0] != "/")
+
+
+def test_a_revision_is_that_of_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, revision=None, allow_patterns=()):
+        asked.append((name, revision))
+        (tmp_path / "model.safetensors").touch()
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for spec in ("hf:a/b.c", "hf:a/b.c@v1.0", "hf:a/b.c@refs/pr/7"):
+        assert model_directory(spec) == tmp_path
+    assert asked == [("a/b.c", None), ("a/b.c", "v1.0"), ("a/b.c", "refs/pr/7")]
+    for spec in ("hf:a/b@", "hf:../b", "hf:@v1", "hf:a/b c"):
+        with pytest.raises(FileNotFoundError, match="no directory, and no id of the Hugging Face"):
+            model_directory(spec)
 
 
 @pytest.mark.skipif(

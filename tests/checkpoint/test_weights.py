@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from dynamic_dino.checkpoint.__main__ import main
+from dynamic_dino.checkpoint.files import read_state_dict
 from dynamic_dino.checkpoint.weights import FROZEN_ENCODERS, export_weights, load_checkpoint
+from dynamic_dino.files import PACKAGE, sha256_of_file
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.routers import SoftmaxRouter
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -214,6 +218,75 @@ def test_truncated(model, tmp_path, suffix, share):
     with pytest.raises(ValueError, match=f"checkpoint .*part{suffix} is corrupt or incomplete"):
         load_checkpoint(other, path)
     assert same_state(other, before)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> dict[str, bytes]:
+    """A checkpoint of each kind, as we write it."""
+    folder, model = tmp_path_factory.mktemp("written"), Model(frozen=False)
+    export_weights(model, folder / "a.safetensors")
+    torch.save({"model": model.half().state_dict(), "iteration": 3}, folder / "a.pth")
+    return {path.suffix: path.read_bytes() for path in folder.iterdir()}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from([".safetensors", ".pth"]), st.floats(0, 1), st.integers(0, 7))
+def test_a_flipped_bit_is_found_or_changes_nothing(written, tmp_path, suffix, place, bit):
+    file = tmp_path / f"weights{suffix}"
+    content = bytearray(written[suffix])
+    file.write_bytes(content)
+    right = read_state_dict(file)
+    content[int(place * (len(content) - 1))] ^= 1 << bit
+    file.write_bytes(content)
+    model = Model()
+    try:
+        load_checkpoint(model, file)
+    except ValueError as error:
+        assert str(file) in str(error)
+    else:
+        assert all(torch.equal(model.state_dict()[k], v.float()) for k, v in right.items())
+
+
+def test_checksums_beside_a_file(model, tmp_path):
+    for path in (tmp_path / "a.safetensors", tmp_path / "b.pth"):
+        save = save_file if path.suffix == ".safetensors" else torch.save
+        save(dict(model.state_dict()), path)
+        right = f"{'0' * 64}  other\n{sha256_of_file(path)} *{path.name}"
+        (tmp_path / "SHA256SUMS").write_text(right)
+        load_checkpoint(Model(), path)
+        (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {path.name}\n")
+        with pytest.raises(ValueError, match=f"{path.name} has another checksum than .*SHA256SUMS"):
+            load_checkpoint(Model(), path)
+
+
+def test_the_shipped_weights_have_checksums():
+    folder = PACKAGE / "weights"
+    listed = {line.split()[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+    assert listed == {path.name for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ffn.linear1.weight", torch.ones(8, 4, dtype=torch.int8), "holds int8, where.* float32"),
+        ("norm.num_batches_tracked", torch.tensor(2.5), "holds float32, where .* int64"),
+        ("norm.running_var", torch.tensor([1, torch.nan, torch.inf]), "2 of the 3 numbers of"),
+        ("ffn.linear2.bias", torch.full((4,), -torch.inf).bfloat16(), "4 of the 4 numbers of"),
+    ],
+)
+def test_other_kinds_of_numbers_are_named(model, tmp_path, name, value, message):
+    path = tmp_path / "odd.safetensors"
+    save_file({**model.state_dict(), name: value}, path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(Model(), path)
+    assert name in str(error.value) and str(path) in str(error.value)
+
+
+def test_what_fp16_cannot_hold_is_not_exported(model, tmp_path):
+    model.norm.running_var.fill_(1e6)
+    with pytest.raises(ValueError, match=r"half precision: 3 of the 3 numbers of norm.running_var"):
+        export_weights(model, tmp_path / "a.safetensors")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

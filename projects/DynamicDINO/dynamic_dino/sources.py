@@ -1,12 +1,15 @@
 """Where weights, tokenizers and models are: one resolver for every way to name them.
 
 package:MODULE/FILE   a file or directory inside an installed Python package
-hf:OWNER/NAME         a repository of the Hugging Face hub, downloaded once
+hf:OWNER/NAME         a repository of the Hugging Face hub, downloaded once; hf:OWNER/NAME@REVISION
+                      is a branch, a tag or, what can't change, a commit of it
 hf:DIRECTORY, PATH    a local directory or file
 """
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,24 +60,28 @@ def model_directory(spec: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    owner_and_name, at, revision = name.partition("@")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", owner_and_name) or (at and not revision):
         raise FileNotFoundError(
-            f"{name} is no directory, and no id of the Hugging Face hub (OWNER/NAME)"
+            f"{name} is no directory, and no id of the Hugging Face hub (OWNER/NAME, or "
+            "OWNER/NAME@REVISION)"
         )
     from huggingface_hub import snapshot_download  # slow to import, and rarely needed
 
     try:
         files = ["*.json", "*.txt"]
-        folder = Path(snapshot_download(name, allow_patterns=[*files, "*.safetensors"]))
+        fetch = partial(snapshot_download, owner_and_name, revision=revision or None)
+        folder = Path(fetch(allow_patterns=[*files, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*files, "*.bin"]))
+            folder = Path(fetch(allow_patterns=[*files, "*.bin"]))
         return folder
     except (OSError, ValueError) as error:  # all of the hub's errors are one of them
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise FileNotFoundError(
             f"model {name!r} is no local directory, and can't be fetched from the Hugging Face hub "
             f"({reason[0]}): check the id, or download it where there is internet, `hf download "
-            f"{name} --local-dir DIRECTORY`, and give hf:DIRECTORY"
+            f"{owner_and_name}{f' --revision {revision}' if at else ''} --local-dir DIRECTORY`, "
+            "and give hf:DIRECTORY"
         ) from error
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import instantiate
-from safetensors.torch import save_file
 
 from ..config import load_config
 from ..console import command
+from .files import write_safetensors
 from .public import export_directory, import_public
 from .weights import export_weights, load_checkpoint
 
@@ -61,8 +61,7 @@ def _import(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out}: the file to write is named *.safetensors")
     config = load_config(args.config_file) if args.config_file else None
     imported = import_public(args.source, config)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(imported.state, args.out)
+    write_safetensors(imported.state, args.out)
     print(imported.account.table())
     print(f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB")
 

@@ -16,14 +16,13 @@ from pathlib import Path
 import torch
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig
-from safetensors.torch import save_file
 from tabulate import tabulate
 from torch import Tensor
 
 from ..files import configs_folder
 from ..modeling.detector import OpenVocabularyDetector
 from ..sources import model_directory
-from .files import read_directory, read_state_dict
+from .files import check_tensors, read_directory, read_state_dict, write_safetensors
 from .mmdetection_names import as_idea, is_mmdetection
 from .transformers_config import detector_config, read_config, transformers_config
 from .weight_names import UNUSED, canonical_name, their_names
@@ -209,6 +208,7 @@ def convert_weights(
             f"{source} is of another architecture, or not the whole of it: {'; '.join(problems)}",
             account,
         )
+    check_tensors(result, shapes, source)
     return result
 
 
@@ -235,7 +235,7 @@ def export_directory(model: OpenVocabularyDetector, folder: str | Path) -> None:
         else "GroundingDinoForObjectDetection"
     ]
     config.save_pretrained(folder)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    write_safetensors(state, folder / "model.safetensors")
     model.text_encoder.tokenizer.save_pretrained(folder)
     settings = {
         "image_processor_type": "GroundingDinoImageProcessor",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from detectron2.config import LazyConfig
 from omegaconf import DictConfig
 from torch import nn
 from transformers import (
-    AutoConfig,
     GroundingDinoConfig,
     MMGroundingDinoConfig,
     PretrainedConfig,
@@ -21,6 +21,7 @@ from ..modeling.detector import OpenVocabularyDetector
 from ..modeling.feed_forward import FeedForward
 
 FAMILIES = {"grounding-dino": "gdino", "mm-grounding-dino": "mm_gdino"}
+CONFIGS = {"grounding-dino": GroundingDinoConfig, "mm-grounding-dino": MMGroundingDinoConfig}
 # Values that no public model departs from, and that ours has built in.
 FIXED = {
     "two_stage": True,
@@ -43,18 +44,26 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 
 def read_config(folder: Path) -> PretrainedConfig:
     """The config of a directory; raises FileNotFoundError or ValueError if it is none of ours."""
-    if not (folder / "config.json").is_file():
+    file = folder / "config.json"
+    if not file.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is no model of transformers")
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{folder / 'config.json'} can't be read: {error}") from error
-    if config.model_type not in FAMILIES:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): fetch it again") from error
+    # Before transformers looks at it: a model of another type may bring code of its own, which
+    # AutoConfig offers to run.
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
-            f"{folder} is a {config.model_type} model; what can be loaded are "
+            f"{folder} is a {str(kind)[:60]} model; what can be loaded are "
             f"{' and '.join(FAMILIES)} models"
         )
-    return config
+    try:
+        return CONFIGS[kind].from_dict(content)
+    except Exception as error:  # of whatever type transformers' checks are
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} can't be read ({reason}): fetch it again") from error
 
 
 def detector_config(config: PretrainedConfig, folder: Path | None = None) -> DictConfig:

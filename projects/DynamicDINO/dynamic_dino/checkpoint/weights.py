@@ -18,12 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..console import some
 from ..sources import is_hub_spec, resolve
-from .files import read_state_dict
+from .files import check_tensors, read_state_dict, write_safetensors
 from .public import import_public
 
 logger = logging.getLogger(__name__)
@@ -40,8 +39,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is corrupt, or doesn't match the model key by key and shape by shape;
-            a pattern matches nothing.
+        ValueError: the file is corrupt, is not what its checksum says, holds NaN or another kind
+            of numbers, or doesn't match the model key by key and shape by shape; a pattern matches
+            nothing.
     """
     if is_hub_spec(path):
         state = import_public(path).state
@@ -62,6 +62,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()
             raise ValueError(f"nothing of the model matches {pattern!r}, which should be skipped")
         skipped.update(matching)
         state = {k: v for k, v in state.items() if not fnmatch.fnmatchcase(k, pattern)}
+    check_tensors(state, model_state, path)
     encoders = _encoders(model)
     brought = tuple(prefix for prefix, encoder in encoders.items() if encoder.pretrained)
     absent = [k for k in model_state if k.startswith(FROZEN_ENCODERS) and k not in state]
@@ -92,16 +93,16 @@ def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()
 
 def export_weights(model: nn.Module, path: str | Path) -> None:
     """Writes the model in fp16, as safetensors, without the encoders that are frozen and still have
-    the weights that they bring."""
+    the weights that they bring. Raises ValueError for weights that fp16 can't hold."""
     encoders = _encoders(model)
     skip = tuple(p for p, encoder in encoders.items() if encoder.frozen and encoder.pretrained)
     state = {
-        k: (v.half() if v.is_floating_point() else v).contiguous()
+        k: v.half() if v.is_floating_point() else v
         for k, v in model.state_dict().items()
         if not k.startswith(skip or ("\0",))
     }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path)
+    check_tensors(state, {}, f"the model for {path}, in half precision")
+    write_safetensors(state, path)
 
 
 def _encoders(model: nn.Module) -> dict[str, nn.Module]:

@@ -222,7 +222,7 @@ def _check_captions(
         return
     from transformers import AutoTokenizer  # takes seconds, and few data sets have long captions
 
-    encode = AutoTokenizer.from_pretrained(resolve_model(tokenizer))
+    encode = AutoTokenizer.from_pretrained(resolve_model(tokenizer), trust_remote_code=False)
     for where, text in tqdm(long, desc="long captions", delay=1, disable=None):
         count = len(encode(text, verbose=False)["input_ids"])
         if count > max_tokens:

@@ -62,4 +62,4 @@ def _read(names: Sequence[str], tokenizer: str) -> tuple[list[Hashable], list[st
 def _tokenizer(tokenizer: str):
     from transformers import AutoTokenizer  # takes a second
 
-    return AutoTokenizer.from_pretrained(resolve_model(tokenizer))
+    return AutoTokenizer.from_pretrained(resolve_model(tokenizer), trust_remote_code=False)

@@ -104,7 +104,16 @@ class Backbone(nn.Module):
             parameter.requires_grad_(False)
 
     def _load(self, name: str, weights: str) -> None:
-        state = torch.load(resolve(weights), map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(resolve(weights), map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # torch's and pickle's are of many types
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"backbone weights {weights!r} can't be read ({reason}): the file is damaged or "
+                "holds more than weights; fetch it again"
+            ) from error
         target = self.body.state_dict()
         names = [key for key in target if not key.endswith("num_batches_tracked")]
         if all(key in state for key in names):

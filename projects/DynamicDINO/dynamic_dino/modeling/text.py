@@ -84,6 +84,7 @@ class TextEncoder(nn.Module):
 
     Raises:
         FileNotFoundError: the model is not at hand and can't be fetched.
+        ValueError: transformers has no such model itself: what a model brings as code isn't run.
     """
 
     def __init__(
@@ -105,18 +106,32 @@ class TextEncoder(nn.Module):
         super().__init__()
         path = resolve_model(model)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(resolve_model(tokenizer or model))
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                resolve_model(tokenizer or model), trust_remote_code=False
+            )
             if weights:
                 with quiet_transformers():
-                    self.body = AutoModel.from_pretrained(path, add_pooling_layer=False)
+                    self.body = AutoModel.from_pretrained(
+                        path, add_pooling_layer=False, trust_remote_code=False
+                    )
             else:
-                body_config = AutoConfig.from_pretrained(path, **(config or {}))
-                self.body = AutoModel.from_config(body_config, add_pooling_layer=False)
+                body_config = AutoConfig.from_pretrained(
+                    path, trust_remote_code=False, **(config or {})
+                )
+                self.body = AutoModel.from_config(
+                    body_config, add_pooling_layer=False, trust_remote_code=False
+                )
         except (OSError, HFValidationError) as error:
             raise FileNotFoundError(
                 f"text encoder {model!r} is neither in the Hugging Face cache nor a local "
                 "directory, and the hub can't be reached; download it where there is internet and "
                 f"set model.text_encoder.model=/path/to/it ({error})"
+            ) from error
+        except (ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"text encoder {model!r} isn't one that transformers has itself, and code that a "
+                f"model brings is never run; name another ({reason[:200]})"
             ) from error
         self.dim, self.frozen, self.pooled, self.max_tokens = dim, frozen, pooled, max_tokens
         self.pretrained = weights
