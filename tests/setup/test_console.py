@@ -1,5 +1,5 @@
 """Every command line goes through `console.command`, which keeps a console's encoding from ending
-it; what that does is tested with predict.py."""
+it; what that does is tested with predict.py. Its usage names it by `console.program`."""
 
 import ast
 from pathlib import Path
@@ -22,5 +22,9 @@ def test_programs_take_any_console(path):
     ours = "dynamic_dino/" in path.as_posix().rpartition("projects")[2]
     if not ours and not any(module.startswith("dynamic_dino.") for module in modules):
         pytest.skip("prints nothing of the data's")
+    parsers = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    parsers = [n for n in parsers if ast.unparse(n.func).endswith("ArgumentParser")]
+    if ours:
+        assert all("prog=program()" in ast.unparse(parser) for parser in parsers)
     [main] = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
     assert "command" in [d.id for d in main.decorator_list if isinstance(d, ast.Name)]

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from dynamic_dino import cli
+from dynamic_dino import cli, console
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {  # where a folder of the checkout lands in the wheel
@@ -121,10 +121,36 @@ def test_command_answers_what_it_cannot_run(monkeypatch, capsys):
     monkeypatch.setattr(cli, "import_module", lambda *_: argparse.Namespace(main=given.append))
     assert cli.main(["check", "mine"]) == 0 and given == [["check", "mine"]]
 
-    monkeypatch.setattr(cli, "import_module", lambda *_: importlib.import_module("detectron2"))
-    monkeypatch.setitem(sys.modules, "detectron2", None)  # Python's word for: is not there
-    assert cli.main(["predict", "photo.jpg"]) == 2
-    assert "dynamic-dino install-detectron2" in capsys.readouterr().err
-    monkeypatch.setattr(cli, "import_module", lambda *_: importlib.import_module("no_such_package"))
-    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
-        cli.main(["predict"])
+
+@pytest.mark.parametrize("name", ["serve", "predict", "finetune", "install-detectron2"])
+def test_usage_names_what_was_typed(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    assert f"usage: dynamic-dino {name} " in capsys.readouterr().out
+    assert console.program() is None  # of pytest, or what comes next, nothing is said
+    with pytest.raises(SystemExit):
+        cli.run(name, ["--no-such-option"])
+    assert "dynamic-dino" not in capsys.readouterr().err.split()[1]
+
+
+NOT_THERE = """
+import sys
+class Nobody:
+    def find_spec(name, path=None, target=None):
+        if name == "detectron2":
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Nobody)
+"""
+
+
+@pytest.mark.parametrize("imported", ["dynamic_dino.evaluation", "dynamic_dino, no_such_package"])
+def test_without_detectron2_every_program_says_how_to_install_it(imported):
+    """Also where a package's own imports fail, before any of a program's lines is run."""
+    code = f"{NOT_THERE}import {imported}"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    *trace, line = run.stderr.splitlines()
+    if imported == "dynamic_dino.evaluation":
+        assert not trace and line.startswith("error: Detectron2 is not installed: `dynamic-dino i")
+        assert run.returncode == 2
+    else:
+        assert "no_such_package" in line and trace and run.returncode == 1

@@ -6,10 +6,11 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from .console import named_remedy
+from .console import ending, named_remedy
 from .renamed import FormerModules
 
 sys.meta_path.insert(0, FormerModules())
+sys.excepthook = ending
 
 __all__ = ["detect_video", "load_detector"]
 LAZY = {"load_detector": ".serving.inference", "detect_video": ".serving.video_detection"}

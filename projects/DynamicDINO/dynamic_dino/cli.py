@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from .console import command, named_remedy
+from .console import called_as, command
 
 
 class Program(NamedTuple):
@@ -78,20 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else "dynamic-dino --help lists them"
         print(f"error: there is no command {name!r}: {hint}", file=sys.stderr)
         return 2
-    return run(name, arguments)
+    # The data's programs are commands of one parser, which adds their names.
+    with called_as("dynamic-dino" if PROGRAMS[name].before else f"dynamic-dino {name}"):
+        return run(name, arguments)
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
     program = PROGRAMS[name]
-    try:
-        with named_remedy():
-            module = import_module(f".{program.module}", __package__)
-            return module.main([*program.before, *arguments]) or 0
-    except ModuleNotFoundError as error:
-        if error.name != "detectron2":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    module = import_module(f".{program.module}", __package__)
+    return module.main([*program.before, *arguments]) or 0
 
 
 # Commands of their own, which were there before the one for all.

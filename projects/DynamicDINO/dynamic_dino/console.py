@@ -1,5 +1,5 @@
 """What the command lines of this package have in common: no letter of a name ends a program, and a
-missing Detectron2 is an error that says how to install it."""
+missing Detectron2 is an error that says how to install it; its usage names it as it was called."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from types import TracebackType
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -17,6 +18,8 @@ DETECTRON2 = (
     "Detectron2 is not installed: `dynamic-dino install-detectron2` does that, from PyPI, without "
     "a compiler (or: python -m dynamic_dino.install_detectron2)"
 )
+_called: str | None = None
+_usual_ending = sys.excepthook
 
 
 @contextmanager
@@ -45,6 +48,33 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
         return main(*args, **kwargs)
 
     return run
+
+
+@contextmanager
+def called_as(name: str) -> Iterator[None]:
+    """Programs that begin in it are called so."""
+    global _called
+    before, _called = _called, name
+    try:
+        yield
+    finally:
+        _called = before
+
+
+def program() -> str | None:
+    """What the user typed to start this program, for its usage; None: the name of the script."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if _called is None and spec is not None and spec.name.startswith(f"{__package__}."):
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    return _called
+
+
+def ending(error: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+    """`sys.excepthook`, which ends a program with one line where Detectron2 is missing, wherever it
+    was imported first. It is set before any other module of this package is imported."""
+    if isinstance(value, ModuleNotFoundError) and value.name == "detectron2":
+        raise SystemExit(fail(DETECTRON2))
+    _usual_ending(error, value, trace)
 
 
 def fail(message: object) -> int:

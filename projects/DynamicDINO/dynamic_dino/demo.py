@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .config import load_config
-from .console import command, headline
+from .console import command, headline, program
 from .data.datasets import get_metadata, load_datasets, register_builtin
 from .data.images import load_image
 from .data.synthetic.stamps.cli import main as make_stamps
@@ -45,7 +45,7 @@ COLUMNS = {
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m dynamic_dino.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program(), description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder")
     parser.add_argument("--photos", type=int, default=12, help="photos in the picture")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.max_iter=50")

@@ -22,7 +22,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from .console import command
+from .console import command, program
 
 REQUIREMENT = "sal-detectron2==0.7.2"
 WHEEL = "sal_detectron2-0.7.2-cp310-none-any.whl"
@@ -112,7 +112,7 @@ def run_pip(arguments: list[str], remedy: str) -> None:
 @command
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m dynamic_dino.install_detectron2",
+        prog=program(),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

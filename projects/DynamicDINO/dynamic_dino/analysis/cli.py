@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..console import command
+from ..console import command, program
 from ..serving.shipped import DEFAULT_MIXTURE
 
 DESCRIPTION = """
@@ -22,17 +22,17 @@ spread, and curves over training.
 
 EXAMPLES = """
 examples
-  python -m dynamic_dino.analysis --dataset stamps_val --dataset stamps_val_real \\
+  %(prog)s --dataset stamps_val --dataset stamps_val_real \\
       --against nano-dense
-  python -m dynamic_dino.analysis --config-file configs/moe_tuning/dynamic_dino_x16_top2.py \\
+  %(prog)s --config-file configs/moe_tuning/dynamic_dino_x16_top2.py \\
       --weights model_final.pth --dataset lvis_v1_minival --names 40 --max-images 500
-  python -m dynamic_dino.analysis --run output/seed0 --run output/seed1 --run output/seed2 --drop
+  %(prog)s --run output/seed0 --run output/seed1 --run output/seed2 --drop
 """
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dynamic_dino.analysis",
+        prog=program(),
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

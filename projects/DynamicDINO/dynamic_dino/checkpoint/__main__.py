@@ -9,7 +9,7 @@ from pathlib import Path
 from detectron2.config import instantiate
 
 from ..config import load_config
-from ..console import command
+from ..console import command, program
 from .files import write_safetensors
 from .public import export_directory, import_public
 from .weights import export_weights, load_checkpoint
@@ -17,7 +17,7 @@ from .weights import export_weights, load_checkpoint
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m dynamic_dino.checkpoint")
+    parser = argparse.ArgumentParser(prog=program())
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser(
         "export", help="write a small fp16 file to ship, or a directory that transformers loads"

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from ..console import command
+from ..console import command, program
 from ..modeling.text import quiet_transformers
 from .builtin import BUILTIN
 from .catalog import dataset_root
@@ -19,14 +19,14 @@ from .show import draw_samples
 from .split import VAL
 
 EXAMPLES = """examples:
-  python -m dynamic_dino.data list --all
-  python -m dynamic_dino.data check objects365_v1_train gqa_train
-  python -m dynamic_dino.data check mine/train.json --image-folder mine/images --images all
-  python -m dynamic_dino.data show odinw_Raccoon_train --out raccoons.jpg
-  python -m dynamic_dino.data convert gqa_train gqa.jsonl --to odvg
-  python -m dynamic_dino.data check voc_or_yolo_or_labelme_folder
-  python -m dynamic_dino.data convert roboflow_export:val val.json --to coco
-  python -m dynamic_dino.data split cvat/annotations.xml --val 0.2 --out mine
+  %(prog)s list --all
+  %(prog)s check objects365_v1_train gqa_train
+  %(prog)s check mine/train.json --image-folder mine/images --images all
+  %(prog)s show odinw_Raccoon_train --out raccoons.jpg
+  %(prog)s convert gqa_train gqa.jsonl --to odvg
+  %(prog)s check voc_or_yolo_or_labelme_folder
+  %(prog)s convert roboflow_export:val val.json --to coco
+  %(prog)s split cvat/annotations.xml --val 0.2 --out mine
 
 A path is a file or a folder in the format of COCO, MDETR, ODVG, Pascal VOC, YOLO, LabelMe, CVAT,
 Label Studio, Roboflow or CSV, recognised by what is in it. PATH:train, PATH:val and PATH:test are
@@ -47,7 +47,7 @@ def _count(text: str) -> int | None:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dynamic_dino.data",
+        prog=program(),
         description="List, check, look at, convert and split data sets: built-in names, or paths.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -22,30 +22,31 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
 from ..config import ConfigError
+from ..console import program
 
 EXAMPLES = """
 examples:
   the main recipe, Dynamic-DINO x16-Top2, on 8 GPUs
-    train_net.py --num-gpus 8
+    %(prog)s --num-gpus 8
   the nano detector on CPU
-    train_net.py --config-file configs/pretrain/nano_stamps.py --num-gpus 0
+    %(prog)s --config-file configs/pretrain/nano_stamps.py --num-gpus 0
   go on after an interruption, to the same numbers (with no checkpoint yet: start)
-    train_net.py --config-file CONFIG --resume
+    %(prog)s --config-file CONFIG --resume
   evaluate weights, or the last checkpoint of a run
-    train_net.py --config-file CONFIG --eval-only train.init_checkpoint=model.pth
-    train_net.py --config-file CONFIG --eval-only --resume
+    %(prog)s --config-file CONFIG --eval-only train.init_checkpoint=model.pth
+    %(prog)s --config-file CONFIG --eval-only --resume
   evaluate on a benchmark (configs/eval): the paper's model, or that of another recipe; interrupted
   and started again, it goes on where it stopped, unless weights, recipe, data or code have changed
-    train_net.py --eval-only --config-file configs/eval/coco.py train.init_checkpoint=model.pth
-    train_net.py --eval-only --config-file configs/eval/coco.py --model RECIPE
+    %(prog)s --eval-only --config-file configs/eval/coco.py train.init_checkpoint=model.pth
+    %(prog)s --eval-only --config-file configs/eval/coco.py --model RECIPE
   a variant of a recipe, one of configs/variants.py; --variants shows them all
-    train_net.py --config-file configs/himoe/dino.py --variant x16_top1
-    train_net.py --variant himoe/dino:x16_top1
+    %(prog)s --config-file configs/himoe/dino.py --variant x16_top1
+    %(prog)s --variant himoe/dino:x16_top1
   change anything of the recipe; wrong names are reported with the nearest right one
-    train_net.py --config-file CONFIG train.output_dir=out optimizer.lr=2e-4 train.amp.enabled=true
+    %(prog)s --config-file CONFIG train.output_dir=out optimizer.lr=2e-4 train.amp.enabled=true
   two machines (started once on each)
-    train_net.py --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:29500
-    train_net.py --num-gpus 8 --num-machines 2 --machine-rank 1 --dist-url tcp://HOST:29500
+    %(prog)s --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:29500
+    %(prog)s --num-gpus 8 --num-machines 2 --machine-rank 1 --dist-url tcp://HOST:29500
   torchrun; with --num-gpus 0, or no GPU, its processes train on CPU with gloo
     torchrun --nproc-per-node 8 train_net.py --config-file CONFIG
   Slurm, one task a GPU
@@ -70,6 +71,7 @@ class Placement:
 def argument_parser(default_config: str | Path) -> argparse.ArgumentParser:
     """Detectron2's flags, with our defaults and examples."""
     parser = default_argument_parser(EXAMPLES)
+    parser.prog = program() or parser.prog
     parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, width=100)
     parser.description = "Train or evaluate a detector by a LazyConfig recipe."
     parser.add_argument(

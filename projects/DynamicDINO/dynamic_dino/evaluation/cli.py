@@ -10,7 +10,7 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..console import command
+from ..console import command, program
 from ..data.datasets import locate_dataset
 from ..data.ground_truth import ground_truth
 from ..files import write_text
@@ -40,19 +40,19 @@ protocols
 
 EXAMPLES = """
 examples
-  python -m dynamic_dino.evaluation predictions.json --dataset coco_2017_val
-  python -m dynamic_dino.evaluation predictions.json --dataset coco_2017_val --operating-point 0.2
-  python -m dynamic_dino.evaluation new.json --dataset coco_2017_val --bootstrap 1000 \\
+  %(prog)s predictions.json --dataset coco_2017_val
+  %(prog)s predictions.json --dataset coco_2017_val --operating-point 0.2
+  %(prog)s new.json --dataset coco_2017_val --bootstrap 1000 \\
       --against old.json
-  python -m dynamic_dino.evaluation predictions.json --dataset lvis_v1_minival --protocol lvis
-  python -m dynamic_dino.evaluation predictions.json --dataset my/annotations.json --json out.json
+  %(prog)s predictions.json --dataset lvis_v1_minival --protocol lvis
+  %(prog)s predictions.json --dataset my/annotations.json --json out.json
 """
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m dynamic_dino.evaluation",
+        prog=program(),
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

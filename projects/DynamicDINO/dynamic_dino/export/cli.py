@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..console import command, fail
+from ..console import command, fail, program
 from ..serving.shipped import DEFAULT_MODEL, EXAMPLE_PROMPT
 
 DESCRIPTION = """
@@ -16,9 +16,9 @@ compares it with PyTorch. `load_detector` and predict.py's --model take what is 
 
 EXAMPLES = f"""
 examples
-  python -m dynamic_dino.export {DEFAULT_MODEL} detector.onnx --text "{EXAMPLE_PROMPT}"
-  python -m dynamic_dino.export {DEFAULT_MODEL} detector_openvino --format openvino --text-input
-  python -m dynamic_dino.export output/raccoon raccoon.onnx --text "raccoon." --batch dynamic \\
+  %(prog)s {DEFAULT_MODEL} detector.onnx --text "{EXAMPLE_PROMPT}"
+  %(prog)s {DEFAULT_MODEL} detector_openvino --format openvino --text-input
+  %(prog)s output/raccoon raccoon.onnx --text "raccoon." --batch dynamic \\
       --check photos/
 
 Exit status: 0; 2 if something was wrong, also if what was written finds something else.
@@ -30,7 +30,7 @@ SUFFIXES = {".onnx": "onnx", ".pt2": "torch", ".engine": "tensorrt"}
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m dynamic_dino.export",
+        prog=program(),
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..console import command
+from ..console import command, program
 from . import rule
 
 DESCRIPTION = """\
@@ -43,6 +43,7 @@ OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 def parser() -> argparse.ArgumentParser:
     told = (rule.__doc__ or "").partition("\n\n")[2].strip()
     p = argparse.ArgumentParser(
+        prog=program(),
         description=DESCRIPTION,
         epilog=EXAMPLES + re.sub(r"^(?=.)", "  ", told, flags=re.M),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..console import command, fail
+from ..console import command, fail, program
 from ..serving.labels import WRITERS
 from ..serving.options import (
     add_detection_options,
@@ -49,7 +49,7 @@ Exit status: 0, or 2 if something was wrong, also with one image; the others are
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m dynamic_dino.label",
+        prog=program(),
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,7 +8,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..console import command, fail
+from ..console import command, fail, program
 from ..serving.options import add_model_options, check_numbers, make_detector, named
 from ..serving.shipped import SHIPPED_MODELS, THRESHOLD
 
@@ -25,7 +25,7 @@ Open the address that it prints. It works without the internet, listens on this 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m dynamic_dino.page",
+        prog=program(),
         description="A web page to try detectors on: a picture and names in, boxes out, and which "
         "experts saw what.",
         epilog=EXAMPLES,

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from ..console import command, fail
+from ..console import command, fail, program
 from ..serving.options import (
     add_detection_options,
     add_model_options,
@@ -35,7 +35,7 @@ behind a proxy that does. SIGTERM or Ctrl-C: it answers what it has accepted, an
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m dynamic_dino.serve",
+        prog=program(),
         description="Serves a detector over HTTP: an image and names in, JSON out.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

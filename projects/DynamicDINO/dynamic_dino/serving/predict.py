@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..console import command, fail
+from ..console import command, fail, program
 from ..modeling.prompt import Prompt, PromptWarning
 from .labels import WRITERS, write_labels
 from .options import (
@@ -54,6 +54,7 @@ something was wrong, also with one image; the others are done.
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
+        prog=program(),
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

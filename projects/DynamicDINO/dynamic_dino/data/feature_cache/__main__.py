@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 
 from ...config import load_config
-from ...console import command
+from ...console import command, program
 from .build import cache_features
 
 
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Caches the features of a config's frozen backbone on disk."
+        prog=program(), description="Caches the features of a config's frozen backbone on disk."
     )
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--flips", choices=("mirror", "store"), default="mirror")

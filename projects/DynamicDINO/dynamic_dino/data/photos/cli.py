@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ...console import command
+from ...console import command, program
 from ..catalog import dataset_root
 from .coco import build_coco
 from .sets import NAMES, PhotosError, coco_ids, is_there, layout, numbers, place, verify
@@ -24,17 +24,17 @@ only. What is missing is said with where it comes from. An interrupted run goes 
 
 EXAMPLES = """
 examples
-  python -m dynamic_dino.data.photos --sets coco
-  python -m dynamic_dino.data.photos --sets groceries --checkout groceries-object-detection-dataset
-  python -m dynamic_dino.data.photos --from /mnt/photos          # links
-  python -m dynamic_dino.data.photos --from /mnt/photos --copy
+  %(prog)s --sets coco
+  %(prog)s --sets groceries --checkout groceries-object-detection-dataset
+  %(prog)s --from /mnt/photos          # links
+  %(prog)s --from /mnt/photos --copy
 
 Exit status: 0 if all the sets that were asked for are there and whole."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dynamic_dino.data.photos",
+        prog=program(),
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ...console import command
+from ...console import command, program
 from ..datasets import dataset_root
 
 Picture = tuple[Image.Image, list[tuple[int, list[int]]]]
@@ -120,7 +120,7 @@ def touch(a: Sequence[int], b: Sequence[int]) -> bool:
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog=program(), description=__doc__)
     parser.add_argument("--root", type=Path, default=dataset_root(), help="default: %(default)s")
     parser.add_argument("--num-images", type=int, default=256, help="of the training split")
     parser.add_argument("--size", type=int, default=160)

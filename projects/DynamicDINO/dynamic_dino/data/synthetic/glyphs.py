@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ...console import command
+from ...console import command, program
 from ...sources import resolve_model
 from ..datasets import dataset_root
 from .drawn import Picture, background, touch, write_pictures
@@ -152,7 +152,9 @@ def write_glyphs(
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program(),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--root", type=Path, default=dataset_root(), help="default: %(default)s")
     parser.add_argument("--names", type=int, default=len(GLYPHS), help="default: %(default)s")

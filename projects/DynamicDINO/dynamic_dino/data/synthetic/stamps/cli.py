@@ -11,7 +11,7 @@ from pathlib import Path
 
 import cv2
 
-from ....console import command
+from ....console import command, program
 from ...show import draw_samples
 from .build import Settings, build, is_complete
 from .library import load_library
@@ -30,7 +30,7 @@ def _count(text: str) -> int:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     default = Settings()
     parser = argparse.ArgumentParser(
-        prog="python -m dynamic_dino.data.synthetic.stamps",
+        prog=program(),
         description="Fetch two pinned Debian packages of free pictures and compose the Stamps"
         " data set: cut-outs with English phrases on real photos, exact boxes, COCO JSON.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
