@@ -344,6 +344,14 @@ def test_missing_package():
         TextEncoder(MINILM.replace("model", "modle"))
 
 
+def test_too_long_a_phrase_is_refused_where_phrases_are_pooled(pooled):
+    """It is one token of the prompt, which `max_tokens` lets through."""
+    prompt = Prompt.from_phrases(["panda", "word " * 600])
+    with pytest.raises(ValueError, match=r"^phrase 'word .* has \d+ tokens, .* 512: shorten"):
+        pooled([prompt])
+    assert pooled([Prompt.from_phrases(["word " * 500])]).tokens.isfinite().all()
+
+
 def test_too_long_a_caption_is_refused_and_never_cut(fresh):
     encoder = fresh(max_tokens=11)
     encoder.refuse_long_caption("a red panda near a lake, at rest", "a.jpg")  # 9 + the two ends

@@ -1,14 +1,18 @@
 """predict.py from its arguments to the files, with a detector that knows where to look."""
 
+import errno
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dynamic_dino.data import images
 from dynamic_dino.serving import predict
 from dynamic_dino.serving.inference import Detector
 from dynamic_dino.serving.shipped import EXAMPLE_PROMPT
@@ -98,6 +102,7 @@ def test_a_folder_with_one_text_for_all(tmp_path, photos, capsys):
         "photo1.png",
         "photo2.png",
         "predictions.json",
+        "predictions.jsonl",
     ]
     printed = capsys.readouterr()
     assert "3/3" in printed.err, "progress"
@@ -160,6 +165,54 @@ def test_an_interruption_keeps_what_is_done(tmp_path, photos, monkeypatch, capsy
     printed = capsys.readouterr()
     assert "error: interrupted" in printed.err
     assert "2 of 3 images" in printed.out
+
+
+def test_what_was_found_is_on_the_disk_as_it_comes(tmp_path, photos, monkeypatch, capsys):
+    """Whatever ends the program: nothing that runs at its end is needed."""
+    seen, kill = [], signal.SIGTERM
+    original = RightHalf.forward
+
+    def forward(self, batch):
+        if seen.append(lines(tmp_path)) or len(seen) == 2:
+            os.kill(os.getpid(), kill)
+        return original(self, batch)
+
+    def lines(tmp_path) -> list[dict]:
+        return [*map(json.loads, (tmp_path / "out/predictions.jsonl").read_text().splitlines())]
+
+    monkeypatch.setattr(RightHalf, "forward", forward)
+    before = signal.getsignal(kill)
+    assert run(tmp_path, photos, "--text", "mug.") == 2
+    assert [len(part) for part in seen] == [0, 2] and signal.getsignal(kill) is before
+    assert lines(tmp_path) == saved(tmp_path) == seen[1]
+    assert "error: interrupted" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_what_was_found(tmp_path, photos, monkeypatch, capsys):
+    def save(self, path, *arguments, **options):
+        if Path(path).name == "photo2.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, path, *arguments, **options)
+
+    original = Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert run(tmp_path, photos, "--text", "mug.") == 2
+    assert [r["width"] for r in saved(tmp_path)] == [60, 80, 100]
+    [line] = [s for s in capsys.readouterr().err.splitlines() if "error" in s]
+    assert "No space left on device" in line and "what was found before is there" in line
+
+
+@pytest.mark.parametrize("cause", [RuntimeError("an odd size\nof it"), MemoryError()])
+def test_any_error_of_an_image_is_that_image_s(tmp_path, photos, monkeypatch, capsys, cause):
+    refuse(monkeypatch, 80, cause)
+    real = images.load_image
+    bad = lambda path: real(path) if "photo0" not in str(path) else 1 / 0  # noqa: E731
+    monkeypatch.setattr(images, "load_image", bad)
+    assert run(tmp_path, photos, "--text", "mug.") == 2
+    assert [r["width"] for r in saved(tmp_path)] == [100]
+    printed = [s for s in capsys.readouterr().err.splitlines() if "error" in s]
+    assert len(printed) == 2 and "photo0.jpg: ZeroDivisionError" in printed[0]
+    assert f"photo1.jpg: {type(cause).__name__}" in printed[1]
 
 
 def test_a_refused_image_costs_no_other_of_its_batch(tmp_path, photos, monkeypatch, capsys):

@@ -213,7 +213,8 @@ class TextEncoder(nn.Module):
         for i, text in enumerate(prompt.texts):
             size = 1 if self.pooled else len(self._tokenize(text + ".")["input_ids"])
             if size > budget:
-                raise ValueError(f"phrase {text!r} has {size} tokens, at most {budget} fit")
+                short = text if len(text) < 200 else f"{text[:200]} ..."
+                raise ValueError(f"phrase {short!r} has {size} tokens, at most {budget} fit")
             if parts[-1] and (size > room or len(parts[-1]) == max_phrases):
                 parts.append([])
                 room = budget
@@ -355,7 +356,14 @@ class TextEncoder(nn.Module):
     def _ids(self, text: str) -> list[int]:
         if text in (self.tokenizer.cls_token, self.tokenizer.sep_token):
             return [self.tokenizer.convert_tokens_to_ids(text)]  # type: ignore[list-item]  # one
-        return self._tokenize(text)["input_ids"]
+        ids = self._tokenize(text)["input_ids"]
+        most = getattr(self.body.config, "max_position_embeddings", None) or len(ids)
+        if len(ids) > most:  # `max_tokens` can't tell: a pooled phrase is one token of the prompt
+            raise ValueError(
+                f"phrase {text[:80]!r} ... has {len(ids):,} tokens, and the text encoder has "
+                f"positions for {most}: shorten it"
+            )
+        return ids
 
 
 @contextmanager

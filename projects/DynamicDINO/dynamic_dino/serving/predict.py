@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,8 +49,9 @@ examples:
   %(prog)s --camera 0 --text "{FIRST}."
 
 Phrases of a text are separated by full stops. A file that is named twice, or by a link, is looked
-at as often. Ctrl-C ends a video where it is; what was written is whole. Exit status: 0, or 2 if
-something was wrong, also with one image; the others are done.
+at as often. Results are on the disk as they come, images' in predictions.jsonl, a line each; what
+ends early, by Ctrl-C, SIGTERM or a full disk, keeps them. Exit status: 0, or 2 if something was
+wrong, also with one image; the others are done.
 """
 
 
@@ -117,8 +120,22 @@ def plain_warnings() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, with which batch systems and `docker stop` end a program, is as Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():  # which gets no signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @command
 @plain_warnings()
+@terminated_as_interrupted()
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 if something was wrong."""
     p = parser()
@@ -171,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted")
     except OSError as error:  # the disk is full, the folder is gone
-        return fail(f"can't write to {folder}: {error}")
+        return fail(f"can't write to {folder}: {error}; what was found before is there")
     return 2 if failed else 0
 
 
@@ -183,8 +200,9 @@ def predict_images(
     folder: Path,
     name_output: Callable[[str, str], Path],
 ) -> int:
-    """Writes pictures and predictions.json; returns how many images failed. An interruption is
-    raised, once what was done is written."""
+    """Writes pictures, predictions.jsonl as they come and predictions.json at the end; returns how
+    many images failed, each for itself. An interruption, or the OSError of a full disk, is raised
+    once what was done is written."""
     from PIL import Image
     from tqdm import tqdm
 
@@ -195,7 +213,9 @@ def predict_images(
 
     threshold = detector.threshold if args.threshold is None else args.threshold
     pictures = [name_output(file.stem, ".png") for file in files]
-    results, failed, interrupted = [], 0, False
+    results, failed = [], 0
+    ended: KeyboardInterrupt | OSError | None = None
+    lines = name_output("predictions", ".jsonl").open("w", encoding="utf-8", newline="\n")
     progress = tqdm(total=len(files), unit="image", disable=len(files) < 2, file=sys.stderr)
     try:
         for step in range(0, len(files), detector.batch_size):
@@ -203,8 +223,9 @@ def predict_images(
             for i in range(step, min(step + detector.batch_size, len(files))):
                 try:
                     loaded.append((i, as_array(files[i])))
-                except (ValueError, OSError) as error:
-                    failed += failure(error)
+                except Exception as error:  # decoders raise what they like
+                    known = isinstance(error, ValueError | OSError)
+                    failed += failure(error if known else _unexpected(files[i], error))
                     progress.update()
             if not loaded:
                 continue
@@ -217,16 +238,13 @@ def predict_images(
                 args.max_detections,
                 args.nms,
                 args.nms_agnostic or None,
+                errors=(Exception,),
             )
             for i, image, detections in zip(indices, images, found, strict=True):
                 progress.update()
-                if isinstance(detections, ValueError):
-                    failed += failure(f"{files[i]}: {detections}")
+                if isinstance(detections, Exception):
+                    failed += failure(_unexpected(files[i], detections))
                     continue
-                try:
-                    Image.fromarray(draw_detections(image, detections)).save(pictures[i])
-                except ValueError as error:  # such as a name that the file system can't write
-                    failed += failure(f"picture {pictures[i].name} of {files[i]}: {error}")
                 results.append(
                     {
                         "file": str(files[i]),
@@ -237,19 +255,33 @@ def predict_images(
                         "detections": detection_records(detections),
                     }
                 )
+                lines.write(json.dumps(results[-1]) + "\n")
+                lines.flush()
+                try:
+                    Image.fromarray(draw_detections(image, detections)).save(pictures[i])
+                except ValueError as error:  # such as a name that the file system can't write
+                    failed += failure(f"picture {pictures[i].name} of {files[i]}: {error}")
                 with tqdm.external_write_mode(sys.stdout):
                     print("\n" + detection_table(results[-1], threshold))
-    except KeyboardInterrupt:
-        interrupted = True
+    except (KeyboardInterrupt, OSError) as error:
+        ended = error
     finally:
         progress.close()
+        with suppress(OSError):  # what is left of the disk is tried below
+            lines.close()
     write_text(folder / "predictions.json", json.dumps(results, indent=1) + "\n")
     for path in [write_labels(results, folder, kind) for kind in args.format]:
         print(f"annotations: {path}")
     print(f"\n{len(results)} of {len(files)} images. Pictures and predictions.json: {folder}/")
-    if interrupted:
-        raise KeyboardInterrupt
+    if ended is not None:
+        raise ended
     return failed
+
+
+def _unexpected(file: Path, error: Exception) -> str:
+    """What is said of an image that the model refuses, or of an error that nobody thought of."""
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return f"{file}: {kind}{error}"
 
 
 def failure(message: object) -> int:
