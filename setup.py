@@ -78,6 +78,7 @@ setup(
         "huggingface_hub>=0.34",
         "timm>=1.0.15",
         "safetensors>=0.4",
+        "filelock>=3.13",  # torch has it too
         "scipy>=1.11",  # the Hungarian matcher
         "pillow>=10.1",  # whether a picture is transparent
         "opencv-python-headless>=4.8",  # of 5, the font for Chinese, Japanese and Korean labels

@@ -12,12 +12,11 @@ train.eval_first=True, the folder where what it started from was evaluated. Writ
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
 
+from lib import finished_run
 from lib import tables as results
-from lib.finished_run import read_folder
 from lib.provenance import provenance, write_json
 
 PACKAGES = ("torch", "transformers", "timm", "numpy", "faster-coco-eval")
@@ -43,7 +42,7 @@ def main() -> None:
 
 def read_run(folder: Path, start: Path | None = None) -> dict:
     """Commands, length and scores of a run; raises SystemExit where it is not finished."""
-    run = read_folder(folder)
+    run = finished_run.read_folder(folder)
     if start is None:
         before = next((row for row in run.metrics[:-1] if "val/AP" in row), {})
     else:
@@ -63,7 +62,7 @@ def read_run(folder: Path, start: Path | None = None) -> dict:
 
 def read_scores(folder: Path) -> dict[str, float]:
     try:
-        return known(json.loads((folder / "results.json").read_text()))
+        return known(finished_run.read_scores(folder))
     except FileNotFoundError as error:
         raise SystemExit(f"{folder} holds no evaluation of train_net.py: {error}") from None
 

@@ -20,10 +20,16 @@ class FinishedRun:
     log: str
 
 
+def read_scores(folder: Path) -> dict[str, float]:
+    """Of results.json, without the lines that say of which weights they are."""
+    content = json.loads((folder / "results.json").read_text())
+    return {key: value for key, value in content.items() if "/" in key}
+
+
 def read_folder(folder: Path) -> FinishedRun:
     """Raises SystemExit where the run is not finished."""
     try:
-        scores = json.loads((folder / "results.json").read_text())
+        scores = read_scores(folder)
         log = (folder / "log.txt").read_text()
         metrics = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     except FileNotFoundError as error:

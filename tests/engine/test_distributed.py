@@ -1,5 +1,6 @@
 """Two processes with gloo on CPU, started as by torchrun, against one process."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,24 @@ def test_every_rank_names_the_batch_that_was_nan(two_ranks):
     (batch,) = [line for line in errors[0].split("\n") if "batch:" in line]
     names = batch.split(":")[1].split(",")
     assert POISON in batch and len(names) == 4, "the half batch of one rank"
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_running_statistics(metrics, two_ranks):
+    """What is scored in the run is what is saved; and a signal to one rank ends both, in the same
+    iteration, after which the run goes on to the same bits."""
+    first, second = (torch.load(two_ranks / f"norms{rank}.pth") for rank in (0, 1))
+    assert first["body.1.running_mean"].abs().sum() > 0
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    scores = json.loads((two_ranks / "norms_file.json").read_text())
+    assert scores["val/AP"] == metrics("norms")[20]["val/AP"]
+
+    assert metrics("norms_cut") == metrics("norms")
+    names = {file.name for file in (two_ranks / "norms_cut").glob("model_*.pth")}
+    whole, cut = (torch.load(two_ranks / n / "model_final.pth") for n in ("norms", "norms_cut"))
+    assert all(torch.equal(whole["model"][k], cut["model"][k]) for k in whole["model"])
+    assert "ends after iteration 6, which is saved" in (two_ranks / "norms_cut/log.txt").read_text()
+    assert names
 
 
 def test_placement_from_torchrun():

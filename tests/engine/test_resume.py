@@ -1,5 +1,7 @@
 """An interrupted run continues to the numbers of an uninterrupted one, bit for bit."""
 
+import errno
+import json
 import logging
 import os
 import signal
@@ -11,8 +13,10 @@ import pytest
 import torch
 from dynamic_dino import files
 from dynamic_dino.config import ConfigError, load_config
-from dynamic_dino.engine import checkpointing, trainer
-from dynamic_dino.engine.checkpointing import last_checkpoint
+from dynamic_dino.engine import checkpointing, train, trainer
+from dynamic_dino.engine.checkpointing import SaveError, last_checkpoint
+from dynamic_dino.engine.evaluate import do_test
+from dynamic_dino.engine.preemption import EXIT_CODE, Preempted, noted_signals
 from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
 from helpers.processes import start_file
@@ -86,7 +90,7 @@ def test_killed_run_equals_whole_run(recipe, metrics, tmp_path):
 
 @pytest.mark.parametrize(
     ("victim", "survivor"),
-    [("model_0000011.pth", "model_0000007.pth"), ("last_checkpoint", "model_0000003.pth")],
+    [("model_0000011.pth", "model_0000009.pth"), ("last_checkpoint", "model_0000003.pth")],
 )
 def test_death_while_saving_leaves_a_good_checkpoint(
     recipe, metrics, monkeypatch, victim, survivor
@@ -110,6 +114,82 @@ def test_death_while_saving_leaves_a_good_checkpoint(
     do_train(recipe("cut"), resume=True)
     assert metrics("cut") == metrics("whole")
     assert same(load(recipe("cut")), load(recipe("whole")))
+
+
+def test_asked_to_end_it_goes_on_to_the_same_numbers(recipe, metrics, tmp_path):
+    """By a signal, three times: in an iteration after which an evaluation is due, between two rows
+    of metrics, and in the last one."""
+    options = ["train.log_period=3", "train.checkpointer.max_to_keep=9"]
+    do_train(recipe("whole", *options))
+    for iteration in (9, 12, 19):
+        with noted_signals(), pytest.raises(Preempted) as ended:
+            do_train(recipe("cut", *options, f"dataloader.train.ask_at={iteration}"), resume=True)
+        assert ended.value.code == EXIT_CODE
+        assert load(recipe("cut"), last_checkpoint(tmp_path / "cut").name)["iteration"] == iteration
+        assert not (tmp_path / "cut/results.json").is_file(), "of older weights"
+    do_train(recipe("cut", *options), resume=True)
+    assert metrics("cut") == metrics("whole")
+    results = [
+        json.loads((tmp_path / run / "results.json").read_text()) for run in ("cut", "whole")
+    ]
+    assert results[0] == results[1] and results[0]["iteration"] == 19
+    assert same(load(recipe("cut")), load(recipe("whole")))
+    cut, whole = (load(recipe(run), "model_best.pth") for run in ("cut", "whole"))
+    assert all(same(cut[key], whole[key]) for key in ("model", "ema", "best", "iteration"))
+
+
+def test_an_evaluation_that_was_killed_comes_first(recipe, metrics, tmp_path, monkeypatch):
+    do_train(recipe("whole"))
+
+    def kill_at(wanted):
+        def dies(*arguments, iteration, **options):
+            if iteration == wanted:
+                raise KeyboardInterrupt
+            return do_test(*arguments, iteration=iteration, **options)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train, "do_test", dies)
+            do_train(recipe("cut"), resume=True)
+
+    for iteration in (4, 9, 9, 19):  # twice in the same one
+        kill_at(iteration)
+        assert max(metrics("cut")) == (19 if iteration == 19 else iteration - 1)
+        assert not (tmp_path / "cut/results.json").is_file(), "of older weights"
+    do_train(recipe("cut"), resume=True)
+    assert metrics("cut") == metrics("whole")
+    cut, whole = (load(recipe(run), "model_best.pth") for run in ("cut", "whole"))
+    assert all(same(cut[key], whole[key]) for key in ("model", "ema", "best", "iteration"))
+    results = [(tmp_path / run / "results.json").read_text() for run in ("cut", "whole")]
+    assert results[0] == results[1]
+
+
+def test_full_disk(recipe, metrics, tmp_path, monkeypatch, caplog):
+    do_train(recipe("whole"))
+    save = torch.save
+
+    def fails(name):
+        def full(state, file):
+            if name in file.name:
+                file.write(b"half")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            save(state, file)
+
+        monkeypatch.setattr(torch, "save", full)
+
+    fails("model_best")
+    do_train(recipe("best"))
+    assert metrics("best") == metrics("whole") and "The run goes on" in caplog.text
+    fails("model_0000011")
+    with pytest.raises(SaveError) as error:
+        do_train(recipe("cut"))
+    assert all(
+        word in str(error.value) for word in ("MB are free", "No space", "model_0000009.pth")
+    )
+    assert "\n" not in str(error.value) and "Traceback" not in caplog.text
+    assert not list((tmp_path / "cut").glob("*.partial"))
+    monkeypatch.undo()
+    do_train(recipe("cut"), resume=True)
+    assert metrics("cut") == metrics("whole")
 
 
 def test_old_checkpoints_go_also_after_a_resume(recipe, tmp_path):
@@ -201,9 +281,36 @@ def test_resume_refuses_what_does_not_fit(recipe, tmp_path):
         do_train(recipe("run", "model.dim=9", "train.ema.enabled=false"), resume=True)
 
     final = tmp_path / "run/model_final.pth"
-    os.truncate(final, final.stat().st_size // 2)
-    with pytest.raises(ValueError, match="model_final.pth can't be read"):
-        do_train(recipe("run"), resume=True)
     final.unlink()
-    with pytest.raises(FileNotFoundError, match="names model_final.pth.*model_0000019.pth"):
+    with pytest.raises(ConfigError, match="names model_final.pth.*model_0000019.pth"):
         do_train(recipe("run"), resume=True)
+    for other in ("../other/model_final.pth", "/etc/passwd", "", "a.pth\nb.pth"):
+        (tmp_path / "run/last_checkpoint").write_text(other)
+        with pytest.raises(ConfigError, match="should hold the name of a checkpoint in its folder"):
+            do_train(recipe("run"), resume=True)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(recipe, metrics, tmp_path, caplog):
+    do_train(recipe("whole"))
+    with pytest.raises(InterruptedError):
+        do_train(recipe("cut", "dataloader.train.stop_at=16"))
+    last = last_checkpoint(tmp_path / "cut")
+    assert last.name == "model_0000015.pth"
+    os.truncate(last, last.stat().st_size // 2)
+    do_train(recipe("cut"), resume=True)
+    assert "model_0000015.pth is corrupt or incomplete" in caplog.text
+    assert "Going on from" in caplog.text and "model_0000014.pth instead" in caplog.text
+    assert metrics("cut") == metrics("whole")
+    assert same(load(recipe("cut")), load(recipe("whole")))
+
+    final = tmp_path / "cut/model_final.pth"
+    content = bytearray(final.read_bytes())
+    content[len(content) // 2] ^= 4  # a bit of a tensor
+    final.write_bytes(content)
+    caplog.clear()
+    do_train(recipe("cut"), resume=True)
+    assert "model_0000019.pth instead" in caplog.text
+    for file in (tmp_path / "cut").glob("model_*.pth"):
+        file.write_bytes(b"<html>")
+    with pytest.raises(ConfigError, match="model_final.pth is a web page.*no older one"):
+        do_train(recipe("cut"), resume=True)

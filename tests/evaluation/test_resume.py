@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -15,9 +16,13 @@ from dynamic_dino.data.datasets import load_coco_json, register_coco_json
 from dynamic_dino.data.loader import build_test_loader
 from dynamic_dino.data.mapper import TestMapper
 from dynamic_dino.engine.evaluate import do_test
-from dynamic_dino.evaluation import DetectionEvaluator
+from dynamic_dino.evaluation import DetectionEvaluator, PredictionLog
+from dynamic_dino.evaluation.prediction_log import Found
+from dynamic_dino.evaluation.predictions import DatasetPredictions
 from dynamic_dino.moe.routing import Routing
 from helpers.seeds import fresh_rng
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -151,6 +156,69 @@ def test_twice_interrupted_and_a_line_cut(recipe, tmp_path):
     assert files(tmp_path, "cut") == files(tmp_path, "whole")
 
 
+@pytest.fixture(scope="module")
+def one_log(tmp_path_factory):
+    """The lines of the log of an evaluation, and a function that reads such lines: the images, in
+    their order, with their prompt and their boxes."""
+    folder, fingerprint = tmp_path_factory.mktemp("log"), {"weights": "a"}
+    log, rng = PredictionLog(folder, fingerprint), np.random.default_rng(0)
+    for i in range(0, 12, 2):
+        counts = rng.integers(0, 3, 2).tolist()
+        boxes = rng.random((sum(counts), 4))
+        found = DatasetPredictions(
+            np.repeat([i, i + 1], counts), np.ones(len(boxes), int), boxes, boxes[:, 0]
+        )
+        log.append(Found([i, i + 1], [(i // 4, 7), (i // 6,)], counts, found))
+
+    def read(content: bytes) -> dict:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "00000.jsonl").write_bytes(content)
+        log = PredictionLog(folder, fingerprint)
+        found = {}
+        for part in log.earlier():
+            edges = np.cumsum([0, *part.counts])
+            for i, image in enumerate(part.images):
+                assert image not in found
+                boxes = part.predictions.boxes[edges[i] : edges[i + 1]]
+                found[image] = part.prompts[i], boxes.tobytes()
+        assert log.done == found.keys()
+        return found
+
+    return (folder / "00000.jsonl").read_bytes().splitlines(keepends=True), read
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_damaged_log_says_nothing_wrong(one_log, data):
+    """Whatever happens to its lines and bytes, what is read was written, and each image once; of
+    lines that are as they were, all is read."""
+    lines, read = one_log
+    whole = read(b"".join(lines))
+    assert len(whole) == 12
+    changed = data.draw(st.lists(st.sampled_from(lines[1:]), max_size=9))  # left out, twice, moved
+    content = bytearray(b"".join([lines[0], *changed]))
+    for _ in range(data.draw(st.integers(0, 3))):
+        where = data.draw(st.integers(0, len(content) - 1))
+        content[where] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(0, len(content)))]
+    found = read(bytes(content))
+    assert found.items() <= whole.items()
+    if content == b"".join([lines[0], *changed]) and changed[:1] == lines[1:2]:
+        assert {0, 1} <= found.keys()
+
+
+def test_damage_is_named(one_log, caplog):
+    lines, read = one_log
+    flipped = lines[2].replace(b'"counts": [', b'"counts": [1')
+    assert len(read(b"".join([*lines[:2], flipped, b"5\n", *lines[3:], lines[5]]))) == 10
+    assert "00000.jsonl is damaged, line 3, 4, 9 (a second time)" in caplog.text
+    assert len(read(b"".join([*lines[:3], b"\0" * 9 + b"\n", *lines[4:]]))) == 8
+    assert "line 4, 5 (its prompt is lost)" in caplog.text
+    caplog.clear()
+    assert not read(b"[]\n" + b"".join(lines[1:])) and "line 1 is damaged" in caplog.text
+
+
 def test_sets_that_were_complete_are_not_evaluated_again(recipe):
     def two_sets(output):
         cfg = recipe(output)
@@ -227,7 +295,7 @@ def test_with_another_number_of_processes(recipe, tmp_path, first, second):
             )
         logs = (tmp_path / "cut/evaluation/val/unfinished").glob("*.jsonl")
         lines = [line for log in logs for line in log.read_text().splitlines()[1:]]
-        done = sum(len(json.loads(line)["images"]) for line in lines)
+        done = sum(len(json.loads(line.partition(" ")[2])["images"]) for line in lines)
         assert 4 <= done <= 11
     if second == 1:
         model = Noise()

@@ -1,7 +1,9 @@
 """A recipe for tests: a regression in a few dozen parameters that uses every kind of randomness,
 a frozen part with BatchNorm, and samples that look like a detector's."""
 
+import os
 import random
+import signal
 import time
 from collections import OrderedDict
 from itertools import count
@@ -19,10 +21,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 
 class TinyModel(nn.Module):
-    def __init__(self, dim: int, dropout: float, noise: float, poison: str) -> None:
+    def __init__(self, dim: int, dropout: float, noise: float, poison: str, norm: str) -> None:
         super().__init__()
         self.tower = nn.Sequential(nn.Linear(dim, dim), nn.BatchNorm1d(dim)).requires_grad_(False)
-        self.body = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim), nn.Dropout(dropout))
+        norm = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d}[norm](dim)
+        self.body = nn.Sequential(nn.Linear(dim, dim), norm, nn.Dropout(dropout))
         self.head = nn.Linear(dim, 1)
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
         self.noise, self.poison = noise, poison
@@ -54,17 +57,22 @@ def sample(index: int) -> dict:
 
 
 class Stream(IterableDataset):
-    """An endless stream; batch i of a rank depends on (seed, i, rank) only. Breaks at `stop_at`."""
+    """An endless stream; batch i of a rank depends on (seed, i, rank) only. Breaks at `stop_at`; in
+    iteration `ask_at` the last rank gets a signal."""
 
-    def __init__(self, total_batch_size: int, seed: int, start_iter: int, stop_at, delay) -> None:
+    def __init__(
+        self, total_batch_size: int, seed: int, start_iter: int, stop_at, ask_at, delay
+    ) -> None:
         self.size, self.seed, self.start_iter = total_batch_size, seed, start_iter
-        self.stop_at, self.delay = stop_at, delay
+        self.stop_at, self.ask_at, self.delay = stop_at, ask_at, delay
 
     def __iter__(self):
         for i in count(self.start_iter):
             time.sleep(self.delay)
             if i == self.stop_at:
                 raise InterruptedError
+            if i == self.ask_at and comm.get_rank() == comm.get_world_size() - 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
             order = np.random.default_rng((self.seed, i)).permutation(64)[: self.size]
             yield [sample(int(j)) for j in np.split(order, comm.get_world_size())[comm.get_rank()]]
 
@@ -95,7 +103,7 @@ def train_loader(**options) -> DataLoader:
     return DataLoader(Stream(**options), batch_size=None)
 
 
-model = L(TinyModel)(dim=8, dropout=0.2, noise=0.3, poison="")
+model = L(TinyModel)(dim=8, dropout=0.2, noise=0.3, poison="", norm="layer")
 optimizer = L(torch.optim.AdamW)(
     params=L(get_param_groups)(lr_factors={"head.*": 0.5}),
     lr=0.02,
@@ -108,7 +116,9 @@ lr_multiplier = L(WarmupParamScheduler)(
     warmup_length=0.2,
 )
 dataloader = dict(
-    train=L(train_loader)(total_batch_size=8, seed=3, start_iter=0, stop_at=None, delay=0.0),
+    train=L(train_loader)(
+        total_batch_size=8, seed=3, start_iter=0, stop_at=None, ask_at=None, delay=0.0
+    ),
     test=dict(val=L(test_loader)(first=100)),
     evaluator=dict(val=L(Evaluator)(sign=-1.0)),
 )

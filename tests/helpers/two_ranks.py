@@ -1,12 +1,15 @@
 """Run in engine/test_distributed.py: whole runs, interrupted ones, and a poisoned one."""
 
 import argparse
+import json
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from detectron2.utils import comm
 from dynamic_dino.config import load_config
+from dynamic_dino.engine.evaluate import evaluate_weights
+from dynamic_dino.engine.preemption import Preempted, noted_signals
 from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
 from dynamic_dino.engine.trainer import NonFiniteLossError
@@ -31,6 +34,16 @@ def main(args: argparse.Namespace) -> None:
         train("poisoned", f"model.poison={args.poison}")
     except NonFiniteLossError as error:
         (args.output / f"error{comm.get_rank()}.txt").write_text(str(error))
+
+    batch = ["model.norm=batch", "train.log_period=2"]  # whose statistics each rank has of its own
+    model = train("norms", *batch)
+    torch.save(model.state_dict(), args.output / f"norms{comm.get_rank()}.pth")
+    with noted_signals(), suppress(Preempted):
+        train("norms_cut", *batch, "dataloader.train.ask_at=6")
+    train("norms_cut", *batch, resume=True)
+    cfg = load_config(RECIPE, [*args.opts, f"train.output_dir={args.output / 'norms'}", *batch])
+    if scores := evaluate_weights(cfg, resume=True):
+        (args.output / "norms_file.json").write_text(json.dumps(scores))
 
     model = train("adaptive", "model.dropout=0", "model.noise=0", recipe=ADAPTIVE)
     torch.save(model.state_dict(), args.output / f"adaptive{comm.get_rank()}.pth")

@@ -108,6 +108,15 @@ def _kind(value: Tensor) -> str:
     )
 
 
+# What stands where a download went wrong, by its first bytes
+_NO_WEIGHTS = (
+    (rb"$", "is empty: fetch it again"),
+    (rb"version https://git-lfs", "is a pointer of Git LFS, not the file itself: run git lfs pull"),
+    (rb"\s*<(!doctype|html)", "is a web page, not the file itself: fetch it by its own address"),
+    (rb"\s*<", "is XML, such as a server's error, no file of weights: fetch it again"),
+)
+
+
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The weights in a file, whatever wraps them, and whatever plain data trainers stored beside
     them. Raises FileNotFoundError, or ValueError for a file that is corrupt or holds what could
@@ -129,7 +138,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
                 f"    checkpoint = torch.load({str(path)!r}, weights_only=False);\n"
                 "    torch.save(checkpoint['model'], 'weights.pth')  # or ['state_dict']"
             ) from error
-        raise ValueError(f"checkpoint {path} is corrupt or incomplete: {error}") from error
+        raise ValueError(f"checkpoint {path} {why_unreadable(path, error)}") from error
     check_checksums(path, state if path.suffix == ".safetensors" else None)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]  # of mmdetection
@@ -141,6 +150,20 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no weights: it should map names to tensors")
     return state
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Says of a file, in one line, why it couldn't be read as weights, after "PATH "."""
+    with path.open("rb") as file:
+        head = file.read(256)
+    for start, what in _NO_WEIGHTS:
+        if re.match(start, head, re.IGNORECASE):
+            return what
+    if head.isascii() and head.decode().replace("\n", " ").isprintable():
+        return f"is a text, {' '.join(head.decode().split())[:40]!r} ..., no file of weights"
+    # torch's words on what isn't its own advise to load it by the way that runs code
+    first = "" if "weights_only" in str(error) else str(error).strip().partition("\n")[0]
+    return f"is corrupt or incomplete{first and f' ({first})'}: fetch or write it again"
 
 
 def _refused(error: str) -> str | None:

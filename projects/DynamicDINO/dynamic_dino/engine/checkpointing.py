@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,19 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicCheckpointer as _PeriodicCheckpointer
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer as _Checkpointer
-from torch import nn
+from torch import Tensor, nn
 
+from ..checkpoint.files import check_checksums, why_unreadable
 from ..config import nearest
 from ..files import write_text, written_whole
 
 logger = logging.getLogger(__name__)
 
 BEST = "model_best"
+
+
+class SaveError(OSError):
+    """A checkpoint can't be written; what was there before is as it was."""
 
 
 class Checkpointer(_Checkpointer):
@@ -33,27 +40,44 @@ class Checkpointer(_Checkpointer):
     def __init__(self, model: nn.Module, save_dir: str | Path, **checkpointables: Any) -> None:
         main = comm.is_main_process()
         super().__init__(model, str(save_dir), save_to_disk=main, **checkpointables)
+        self.saved = -1  # the iteration of the last resumable checkpoint
 
     def save(self, name: str, *, resumable: bool = True, **extra: Any) -> None:
-        """Writes `name`.pth; the run resumes from it unless `resumable` is False."""
+        """Writes `name`.pth; the run resumes from it unless `resumable` is False, and results.json,
+        which older weights have, is removed. Raises `SaveError`."""
         if not self.save_to_disk:
             return
         state = {key: value.state_dict() for key, value in self.checkpointables.items()}
         state = {"model": self.model.state_dict(), **state, **extra}
         path = Path(self.save_dir) / f"{name}.pth"
-        with written_whole(path, binary=True) as file:
-            torch.save(state, file)
+        needed, free = _bytes(state), shutil.disk_usage(path.parent).free
+        try:
+            if needed > free:
+                raise OSError("no space left")
+            with written_whole(path, binary=True) as file:
+                torch.save(state, file)
+        except (OSError, RuntimeError) as error:  # torch's own, where a write fails
+            last = last_checkpoint(self.save_dir)
+            reason = error.strerror if getattr(error, "strerror", None) else str(error)
+            raise SaveError(
+                f"{path} can't be saved: it takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are "
+                f"free ({reason}); the last good checkpoint is {last or 'not there yet'}: make "
+                "room, and continue with --resume"
+            ) from None
         if resumable:
+            (path.parent / "results.json").unlink(missing_ok=True)
             self.tag_last_checkpoint(path.name)
+            self.saved = extra.get("iteration", -1)
         logger.info("Saved %s", path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
 
     def resume(self) -> int:
-        """Restores the last checkpoint, if there is one; returns the iteration to go on with.
+        """Restores the last checkpoint, if there is one; returns the iteration to go on with. Where
+        it is damaged, a warning says so, and the one before takes its place.
 
-        Collective. Raises ValueError for a damaged file or another architecture, and where the
+        Collective. Raises ValueError where all are damaged, for another architecture, and where the
         processes don't see the same checkpoint.
         """
         path = last_checkpoint(self.save_dir)
@@ -65,7 +89,7 @@ class Checkpointer(_Checkpointer):
             )
         if path is None:
             return 0
-        checkpoint = read_checkpoint(path)
+        path, checkpoint = self._read_last_good(path)
         self._load_exactly(checkpoint, path)
         for key, value in self.checkpointables.items():
             if key not in checkpoint:
@@ -76,7 +100,26 @@ class Checkpointer(_Checkpointer):
                 )
             value.load_state_dict(checkpoint[key])
         logger.info("Resuming from %s, iteration %d", path, checkpoint["iteration"])
+        self.saved = checkpoint["iteration"]
         return checkpoint["iteration"] + 1
+
+    def _read_last_good(self, last: Path) -> tuple[Path, dict[str, Any]]:
+        """The same one in all processes: that which the main one can read."""
+        path, checkpoint, problem = last, None, ""
+        if comm.is_main_process():
+            for path in (last, *_older(last)):
+                try:
+                    checkpoint = read_checkpoint(path)
+                    break
+                except ValueError as error:
+                    logger.warning("%s", error)
+                    problem = problem or f"{error}; there is no older one that can be read"
+        path, found, problem = comm.all_gather((path, checkpoint is not None, problem))[0]
+        if not found:
+            raise ValueError(problem)
+        if path != last:
+            logger.warning("Going on from %s instead: what came after it is lost", path)
+        return path, checkpoint or read_checkpoint(path)
 
     def _load_exactly(self, checkpoint: dict, path: Path) -> None:
         try:
@@ -90,7 +133,8 @@ class Checkpointer(_Checkpointer):
 
 
 class PeriodicCheckpointer(_PeriodicCheckpointer):
-    """Detectron2's hook; after a resume it goes on deleting the old checkpoints too."""
+    """Detectron2's hook; after a resume it goes on deleting the old checkpoints too, and it saves
+    when asked to."""
 
     def before_train(self) -> None:
         super().before_train()
@@ -99,32 +143,38 @@ class PeriodicCheckpointer(_PeriodicCheckpointer):
             files = sorted(folder.glob(f"{self.file_prefix}_[0-9]*.pth"))
             self.recent_checkpoints = [str(file) for file in files]
 
+    def save_now(self) -> None:
+        """Saves this iteration, unless that is done."""
+        if self.checkpointer.saved != self.trainer.iter:
+            period, self.period = self.period, 1
+            try:
+                self.step(self.trainer.iter)
+            finally:
+                self.period = period
+
 
 class BestCheckpointer(HookBase):
-    """Keeps the weights with the highest `metric` of the periodic evaluation as model_best.pth.
+    """Keeps the weights with the highest `metric` as model_best.pth; asked after each evaluation.
 
-    The value stands in the file itself, so a resumed run knows what it has to beat. Stands behind
+    The value stands in the file itself, so a resumed run knows what it has to beat. Stands before
     the hook that evaluates.
     """
 
-    def __init__(self, checkpointer: Checkpointer, metric: str, eval_period: int) -> None:
-        self.checkpointer, self.metric, self.eval_period = checkpointer, metric, eval_period
+    def __init__(self, checkpointer: Checkpointer, metric: str) -> None:
+        self.checkpointer, self.metric = checkpointer, metric
         self.best = -math.inf
 
     def before_train(self) -> None:
         path = Path(self.checkpointer.save_dir) / f"{BEST}.pth"
         if self.trainer.start_iter > 0 and path.is_file():
-            self.best = read_checkpoint(path, mmap=True).get("best", {}).get(self.metric, self.best)
+            try:
+                best = read_checkpoint(path, mmap=True).get("best", {})
+            except ValueError as error:
+                logger.warning("%s; the next evaluation takes its place", error)
+            else:
+                self.best = best.get(self.metric, self.best)
 
-    def after_step(self) -> None:
-        step = self.trainer.iter + 1
-        if self.eval_period > 0 and step % self.eval_period == 0 and step < self.trainer.max_iter:
-            self._keep_if_best()
-
-    def after_train(self) -> None:
-        self._keep_if_best()
-
-    def _keep_if_best(self) -> None:
+    def keep_if_best(self) -> None:
         latest = self.trainer.storage.latest()
         if self.metric not in latest:
             near = nearest(self.metric, (key for key in latest if "/" in key))
@@ -136,22 +186,33 @@ class BestCheckpointer(HookBase):
             return
         value, iteration = latest[self.metric]
         if value > self.best:
+            best = {self.metric: value}
+            try:
+                self.checkpointer.save(BEST, resumable=False, iteration=iteration, best=best)
+            except SaveError as error:
+                logger.warning("%s. The run goes on", error)
+                return
             self.best = value
-            self.checkpointer.save(
-                BEST, resumable=False, iteration=iteration, best={self.metric: value}
-            )
             logger.info("Best %s so far: %.2f", self.metric, value)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The checkpoint that a run in `folder` resumes from, None where there is none.
 
-    Raises FileNotFoundError where ``last_checkpoint`` names a file that is gone.
+    Raises FileNotFoundError where ``last_checkpoint`` names a file that is gone, ValueError where
+    it names none of this folder.
     """
     tag = Path(folder) / "last_checkpoint"
     if not tag.is_file():
         return None
-    path = Path(folder) / tag.read_text().strip()
+    name = tag.read_bytes().decode("utf-8", "replace").strip()
+    if not re.fullmatch(r"[\w.\- ]+\.pth", name):
+        raise ValueError(
+            f"{tag} should hold the name of a checkpoint in its folder, such as model_0004999.pth, "
+            f"and holds {name[:80]!r}; write such a name into it, or delete it to start anew. To "
+            "start from the weights of another run: train.init_checkpoint=FILE"
+        )
+    path = Path(folder) / name
     if not path.is_file():
         others = sorted(p.name for p in Path(folder).glob("*.pth"))
         raise FileNotFoundError(
@@ -167,22 +228,51 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     Raises ValueError for a damaged file.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch's own errors are of many types
-        raise ValueError(f"{path} can't be read as a checkpoint, is it damaged? {error}") from error
+        raise ValueError(f"checkpoint {path} {why_unreadable(path, error)}") from error
+    if not mmap:
+        check_checksums(path)
+    return checkpoint
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of metrics.json, without what a kill cut short."""
+    return [row for line in _lines(path) if (row := _row(line))]
 
 
 def trim_metrics(path: Path, start_iter: int) -> None:
     """Drops the rows of metrics.json that a resumed run will write again."""
-    if path.is_file():
-        rows = path.read_text().splitlines()
-        kept = [row for row in rows if _iteration(row) < start_iter]
-        if len(kept) < len(rows):
-            write_text(path, "".join(f"{row}\n" for row in kept))
+    lines = _lines(path)
+    kept = [line for line in lines if _row(line).get("iteration", math.inf) < start_iter]
+    if len(kept) < len(lines):
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def _iteration(row: str) -> float:
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _row(line: str) -> dict[str, float]:
     try:
-        return json.loads(row)["iteration"]
-    except (ValueError, KeyError):  # a line cut short by a kill
-        return math.inf
+        row = json.loads(line)
+        return row if math.isfinite(row["iteration"]) else {}
+    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
+        return {}
+
+
+def _older(last: Path) -> list[Path]:
+    """The checkpoints of its folder before this one, the newest first."""
+    numbered = sorted(last.parent.glob("model_[0-9]*.pth"), reverse=True)
+    final = not last.stem.removeprefix("model_").isdigit()
+    return [path for path in numbered if final or path.name < last.name]
+
+
+def _bytes(state: Any) -> int:
+    """Of all tensors in it."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    values = state.values() if isinstance(state, dict) else state
+    return sum(map(_bytes, values)) if isinstance(state, dict | list | tuple) else 0

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from ..config import ConfigError, load_config, variants_table
 from ..console import command
 from ..files import configs_folder
-from .evaluate import do_test, load_for_evaluation
+from .checkpointing import SaveError
+from .evaluate import evaluate_weights
 from .launch import argument_parser, launch
-from .setup import setup
+from .preemption import noted_signals
+from .setup import setup, sole_run
 from .train import do_train
 from .trainer import NonFiniteLossError
 
@@ -19,7 +21,8 @@ DEFAULT_RECIPE = "moe_tuning/dynamic_dino_x16_top2.py"
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Exits with status 2 and one line for a mistake in the recipe, 1 for a loss that diverged."""
+    """Exits with status 2 and one line for a mistake in the recipe, 1 for a loss that diverged or a
+    full disk, and `preemption.EXIT_CODE` where a signal ended it in good order."""
     parser = argument_parser(configs_folder() / DEFAULT_RECIPE)
     args = parser.parse_args(argv)
     if args.variants:
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         launch(run, args)
     except ConfigError as error:
         parser.error(str(error))
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, SaveError) as error:
         raise SystemExit(f"{parser.prog}: error: {error}") from None
 
 
@@ -49,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """What each process does."""
     cfg = load_config(args.config_file, args.opts, args.model)
-    setup(cfg, resume=args.resume and not args.eval_only)
-    if args.eval_only:
-        do_test(cfg, load_for_evaluation(cfg, args.resume))
-    else:
-        do_train(cfg, args.resume)
+    with noted_signals(), sole_run(cfg.train.output_dir):
+        setup(cfg, resume=args.resume and not args.eval_only)
+        if args.eval_only:
+            evaluate_weights(cfg, args.resume)
+        else:
+            do_train(cfg, args.resume)

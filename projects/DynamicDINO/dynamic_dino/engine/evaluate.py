@@ -26,17 +26,25 @@ from ..data.loader import as_sources
 from ..data.records import Mixture
 from ..evaluation import DetectionEvaluator, PredictionLog
 from ..files import write_text
-from .checkpointing import last_checkpoint
+from .checkpointing import last_checkpoint, read_checkpoint
 from .fingerprint import annotation_files, fingerprint
+from .preemption import Stoppable
 from .trainer import amp_dtype, autocast
 
 logger = logging.getLogger(__name__)
 
 
-def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
+def do_test(
+    cfg: DictConfig,
+    model: nn.Module,
+    *,
+    weights: str | None = None,
+    iteration: int | None = None,
+) -> dict[str, float]:
     """Runs `model` over each ``dataloader.test`` and scores it with the evaluator of that name.
 
-    Details go to ``output_dir/evaluation/<name>/``, all scores to ``output_dir/results.json``.
+    Details go to ``output_dir/evaluation/<name>/``, all scores to ``output_dir/results.json``, with
+    the ``weights`` that have them (by default ``train.init_checkpoint``), and their iteration.
     Returns {"<name>/<metric>": value} on the main process, {} on the others. Collective.
 
     What is found is also written down as it comes (`PredictionLog`): an evaluation that was
@@ -45,6 +53,8 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
     With ``dataloader.skip_missing``, test sets whose annotations don't exist are left out and
     named. ``dataloader.means``, title -> names of test sets, adds the mean over them of each metric
     that all have; where some are missing, its title says over how many of them it is.
+
+    Raises `Preempted` after a batch if a signal asked the process to end.
     """
     loaders, evaluators = cfg.dataloader.get("test") or {}, cfg.dataloader.get("evaluator") or {}
     for name in loaders:
@@ -68,7 +78,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
     logs: list[PredictionLog] = []
     for name in names:
         evaluator, log = _evaluator(cfg, name, model, dtype)
-        loader = _load_all_but(log.done if log else (), loaders[name])
+        loader = Stoppable(_load_all_but(log.done if log else (), loaders[name]))
         with autocast(device, dtype), adjusted(model, getattr(evaluator, "detector", {})):
             results = inference_on_dataset(model, loader, evaluator)
         for key, value in flatten_results_dict(results).items():
@@ -80,7 +90,8 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, float]:
         scores |= means(scores, cfg.dataloader.get("means") or {})
         path = Path(cfg.train.output_dir) / "results.json"
         finite = {k: v if math.isfinite(v) else None for k, v in scores.items()}
-        write_text(path, json.dumps(finite, indent=2) + "\n")
+        source = {"weights": weights or cfg.train.init_checkpoint or None, "iteration": iteration}
+        write_text(path, json.dumps(source | finite, indent=2) + "\n")
         logger.info("Results, also in %s\n%s", path, results_table(scores))
     for log in logs:  # only now: who starts again after the first of 35 sets finds it done
         log.remove()
@@ -199,7 +210,8 @@ def results_table(scores: dict[str, float]) -> str:
 
 def load_for_evaluation(cfg: DictConfig, resume: bool) -> nn.Module:
     """The recipe's model with the run's last weights (`resume`) or ``train.init_checkpoint``."""
-    path = last_checkpoint(cfg.train.output_dir) if resume else cfg.train.init_checkpoint
+    with input_errors():
+        path = last_checkpoint(cfg.train.output_dir) if resume else cfg.train.init_checkpoint
     if not path:
         raise ConfigError(
             f"--eval-only --resume found no checkpoint in {cfg.train.output_dir} (an interrupted "
@@ -212,3 +224,13 @@ def load_for_evaluation(cfg: DictConfig, resume: bool) -> nn.Module:
         model = instantiate(cfg.model).to(torch.device(cfg.train.device))
         load_checkpoint(model, str(path))
     return model.eval()
+
+
+def evaluate_weights(cfg: DictConfig, resume: bool) -> dict[str, float]:
+    """`do_test` of what `load_for_evaluation` loads."""
+    model = load_for_evaluation(cfg, resume)
+    if not resume:
+        return do_test(cfg, model)
+    path = last_checkpoint(cfg.train.output_dir)
+    iteration = read_checkpoint(path, mmap=True).get("iteration")
+    return do_test(cfg, model, weights=path.name, iteration=iteration)

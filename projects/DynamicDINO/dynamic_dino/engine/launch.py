@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,11 @@ from detectron2.engine import default_argument_parser
 from detectron2.engine import launch as spawn
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
 
 from ..config import ConfigError
 from ..console import program
+from .preemption import EXIT_CODE, Preempted, passed_on_signals
 
 EXAMPLES = """
 examples:
@@ -51,6 +54,9 @@ examples:
     torchrun --nproc-per-node 8 train_net.py --config-file CONFIG
   Slurm, one task a GPU
     srun --ntasks-per-node 8 --gpus-per-node 8 train_net.py --config-file CONFIG --resume
+
+SIGTERM, SIGINT, SIGUSR1 or SIGHUP: the iteration is finished, a checkpoint saved, and the exit
+status is 75, "go on with --resume"; a second one, a second later or more, ends the run at once.
 
 A run writes to train.output_dir: config.yaml, log.txt, metrics.json, TensorBoard events,
 model_*.pth, model_best.pth, results.json, evaluation/.
@@ -124,14 +130,21 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     if placement is None:
         if gpus == 0 and args.num_machines > 1:
             raise ConfigError("several machines without GPUs: start the processes with torchrun")
-        spawn(
-            main,
-            gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        several = gpus * args.num_machines > 1
+        try:
+            with passed_on_signals() if several else nullcontext():
+                spawn(
+                    main,
+                    gpus,
+                    num_machines=args.num_machines,
+                    machine_rank=args.machine_rank,
+                    dist_url=args.dist_url,
+                    args=(args,),
+                )
+        except ProcessExitedException as error:
+            if error.exit_code != EXIT_CODE:
+                raise
+            raise Preempted from None
         return
 
     if gpus:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -13,13 +15,36 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
-from ..config import ConfigError, save_config
-from ..files import probe_folder
+from ..config import ConfigError, input_errors, save_config
+from ..files import FolderInUseError, probe_folder, sole_writer
 from .allocator import keep_freed_memory
 from .changes import changes
 from .checkpointing import last_checkpoint
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def sole_run(folder: str | Path) -> Iterator[None]:
+    """Meanwhile this run alone, all of its processes, writes into its output folder; a run that
+    does already may do so again. Collective. Raises `ConfigError` in every process where another
+    run does, or the folder can't be written."""
+    with ExitStack() as stack:
+        problem = ""
+        if comm.is_main_process():
+            try:
+                check_writable(folder)
+                stack.enter_context(sole_writer(Path(folder)))
+            except FolderInUseError as error:
+                problem = (
+                    f"{error}; wait until it has ended, or stop it, or choose another folder with "
+                    "train.output_dir=FOLDER"
+                )
+            except ConfigError as error:
+                problem = str(error)
+        if problem := comm.all_gather(problem)[0]:
+            raise ConfigError(problem)
+        yield
 
 
 def setup(cfg: DictConfig, resume: bool = False) -> None:
@@ -32,9 +57,12 @@ def setup(cfg: DictConfig, resume: bool = False) -> None:
     train.device = resolve_device(train.device)
     if train.device == "cpu" and dist.is_initialized() and dist.get_backend() == "nccl":
         raise ConfigError("several processes on CPU next to GPUs: start them with --num-gpus 0")
-    if comm.is_main_process():
-        check_writable(train.output_dir)
-    comm.synchronize()
+    with sole_run(train.output_dir):
+        _setup(cfg, resume)
+
+
+def _setup(cfg: DictConfig, resume: bool) -> None:
+    train = cfg.train
     for name in ("detectron2", "fvcore", "dynamic_dino", "dynamic_dino_kernels"):
         setup_logger(str(train.output_dir), distributed_rank=comm.get_rank(), name=name)
         for handler in logging.getLogger(name).handlers:
@@ -57,7 +85,9 @@ def setup(cfg: DictConfig, resume: bool = False) -> None:
     )
     if comm.is_main_process():
         path = Path(train.output_dir) / "config.yaml"
-        if resume and path.is_file() and last_checkpoint(train.output_dir):
+        with input_errors():
+            resumed = resume and last_checkpoint(train.output_dir)
+        if resumed and path.is_file():
             if found := changes(path, cfg):
                 logger.warning(
                     "This run is resumed with other settings than it had: %s. It goes on with the "

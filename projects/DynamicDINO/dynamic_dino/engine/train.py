@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from detectron2.config import instantiate
 from detectron2.engine import create_ddp_model, hooks
 from detectron2.utils import comm
-from detectron2.utils.events import JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig
 from torch import nn
 
@@ -23,12 +23,15 @@ from .checkpointing import (
     Checkpointer,
     PeriodicCheckpointer,
     last_checkpoint,
+    read_metrics,
     trim_metrics,
 )
 from .ema import ModelEma
 from .evaluate import do_test, results_table
 from .optim import build_optimizer
+from .preemption import EXIT_CODE, Preempted, requested
 from .printer import ProgressPrinter
+from .setup import sole_run
 from .trainable import parameter_table, set_train_mode, set_trainable
 from .trainer import Trainer, seed_everything
 
@@ -64,6 +67,8 @@ class EvaluateFirst(hooks.HookBase):
             self.trainer.storage.put_scalars(**self.before, smoothing_hint=False)
 
     def after_train(self) -> None:
+        if self.trainer.iter < self.trainer.max_iter:
+            return
         rows = {}
         for key, value in self.before.items():
             name, _, metric = key.partition("/")
@@ -73,21 +78,117 @@ class EvaluateFirst(hooks.HookBase):
             logger.info("Before and after training\n%s", results_table(rows))
 
 
+class Evaluation(hooks.HookBase):
+    """Scores the model every `period` iterations (0: never), and after the last one. A resumed run
+    begins with the evaluation that was due when it was interrupted.
+
+    Args:
+        evaluate: returns the scores on the main process. Collective.
+        scored_until: the last iteration of which metrics.json has scores, in all processes.
+        before: called on the main process before an evaluation between iterations: it takes long,
+            and what it scores should be on the disk by then.
+        after: called on the main process when the scores are among the metrics.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        evaluate: Callable[[], dict[str, float]],
+        scored_until: int = -1,
+        before: Sequence[Callable[[], None]] = (),
+        after: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        self.period, self.evaluate, self.scored_until = period, evaluate, scored_until
+        self.before, self.after = before, after
+
+    def before_train(self) -> None:
+        done = self.trainer.start_iter
+        if self._is_due(done) and self.scored_until < done - 1:
+            logger.info("The evaluation of iteration %d comes first: it was interrupted", done - 1)
+            self.trainer.storage.iter = done - 1
+            self._score()
+
+    def after_step(self) -> None:
+        if self._is_due(self.trainer.iter + 1):
+            for call in self.before:
+                call()
+            comm.synchronize()  # whoever is asked to end now doesn't take the others along
+            self._score()
+
+    def after_train(self) -> None:
+        if self.trainer.iter == self.trainer.max_iter:  # it was not interrupted
+            self._score()
+
+    def _is_due(self, done: int) -> bool:
+        return self.period > 0 < done < self.trainer.max_iter and done % self.period == 0
+
+    def _score(self) -> None:
+        scores = self.evaluate()
+        if comm.is_main_process():
+            self.trainer.storage.put_scalars(**scores, smoothing_hint=False)
+            for call in self.after:
+                call()
+        comm.synchronize()  # it may take longer on one of them
+
+
+class EndWhenAsked(hooks.HookBase):
+    """Saves and ends the run after the iteration in which a signal asked one of its processes to.
+    Stands before the evaluation, which comes first when the run is resumed."""
+
+    def __init__(self, save: Callable[[], None] | None = None) -> None:
+        self.save = save
+
+    def after_step(self) -> None:
+        if not self.trainer.preempted:
+            return
+        if self.save:
+            self.save()
+        comm.synchronize()  # the launcher ends all of them when the first has ended
+        name = requested() or "A signal to another process"
+        logger.warning(
+            "%s: the run ends after iteration %d, which is saved; go on with --resume (status %d)",
+            name,
+            self.trainer.iter,
+            EXIT_CODE,
+        )
+        raise Preempted
+
+
+class MetricsWriter(hooks.PeriodicWriter):
+    """Detectron2's hook. An interrupted run writes no row that a whole one doesn't have: what was
+    measured since the last one is in the checkpoint."""
+
+    def after_train(self) -> None:
+        if self.trainer.iter == self.trainer.max_iter:
+            super().after_train()
+        else:
+            for writer in self._writers:
+                writer.close()
+
+
 def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
     """Trains as the recipe says; with `resume`, goes on from the last checkpoint, if there is one,
     to exactly the numbers of an uninterrupted run. Returns the trained model, without wrappers.
+
+    Raises `Preempted` where a signal that `preemption.noted_signals` heeds ended it, `SaveError` on
+    a full disk, `ConfigError` where another run has the output folder.
     """
     require(cfg, "model", "optimizer", "lr_multiplier", "dataloader.train")
+    with sole_run(cfg.train.output_dir):
+        return _do_train(cfg, resume)
+
+
+def _do_train(cfg: DictConfig, resume: bool) -> nn.Module:
     train = cfg.train
     output_dir = Path(train.output_dir)
-    resumable = last_checkpoint(output_dir)
+    with input_errors():
+        resumable = last_checkpoint(output_dir)
     if resumable and not resume:
         raise ConfigError(
             f"{output_dir} already holds a run ({resumable.name}); continue it with --resume, or "
             "choose another folder with train.output_dir=FOLDER"
         )
 
-    output_dir.mkdir(parents=True, exist_ok=True)
     seed_everything(train.seed)
     with input_errors():
         model = instantiate(cfg.model).to(train.device)
@@ -111,14 +212,23 @@ def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
         last_checkpoint=lambda: last_checkpoint(output_dir),
     )
     checkpointer = Checkpointer(model, output_dir, trainer=trainer, **({"ema": ema} if ema else {}))
-    start_iter = checkpointer.resume() if resume else 0
+    with input_errors():
+        start_iter = checkpointer.resume() if resume else 0
+    scored_until = _scored_until(cfg)
     if start_iter >= train.max_iter:
-        logger.info("This run is complete; evaluate it again with --eval-only --resume")
+        if not cfg.dataloader.get("test") or scored_until >= start_iter:
+            logger.info("This run is complete; evaluate it again with --eval-only --resume")
+            return model
+        logger.info("What is left of this run is its last evaluation")
+        with input_errors():
+            registered = _hooks(cfg, trainer, checkpointer, start_iter, scored_until)
+        trainer.register_hooks([h for h in registered if not isinstance(h, LRScheduler)])
+        trainer.finish(start_iter)
         return model
     with input_errors():
         check_feature_caches([cfg.dataloader.train], model)
         trainer.data_loader = _train_loader(cfg, start_iter)
-        trainer.register_hooks(_hooks(cfg, trainer, checkpointer, start_iter))
+        trainer.register_hooks(_hooks(cfg, trainer, checkpointer, start_iter, scored_until))
     trainer.train(start_iter, train.max_iter)
     return model
 
@@ -141,13 +251,31 @@ def _train_loader(cfg: DictConfig, start_iter: int):
     return instantiate(node)
 
 
+def _scored_until(cfg: DictConfig) -> int:
+    """The last iteration of which metrics.json has scores, -1 if of none. Collective."""
+    names = tuple(f"{name}/" for name in cfg.dataloader.get("test") or ())
+    last = -1
+    if comm.is_main_process():
+        rows = read_metrics(Path(cfg.train.output_dir) / "metrics.json")
+        scored = (row["iteration"] for row in rows if any(key.startswith(names) for key in row))
+        last = max(scored, default=-1)
+    return comm.all_gather(last)[0]
+
+
 def _hooks(
-    cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, start_iter: int
+    cfg: DictConfig,
+    trainer: Trainer,
+    checkpointer: Checkpointer,
+    start_iter: int,
+    scored_until: int,
 ) -> list[hooks.HookBase]:
     train = cfg.train
 
     def evaluate() -> dict[str, float]:
-        scores = do_test(cfg, trainer.ema.model if trainer.ema else trainer.module)
+        model = trainer.ema.model if trainer.ema else trainer.module
+        saved = last_checkpoint(train.output_dir)
+        iteration = min(trainer.storage.iter, train.max_iter - 1) if saved else None
+        scores = do_test(cfg, model, weights=saved and saved.name, iteration=iteration)
         set_train_mode(trainer.model)
         return {key: value for key, value in scores.items() if value == value}  # no NaN in logs
 
@@ -158,29 +286,33 @@ def _hooks(
     ]
     if (adaptive := train.adaptive_experts).enabled:
         common.append(AdaptiveExpertsHook(trainer.module, adaptive.period, adaptive.window))
-    evaluation = [hooks.EvalHook(train.eval_period, evaluate)] if has_tests else []
-    if has_tests and train.eval_first:
-        evaluation.append(EvaluateFirst(evaluate))
+    first = [EvaluateFirst(evaluate)] if has_tests and train.eval_first else []
     if not comm.is_main_process():
-        return [*common, *evaluation]
+        evaluation = [Evaluation(train.eval_period, evaluate, scored_until)] if has_tests else []
+        return [*common, EndWhenAsked(), *evaluation, *first]
 
     # Saved before it is evaluated: a crash of the evaluation costs no training.
     saving = PeriodicCheckpointer(
         checkpointer, train.checkpointer.period, max_to_keep=train.checkpointer.max_to_keep
     )
-    best = [BestCheckpointer(checkpointer, train.best_metric, train.eval_period)]
     metrics = Path(train.output_dir) / "metrics.json"
     trim_metrics(metrics, start_iter)
-    writers = [
-        ProgressPrinter(train.max_iter),
+    trainer.logged_until = max((row["iteration"] for row in read_metrics(metrics)), default=-1)
+    files: list[EventWriter] = [
         # A row is the median of the iterations since the last one; with log_period=1, exact.
         JSONWriter(str(metrics), window_size=train.log_period),
         TensorboardXWriter(train.output_dir, window_size=train.log_period, purge_step=start_iter),
     ]
-    return [
-        *common,
-        saving,
-        *evaluation,
-        *(best if evaluation and train.best_metric else []),
-        hooks.PeriodicWriter(writers, period=train.log_period),
-    ]
+    writing = MetricsWriter([ProgressPrinter(train.max_iter), *files], period=train.log_period)
+    hooks_of_main = [*common, saving, EndWhenAsked(saving.save_now)]
+    if has_tests:
+        # On disk as soon as they are there: the evaluation isn't done again.
+        after = [file.write for file in files]
+        if train.best_metric:
+            best = BestCheckpointer(checkpointer, train.best_metric)
+            hooks_of_main.append(best)
+            after.insert(0, best.keep_if_best)
+        hooks_of_main.append(
+            Evaluation(train.eval_period, evaluate, scored_until, [saving.save_now], after)
+        )
+    return [*hooks_of_main, *first, writing]

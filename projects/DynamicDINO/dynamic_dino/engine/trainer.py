@@ -12,25 +12,36 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
-from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import ConfigError
 from ..moe.routing import Routing
-from .checkpointing import BestCheckpointer
+from .checkpointing import SaveError
 from .ema import ModelEma
+from .preemption import requested
 from .trainable import set_train_mode
 
 logger = logging.getLogger(__name__)
 
+TIMES = ("time", "data_time")  # of the machine, not of the run
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class NonFiniteLossError(FloatingPointError):
     """A loss or the gradients became infinite or NaN; the weights were not touched by them."""
+
+
+# The command says these in one line; Detectron2's loop would log their traceback before.
+_SAID_ELSEWHERE = (NonFiniteLossError, SaveError)
+logging.getLogger("detectron2.engine.train_loop").addFilter(
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], _SAID_ELSEWHERE))
+)
 
 
 class Trainer(SimpleTrainer):
@@ -40,10 +51,15 @@ class Trainer(SimpleTrainer):
     rest is only logged. "routings", if it has any, are for hooks (`self.routings`). All randomness
     of an iteration follows from (seed, iteration, rank), so a checkpoint needs no generator states.
 
+    The processes have the same weights and buffers after every iteration: running statistics of
+    trained BatchNorm are their mean, so that what is saved by one is what all of them score.
+    `preempted` says after each whether a signal asked any of them to end.
+
     Args:
         loader: infinite iterable of batches, each a list of samples with a "file_name".
         amp: ``enabled`` and ``dtype``.   clip_grad: ``enabled``, ``max_norm``, ``norm_type``.
-        log_period: with several processes, metrics are averaged over them this often.
+        log_period: with several processes, metrics are averaged over them this often; those of the
+            last `log_period` iterations are in a checkpoint.
         last_checkpoint: names what is safe on disk, for the message when the run must stop.
     """
 
@@ -64,9 +80,14 @@ class Trainer(SimpleTrainer):
         super().__init__(model, loader, optimizer, gather_metric_period=period)
         set_train_mode(model)
         self.seed, self.ema, self.last_checkpoint = seed, ema, last_checkpoint
+        self.log_period = log_period
+        self.preempted = False
+        self.logged_until = -1  # the iteration of the last row in the metrics' file
+        self._recent: dict[str, dict] = {}  # metrics of the run that is resumed
         self.routings: list[Routing] = []  # of this iteration's MoE layers
         self.clip_grad = clip_grad or {"enabled": False}
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._statistics = running_statistics(model)
         device = self.parameters[0].device.type
         self.amp_dtype = amp_dtype(amp, device)
         self.scaler = torch.amp.GradScaler(device, enabled=self.amp_dtype is torch.float16)
@@ -102,16 +123,18 @@ class Trainer(SimpleTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(sum(losses.values())).backward()
         self.after_backward()
+        preempted = self._agree()
         self.scaler.unscale_(self.optimizer)
         grad_norm = self._clip_gradients()
 
         # One transfer for all scalars, the iteration's only wait for the device.
-        names = [*outputs, "grad_norm"]
+        names = [*outputs, "grad_norm", "preempted"]
         scalars = torch.stack(
             [torch.as_tensor(v).detach().float().to(grad_norm.device) for v in outputs.values()]
-            + [grad_norm.float()]
+            + [grad_norm.float(), preempted.to(grad_norm.device)]
         )
         metrics = dict(zip(names, scalars.tolist(), strict=True))
+        self.preempted = metrics.pop("preempted") > 0
         self._stop_if_not_finite(batch, metrics, list(losses))
 
         self.scaler.step(self.optimizer)
@@ -121,14 +144,37 @@ class Trainer(SimpleTrainer):
         metrics["total_loss"] = sum(metrics[name] for name in losses)
         self._log(metrics, data_time)
 
-    def after_train(self) -> None:
-        """After an interruption nothing is evaluated or saved any more, the logs are closed."""
-        if self.iter < self.max_iter:
-            self._hooks = [h for h in self._hooks if not isinstance(h, EvalHook | BestCheckpointer)]
-        super().after_train()
+    def before_train(self) -> None:
+        """What was measured last before an interruption counts in the next row of metrics, and is
+        written where its own row wasn't any more."""
+        for name, recent in self._recent.items():
+            for value, iteration in recent["values"]:
+                if iteration > self.logged_until:
+                    self.storage.put_scalar(name, value, recent["smooth"], cur_iter=iteration)
+                else:
+                    self.storage.histories()[name].update(value, iteration)
+        super().before_train()
+
+    def finish(self, max_iter: int) -> None:
+        """What comes after the last iteration, of a run that was interrupted there."""
+        self.iter = self.start_iter = self.max_iter = max_iter
+        with EventStorage(max_iter) as self.storage:
+            self.before_train()
+            self.after_train()
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "scaler": self.scaler.state_dict()}
+        state = {**super().state_dict(), "scaler": self.scaler.state_dict()}
+        return {**state, "recent": self._recent_metrics()}
+
+    def _recent_metrics(self) -> dict[str, dict]:
+        """name -> {"values": [[value, iteration], ...], "smooth": whether it is}."""
+        hints, first = self.storage.smoothing_hints(), self.iter - self.log_period
+        recent = {
+            name: [[value, i] for value, i in history.values()[-self.log_period :] if i > first]
+            for name, history in self.storage.histories().items()
+            if name not in TIMES and name in hints
+        }
+        return {n: {"values": values, "smooth": hints[n]} for n, values in recent.items() if values}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Rates, decays etc. stay as the recipe has them, so that overrides count on resume."""
@@ -137,10 +183,24 @@ class Trainer(SimpleTrainer):
             for group in self.optimizer.param_groups
         ]
         super().load_state_dict(state_dict)
+        self._recent = state_dict.get("recent", {})
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own, initial_lr=own["lr"])
         if state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
+
+    def _agree(self) -> Tensor:
+        """Averages the running statistics over the processes. float [], above 0 in all of them
+        where one was asked to end."""
+        asked = torch.tensor([float(bool(requested()))], device=self.parameters[0].device)
+        if comm.get_world_size() > 1:
+            shared = torch.cat([asked, *(buffer.flatten().float() for buffer in self._statistics)])
+            dist.all_reduce(shared)
+            shared /= comm.get_world_size()
+            asked, *means = shared.split([1, *(buffer.numel() for buffer in self._statistics)])
+            for buffer, mean in zip(self._statistics, means, strict=True):
+                buffer.copy_(mean.view_as(buffer))
+        return asked[0]
 
     def _clip_gradients(self) -> Tensor:
         """Returns the norm of all gradients before clipping."""
@@ -189,6 +249,16 @@ class Trainer(SimpleTrainer):
             mean = {key: float(np.mean([m[key] for m in everyone])) for key in metrics}
             slowest = max(m["data_time"] for m in everyone)
             self.storage.put_scalars(**mean, data_time=slowest)
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Of the normalisation that learns them: each process from its own part of the batches."""
+    return [
+        buffer
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
+        for buffer in (module.running_mean, module.running_var)
+    ]
 
 
 def seed_everything(*entropy: int) -> None:

@@ -4,7 +4,9 @@ Kept, although finished sets alone could be skipped more simply: one set such as
 images, 31 chunks each) takes hours, and jobs on shared machines end before that.
 
 Every process appends to a file of its own, one line a batch. The first line is the fingerprint of
-the evaluation; what was found under another one is not used.
+the evaluation; what was found under another one is not used. Each line begins with its checksum:
+what a disk or a hand changed is left out, as is a line that occurs twice, and its images are
+evaluated again.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import base64
 import json
 import logging
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from detectron2.utils import comm
 
+from ..console import some
 from ..data.fields import id_array
 from .predictions import DatasetPredictions
 
@@ -48,9 +52,9 @@ class PredictionLog:
     """The files of an evaluation in a folder that belongs to it. Opening it is collective.
 
     `done` are the images that the folder holds under the same fingerprint, in every process. A line
-    that an interruption cut is dropped; its images are evaluated again. Files of another
-    fingerprint are removed, and a warning says why. The number of processes may differ from that of
-    the interrupted run.
+    that an interruption cut is dropped; its images are evaluated again. So are those of damaged
+    lines, which a warning names. Files of another fingerprint are removed, and a warning says why.
+    The number of processes may differ from that of the interrupted run.
 
     Args:
         folder: made where needed. Only the main process reads; each writes.
@@ -60,11 +64,15 @@ class PredictionLog:
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, str]) -> None:
         self.folder = Path(folder)
         self._earlier: list[Path] = []
+        self._warned: set[Path] = set()
         done, first = set(), 0
         if comm.is_main_process():
+            if not self.folder.is_dir():
+                self.folder.unlink(missing_ok=True)
             self._earlier = self._matching_files(dict(fingerprint))
             done = {image for line in self._lines() for image in line["images"]}
-            first = max((int(path.stem) for path in self._earlier), default=-1) + 1
+            names = (path.stem for path in self.folder.glob("*.jsonl"))
+            first = max((int(name) for name in names if name.isdigit()), default=-1) + 1
         first, self.done, fingerprint = comm.all_gather((first, done, dict(fingerprint)))[0]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = (self.folder / f"{first + comm.get_rank():05d}.jsonl").open("w")
@@ -95,7 +103,7 @@ class PredictionLog:
         self._write(
             {
                 "images": found.images,
-                "new_prompts": new,
+                "new_prompts": [[self._prompts[prompt], prompt] for prompt in new],
                 "prompts": [self._prompts[prompt] for prompt in found.prompts],
                 "counts": found.counts,
                 "categories": _encode_ids(found.predictions.category_ids),
@@ -113,12 +121,13 @@ class PredictionLog:
             shutil.rmtree(self.folder)
 
     def _write(self, line: dict) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        content = json.dumps(line)
+        self._file.write(f"{_checksum(content)} {content}\n")
         self._file.flush()
 
     def _matching_files(self, fingerprint: dict[str, str]) -> list[Path]:
         files = sorted(self.folder.glob("*.jsonl"))
-        headers = {path: next(_complete_lines(path), None) for path in files}
+        headers = {path: self._header(path) for path in files}
         for header in headers.values():
             if header not in (None, fingerprint):
                 other = [key for key in fingerprint if header.get(key) != fingerprint[key]]
@@ -130,24 +139,59 @@ class PredictionLog:
                 return []
         return [path for path, header in headers.items() if header is not None]
 
+    def _header(self, path: Path) -> dict | None:
+        number, header = next(_numbered_lines(path), (1, None))
+        if number == 1 and header is not None:
+            return header
+        if path.stat().st_size and number == 1:
+            logger.warning("%s, line 1 is damaged: its images are evaluated again", path)
+        return None
+
     def _lines(self) -> Iterator[dict]:
+        """The lines that can be used, each image once. Warnings come when it is gone through for
+        the first time."""
+        seen: set[int | str] = set()
         for path in self._earlier:
-            lines, prompts = _complete_lines(path), []
-            next(lines)
-            for line in lines:
-                prompts += map(tuple, line["new_prompts"])
-                yield line | {"prompts": [prompts[i] for i in line["prompts"]]}
+            prompts: dict[int, tuple[int, ...]] = {}
+            left_out: list[str] = []
+            for number, line in _numbered_lines(path):
+                if number == 1:
+                    continue
+                if line is not None:
+                    prompts |= {index: tuple(prompt) for index, prompt in line["new_prompts"]}
+                # A line is used as a whole: what it says of the routing is of all of its images.
+                if line is None:
+                    left_out.append(str(number))
+                elif not prompts.keys() >= {*line["prompts"]}:
+                    left_out.append(f"{number} (its prompt is lost)")
+                elif not seen.isdisjoint(line["images"]):
+                    left_out.append(f"{number} (a second time)")
+                else:
+                    seen.update(line["images"])
+                    yield line | {"prompts": [prompts[i] for i in line["prompts"]]}
+            if left_out and path not in self._warned:
+                self._warned.add(path)
+                logger.warning(
+                    "%s is damaged, line %s: images that only stand there are evaluated again",
+                    path,
+                    some(left_out),
+                )
 
 
-def _complete_lines(path: Path) -> Iterator[dict]:
-    """The lines of a file, without the last one if an interruption cut it short."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                content = json.loads(line)
-            except ValueError:
-                return
-            yield content
+def _numbered_lines(path: Path) -> Iterator[tuple[int, dict | None]]:
+    """The lines of a file from 1 on, None for a damaged one; without a last one that an
+    interruption cut short."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            checksum, _, content = line.rstrip(b"\n").partition(b" ")
+            if checksum == _checksum(content).encode():
+                yield number, json.loads(content)
+            elif line.endswith(b"\n"):
+                yield number, None
+
+
+def _checksum(content: str | bytes) -> str:
+    return f"{zlib.crc32(content.encode() if isinstance(content, str) else content):08x}"
 
 
 def _encode_ids(ids: np.ndarray) -> str | list:

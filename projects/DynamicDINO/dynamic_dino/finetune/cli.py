@@ -106,7 +106,8 @@ def _positive(kind: type) -> type:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0; 2 where something was wrong, 1 for a loss that diverged."""
+    """Returns the exit status: 0; 2 where something was wrong, 1 for a loss that diverged or a
+    full disk; a signal while it trains or scores ends it with `preemption.EXIT_CODE`."""
     p = parser()
     # Overrides may stand anywhere, which argparse doesn't allow.
     words = list(sys.argv[1:] if argv is None else argv)
@@ -124,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported late, so that --help and wrong arguments answer at once.
     from ..config import ConfigError
     from ..engine.allocator import keep_freed_memory
+    from ..engine.checkpointing import SaveError
     from ..engine.trainer import NonFiniteLossError
     from .run import Options, finetune
 
@@ -143,9 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         finetune(options)
-    except (ConfigError, NonFiniteLossError) as error:
+    except (ConfigError, NonFiniteLossError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, NonFiniteLossError) else 2
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume goes on", file=sys.stderr)
         return 130

@@ -34,7 +34,8 @@ from ..data.problems import BOX_KINDS
 from ..data.records import Records
 from ..engine.checkpointing import last_checkpoint
 from ..engine.evaluate import do_test, load_for_evaluation
-from ..engine.setup import resolve_device, setup
+from ..engine.preemption import noted_signals
+from ..engine.setup import resolve_device, setup, sole_run
 from ..engine.train import do_train
 from ..evaluation.coco import read_ground_truth
 from ..evaluation.evaluator import category_ids_of
@@ -86,8 +87,14 @@ class Data:
 def finetune(options: Options) -> dict[str, Scores]:
     """All steps; returns the scores of the start and of each run.
 
-    Raises `ConfigError` where it can't go on, with the remedy.
+    Raises `ConfigError` where it can't go on, with the remedy, and `Preempted` where a signal ended
+    it while it trained or scored.
     """
+    with sole_run(options.output):
+        return _finetune(options)
+
+
+def _finetune(options: Options) -> dict[str, Scores]:
     began = time.monotonic()
     device = resolve_device(options.device)
     start = find_start(options.start, device)
@@ -299,7 +306,7 @@ def evaluate_start(cfg: DictConfig, folder: Path) -> None:
         print(f"done: {folder}")
         return
     cfg.train.output_dir = str(folder)
-    with _logged(cfg):
+    with noted_signals(), _logged(cfg):
         do_test(cfg, load_for_evaluation(cfg, resume=False))
 
 
@@ -308,13 +315,11 @@ def tune(cfg: DictConfig) -> None:
     folder = Path(cfg.train.output_dir)
     with input_errors():
         last = last_checkpoint(folder)
-    with _logged(cfg):
-        if last is None or last.name != "model_final.pth":
-            do_train(cfg, resume=last is not None)
-        elif not (folder / "results.json").is_file():  # stopped while it was scored
-            do_test(cfg, load_for_evaluation(cfg, resume=True))
-        else:
-            print(f"done: {folder}")
+    if last and last.name == "model_final.pth" and (folder / "results.json").is_file():
+        print(f"done: {folder}")
+        return
+    with noted_signals(), _logged(cfg):
+        do_train(cfg, resume=last is not None)
 
 
 @contextmanager
