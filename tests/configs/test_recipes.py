@@ -30,6 +30,7 @@ from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.part_router import PartRouter
 from dynamic_dino.moe.routers import SoftmaxRouter
 from dynamic_dino.moe.top_any import TopAnyRouter
+from dynamic_dino.trust import require_known_targets
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -222,10 +223,17 @@ def tried(cfg, device: str):
     return _tried[key]
 
 
+def targets(cfg) -> set[str]:
+    """The import paths of all that it calls."""
+    return {value for key, value in flat(cfg).items() if key.endswith("_target_")}
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_config(recipe):
-    """Every key is read: by the engine, by another node, or by what a node calls."""
+    """Every key is read: by the engine, by another node, or by what a node calls; and the
+    config.yaml of a run is trusted."""
     cfg = loaded(recipe)
+    require_known_targets([{"_target_": name} for name in targets(cfg)])
     assert set(cfg) <= {*NODES, "data"}
     for path, node in nodes(cfg):
         target = locate(node._target_) if isinstance(node._target_, str) else node._target_
@@ -320,6 +328,7 @@ def test_variant(name):
     title, overrides = VARIANTS[name]
     recipe = loaded(name.partition(":")[0])
     cfg = apply_overrides(copy.deepcopy(recipe), overrides)
+    require_known_targets([{"_target_": name} for name in targets(cfg) - targets(recipe)])
     keys = {override.partition("=")[0] for override in overrides}
     found = set().union(*(differences(recipe[n], cfg[n], n) for n in NODES))
     assert title and found and found <= keys

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, SCMode
 
 from . import renamed
 from .files import configs_folder, write_text
+from .trust import Loader, UntrustedError, require_known_targets
 from .values import CALLABLE, read_value
 
 NODES = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "inference")
@@ -89,7 +90,10 @@ def without_downloads(model: DictConfig) -> DictConfig:
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), model: str | Path | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    model: str | Path | None = None,
+    to_build: bool = True,
 ) -> DictConfig:
     """Loads a LazyConfig file, fills in `TRAIN_DEFAULTS` and applies ``key=value`` overrides.
 
@@ -99,12 +103,16 @@ def load_config(
     `model` is another recipe, whose detector, input size and last weights take the place of those
     of the file, before the overrides are applied.
 
-    Raises `ConfigError` for a missing file, an unknown key, or a value of the wrong kind.
+    A recipe in Python is code. A .yaml may name what `trust` knows only, unless nothing is going to
+    be built of it (`to_build`).
+
+    Raises `ConfigError` for a missing file, an unknown key, a value of the wrong kind, or a .yaml
+    that names unknown code.
     """
     path, variant = split_variant(path)
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist{_near_files(path)}")
-    cfg = LazyConfig.load(str(path)) if path.suffix == ".py" else _load_yaml(path)
+    cfg = LazyConfig.load(str(path)) if path.suffix == ".py" else _load_yaml(path, to_build)
     if missing := [node for node in ("model", "dataloader") if node not in cfg]:
         raise ConfigError(
             f"{path} has no `{missing[0]}`; a recipe defines model, optimizer, lr_multiplier, "
@@ -191,14 +199,21 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return cfg
 
 
-def _load_yaml(path: Path) -> DictConfig:
-    """As LazyConfig does, also where an older version of this package wrote the file."""
-    text = renamed.current(path.read_text(encoding="utf-8"))
+def _load_yaml(path: Path, to_build: bool) -> DictConfig:
+    """As LazyConfig does, also where an older version of this package wrote the file; but it calls
+    nothing unknown."""
     try:
-        content = renamed.current_nodes(yaml.unsafe_load(text))
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+        text = renamed.current(path.read_text(encoding="utf-8"))
+        content = renamed.current_nodes(yaml.load(text, Loader))
+        if to_build:
+            require_known_targets(content)
+    except UntrustedError as error:
+        raise ConfigError(f"config file {path} is not trusted: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, TypeError) as error:
+        reason = " ".join(str(error).split())[:500]
         raise ConfigError(f"config file {path} is not valid YAML: {reason}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"config file {path} holds no sections: is it the config.yaml of a run?")
     return OmegaConf.create(content, flags={"allow_objects": True})
 
 

@@ -32,7 +32,7 @@ def changes(config_file: Path, cfg: DictConfig) -> list[str]:
     has another value in `cfg` and changes what is learned. A file that no longer can be read says
     nothing."""
     try:
-        before = flat(load_config(config_file))
+        before = flat(load_config(config_file, to_build=False))
     except (ConfigError, OSError, ValueError):
         return []
     now = flat(cfg)
