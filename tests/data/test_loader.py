@@ -1,5 +1,6 @@
 import itertools
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -129,6 +130,25 @@ def test_repeat_factors_are_detectron2s(name):
                 np.testing.assert_allclose(
                     repeat_factors(source, chosen, threshold), wanted, rtol=1e-6
                 )
+
+
+def test_a_signal_for_the_run_spares_its_workers():
+    """Only the loader ends them: the run needs them to finish an iteration."""
+    records = [{"index": i} for i in range(8)]
+    loader = build_train_loader(
+        records, lambda record, rng: dict(record), 2, num_workers=1, filter_empty=False
+    )
+    batches = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    for name in ("TERM", "INT", "USR1"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    for _ in range(9):  # more than were under way
+        next(batches)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
 
 
 def test_class_balanced_sampling():

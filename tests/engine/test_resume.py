@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
 from dynamic_dino import files
 from dynamic_dino.config import ConfigError, load_config
+from dynamic_dino.data.loader import build_train_loader
 from dynamic_dino.engine import checkpointing, train, trainer
 from dynamic_dino.engine.checkpointing import SaveError, last_checkpoint
 from dynamic_dino.engine.evaluate import do_test
@@ -20,6 +22,7 @@ from dynamic_dino.engine.preemption import EXIT_CODE, Preempted, noted_signals
 from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
 from helpers.processes import start_file
+from helpers.tiny_recipe import sample
 
 TRAIN_NET = Path(__file__).parents[2] / "projects/DynamicDINO/train_net.py"
 RECIPE = Path(__file__).parents[1] / "helpers/tiny_recipe.py"
@@ -190,6 +193,54 @@ def test_full_disk(recipe, metrics, tmp_path, monkeypatch, caplog):
     monkeypatch.undo()
     do_train(recipe("cut"), resume=True)
     assert metrics("cut") == metrics("whole")
+
+
+def test_bad_records_give_way_to_others(recipe, metrics, caplog, monkeypatch):
+    """Counted, named once, as many as the recipe allows; a resumed run meets the same ones."""
+
+    def numbered(count):
+        return [{"index": i} for i in range(count)]
+
+    class Mapper:
+        def __call__(self, record, rng):
+            if record["index"] in (5, 17, 40):
+                raise ValueError(f"{record['index']}.png can't be read")
+            return sample(record["index"])
+
+    def run(folder, max_bad, records=64):
+        cfg = recipe(folder)
+        cfg.dataloader.train = L(build_train_loader)(
+            dataset=L(numbered)(count=records),
+            mapper=L(Mapper)(),
+            total_batch_size=8,
+            seed=3,
+            filter_empty=False,
+            max_bad=max_bad,
+        )
+        return do_train(cfg, resume=True)
+
+    run("whole", 0.05)
+    assert metrics("whole")[19]["bad_records"] == 3 and caplog.text.count("40.png can't be") == 1
+    step = trainer.Trainer.run_step
+
+    def killed(self):
+        if self.iter == 9:
+            raise KeyboardInterrupt
+        step(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer.Trainer, "run_step", killed)
+        run("cut", 0.05)
+    caplog.clear()
+    run("cut", 0.05)
+    assert metrics("cut") == metrics("whole")
+    assert "40.png" not in caplog.text, "it was said when it was met"
+    with pytest.raises(ConfigError, match=r"3 bad records, more than .*max_bad.* of 64: .*17.png"):
+        run("few", 0.04)
+    with pytest.raises(ValueError, match="png can't be read"):
+        run("none", 0.0)
+    run("few", 0.05, records=63)
+    assert "had 64 records when this run was interrupted, and has 63" in caplog.text
 
 
 def test_old_checkpoints_go_also_after_a_resume(recipe, tmp_path):

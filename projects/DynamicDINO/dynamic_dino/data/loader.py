@@ -3,6 +3,7 @@ number of workers or ranks, nor of how often the run was interrupted."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from .balance import repeat_factors
 from .records import Mixture, Record, Records, share_on_machine
+from .workers import heed_loader_only
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +74,21 @@ class TrainBatches:
 
 
 class MappedRecords(Dataset):
-    """Records, in memory that workers share, mapped when asked for."""
+    """Records, in memory that workers share, mapped when asked for.
 
-    def __init__(self, records: Mixture, mapper: Callable, seed: int | None = None):
+    In training, one that can't be mapped (its image is gone or damaged) gives way to another, which
+    one being a function of the seed and the position too; the sample says so, "bad_records" {index:
+    what is wrong}. With more than `most_bad` of them at one position the error is raised; over a
+    run, the trainer counts.
+    """
+
+    def __init__(
+        self, records: Mixture, mapper: Callable, seed: int | None = None, most_bad: int = 0
+    ):
         self.records = records
         self.mapper = mapper
         self.seed = seed
+        self.most_bad = most_bad
 
     def __len__(self) -> int:
         return len(self.records)
@@ -86,9 +97,19 @@ class MappedRecords(Dataset):
         if self.seed is None:
             return self.mapper(self.records[item])
         position, index = item
-        # the second word keeps these generators apart from those of the epochs' orders
-        rng = np.random.default_rng([self.seed, 0x5EED, position])
-        return self.mapper(self.records[index], rng)
+        bad: dict[int, str] = {}
+        for attempt in itertools.count():
+            # the second word keeps these generators apart from those of the epochs' orders
+            rng = np.random.default_rng([self.seed, 0x5EED, position, *([attempt] * (attempt > 0))])
+            if attempt:
+                index = int(rng.integers(len(self.records)))
+            try:
+                sample = self.mapper(self.records[index], rng)
+                return sample | {"bad_records": bad} if bad else sample
+            except (ValueError, OSError) as error:
+                bad[index] = " ".join(str(error).split())
+                if len(bad) > self.most_bad:
+                    raise
 
 
 def build_train_loader(
@@ -102,6 +123,7 @@ def build_train_loader(
     weights: Sequence[float] | None = None,
     repeat_threshold: float | None = None,
     filter_empty: bool = True,
+    max_bad: float = 5e-6,
 ) -> DataLoader:
     """An endless loader of lists of mapped samples, `total_batch_size` over all ranks.
 
@@ -111,6 +133,9 @@ def build_train_loader(
     repeat_threshold  class-balanced sampling: within a source, images of a name that less than
                       this part of its images show are drawn more often, see `repeat_factors`
     filter_empty      leaves out images without boxes
+    max_bad           the part of the records that may turn out to be bad, such as images that can't
+                      be read, before training stops; others take their place, see `MappedRecords`.
+                      5 of a million; of less than 200,000, and with 0, none
 
     Raises ValueError if nothing is left to train on.
     """
@@ -122,6 +147,8 @@ def build_train_loader(
             "dataloader.train.dataset has no image with a box: check its annotations, or set "
             "dataloader.train.filter_empty=False to train on images without objects"
         )
+    if not 0 <= max_bad < 1:
+        raise ValueError(f"dataloader.train.max_bad={max_bad} is a part of the records: 0 to 1")
     factors = None
     if repeat_threshold is not None:
         if not 0 < repeat_threshold <= 1:
@@ -145,10 +172,11 @@ def build_train_loader(
         world_size=comm.get_world_size(),
     )
     return DataLoader(
-        MappedRecords(records, mapper, seed),
+        MappedRecords(records, mapper, seed, most_bad=int(max_bad * len(records))),
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_as_list,
+        worker_init_fn=heed_loader_only,
     )
 
 
@@ -168,6 +196,7 @@ def build_test_loader(
         batch_sampler=BatchSampler(InferenceSampler(len(records)), batch_size, drop_last=False),
         num_workers=num_workers,
         collate_fn=_as_list,
+        worker_init_fn=heed_loader_only,
     )
 
 

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from multiprocessing import active_children
 from types import FrameType
 
+from ..data.workers import SIGNALS
+
 logger = logging.getLogger(__name__)
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: a failure that passes, try again
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 AT_ONCE = 1.0  # seconds: one request may come twice, from Slurm and from a launcher
 
 
@@ -67,8 +68,7 @@ class Stoppable:
 @contextmanager
 def noted_signals() -> Iterator[None]:
     """Within it, the first of `SIGNALS` is noted, see `requested`, and a second one, if it comes
-    more than a second later, ends the process at once. Processes that are forked within it, such as
-    workers of a loader, don't heed the first either: the iteration needs them.
+    more than a second later, ends the process at once.
 
     Python takes signals in the main thread only; in others this does nothing.
     """
@@ -80,7 +80,7 @@ def noted_signals() -> Iterator[None]:
             _request.signal, _request.since = signal.Signals(number).name, now
             if os.getpid() == owner:  # logging might be what was interrupted
                 os.write(2, f"{_request.signal}: ending in good order\n".encode())
-        elif os.getpid() != owner or now - _request.since > AT_ONCE:
+        elif now - _request.since > AT_ONCE:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

@@ -228,6 +228,7 @@ def _do_train(cfg: DictConfig, resume: bool) -> nn.Module:
     with input_errors():
         check_feature_caches([cfg.dataloader.train], model)
         trainer.data_loader = _train_loader(cfg, start_iter)
+        _expect(trainer, trainer.data_loader)
         trainer.register_hooks(_hooks(cfg, trainer, checkpointer, start_iter, scored_until))
     trainer.train(start_iter, train.max_iter)
     return model
@@ -249,6 +250,21 @@ def _train_loader(cfg: DictConfig, start_iter: int):
             "dataloader.train takes no start_iter: the data starts again from its beginning"
         )
     return instantiate(node)
+
+
+def _expect(trainer: Trainer, loader) -> None:
+    """Tells the trainer of its records, how many may be bad, and warns where a resumed run had
+    another number of them: the order of the samples depends on it."""
+    data = getattr(loader, "dataset", None)
+    if records := getattr(data, "records", None):
+        if trainer.num_records not in (None, len(records)):
+            logger.warning(
+                "The training data had %d records when this run was interrupted, and has %d: from "
+                "here on they come in another order",
+                trainer.num_records,
+                len(records),
+            )
+        trainer.num_records, trainer.most_bad = len(records), data.most_bad
 
 
 def _scored_until(cfg: DictConfig) -> int:

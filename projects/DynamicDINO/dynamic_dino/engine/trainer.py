@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import ConfigError
+from ..console import some
 from ..moe.routing import Routing
 from .checkpointing import SaveError
 from .ema import ModelEma
@@ -38,7 +39,7 @@ class NonFiniteLossError(FloatingPointError):
 
 
 # The command says these in one line; Detectron2's loop would log their traceback before.
-_SAID_ELSEWHERE = (NonFiniteLossError, SaveError)
+_SAID_ELSEWHERE = (NonFiniteLossError, SaveError, ConfigError)
 logging.getLogger("detectron2.engine.train_loop").addFilter(
     lambda record: not (record.exc_info and isinstance(record.exc_info[1], _SAID_ELSEWHERE))
 )
@@ -84,6 +85,8 @@ class Trainer(SimpleTrainer):
         self.preempted = False
         self.logged_until = -1  # the iteration of the last row in the metrics' file
         self._recent: dict[str, dict] = {}  # metrics of the run that is resumed
+        self.bad_records: dict[int, str] = {}  # met so far by any process, and what is wrong
+        self.most_bad, self.num_records = 0, None  # of the training data
         self.routings: list[Routing] = []  # of this iteration's MoE layers
         self.clip_grad = clip_grad or {"enabled": False}
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -106,6 +109,8 @@ class Trainer(SimpleTrainer):
         # iteration after a resume too.
         seed_everything(self.seed, self.iter, comm.get_rank(), 1)
         data_time = time.perf_counter() - start
+        bad = {i: why for s in batch for i, why in s.pop("bad_records", {}).items()}
+        bad = {i: why for i, why in bad.items() if i not in self.bad_records}
 
         self.routings = []  # the last iteration's hold memory
         try:
@@ -123,18 +128,22 @@ class Trainer(SimpleTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(sum(losses.values())).backward()
         self.after_backward()
-        preempted = self._agree()
+        preempted, met_bad = self._agree(bool(requested()), bool(bad))
         self.scaler.unscale_(self.optimizer)
         grad_norm = self._clip_gradients()
 
         # One transfer for all scalars, the iteration's only wait for the device.
-        names = [*outputs, "grad_norm", "preempted"]
+        names = [*outputs, "grad_norm", "preempted", "bad_records"]
         scalars = torch.stack(
             [torch.as_tensor(v).detach().float().to(grad_norm.device) for v in outputs.values()]
-            + [grad_norm.float(), preempted.to(grad_norm.device)]
+            + [grad_norm.float(), *(x.to(grad_norm.device) for x in (preempted, met_bad))]
         )
         metrics = dict(zip(names, scalars.tolist(), strict=True))
         self.preempted = metrics.pop("preempted") > 0
+        if metrics.pop("bad_records") > 0:
+            self._report(bad)
+        if self.bad_records:
+            metrics["bad_records"] = len(self.bad_records)
         self._stop_if_not_finite(batch, metrics, list(losses))
 
         self.scaler.step(self.optimizer)
@@ -164,7 +173,8 @@ class Trainer(SimpleTrainer):
 
     def state_dict(self) -> dict:
         state = {**super().state_dict(), "scaler": self.scaler.state_dict()}
-        return {**state, "recent": self._recent_metrics()}
+        data = {"bad_records": dict(self.bad_records), "num_records": self.num_records}
+        return {**state, **data, "recent": self._recent_metrics()}
 
     def _recent_metrics(self) -> dict[str, dict]:
         """name -> {"values": [[value, iteration], ...], "smooth": whether it is}."""
@@ -184,23 +194,40 @@ class Trainer(SimpleTrainer):
         ]
         super().load_state_dict(state_dict)
         self._recent = state_dict.get("recent", {})
+        self.bad_records = state_dict.get("bad_records", {})
+        self.num_records = state_dict.get("num_records")
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own, initial_lr=own["lr"])
         if state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
 
-    def _agree(self) -> Tensor:
-        """Averages the running statistics over the processes. float [], above 0 in all of them
-        where one was asked to end."""
-        asked = torch.tensor([float(bool(requested()))], device=self.parameters[0].device)
+    def _agree(self, *happened: bool) -> Tensor:
+        """Averages the running statistics over the processes. float [len(happened)], above 0 in all
+        of them where it happened in one."""
+        flags = torch.tensor([float(one) for one in happened], device=self.parameters[0].device)
         if comm.get_world_size() > 1:
-            shared = torch.cat([asked, *(buffer.flatten().float() for buffer in self._statistics)])
+            shared = torch.cat([flags, *(buffer.flatten().float() for buffer in self._statistics)])
             dist.all_reduce(shared)
             shared /= comm.get_world_size()
-            asked, *means = shared.split([1, *(buffer.numel() for buffer in self._statistics)])
+            sizes = [len(flags), *(buffer.numel() for buffer in self._statistics)]
+            flags, *means = shared.split(sizes)
             for buffer, mean in zip(self._statistics, means, strict=True):
                 buffer.copy_(mean.view_as(buffer))
-        return asked[0]
+        return flags
+
+    def _report(self, bad: dict[int, str]) -> None:
+        """Collective; `bad`: what this process met. Raises ConfigError where it is too much."""
+        for part in comm.all_gather(bad):
+            for index, why in part.items():
+                if index not in self.bad_records:
+                    self.bad_records[index] = why
+                    logger.warning("Left out, another record takes its place: %s", why)
+        if len(self.bad_records) > self.most_bad:
+            raise ConfigError(
+                f"{len(self.bad_records)} bad records, more than dataloader.train.max_bad allows "
+                f"of {self.num_records:,}: {some(list(self.bad_records.values()))}; mend them, or "
+                f"allow more, and go on with --resume (last checkpoint: {self.last_checkpoint()})"
+            )
 
     def _clip_gradients(self) -> Tensor:
         """Returns the norm of all gradients before clipping."""
