@@ -24,10 +24,13 @@ setup: $(READY)  ## create .venv and install everything (2.5 GB of downloads, so
 demo: $(READY)  ## from a dense detector to Dynamic-DINO: tune, evaluate, detect (20 minutes)
 	@$(PY) -m dynamic_dino.demo
 
-# With BROWSER=1 it brings a browser for the analysis report's page, if there is none.
+# With BROWSER=1 it brings what the tests of pages need: a browser, if there is none, and Gradio with
+# what it needs beside what is here, but no older Pillow, which it asks for.
+GRADIO := gradio gradio-client groovy hf-gradio orjson pandas pydub pytz safehttpx semantic-version tomlkit
 test: $(READY)  ## run the tests, or some of them: make test TESTS="tests/moe -k router"
 	@$(if $(BROWSER),$(PY) -m pip --disable-pip-version-check install -q -c constraints.txt \
-	    -e '.[browser]' && $(PY) tests/helpers/browser.py)
+	    -e '.[browser]' && $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt \
+	    --no-deps $(GRADIO) && $(PY) tests/helpers/browser.py)
 	@$(PY) -m pytest -q -n auto --dist worksteal $(TESTS)
 
 # One path through everything: kernels, experts, their tuning, losses, a training step, data,

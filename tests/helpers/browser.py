@@ -56,13 +56,13 @@ def find_browser() -> Path | None:
 
 def look_at(page: Path, width: int) -> Seen:
     """What the page looks like in a window of this width."""
-    with open_tab(page, width) as (tab, console):
+    with open_tab(page.as_uri(), width) as (tab, console):
         return Seen(console, **tab.evaluate(MEASURE))
 
 
 @contextmanager
-def open_tab(page: Path, width: int) -> Iterator[tuple[Any, list[str]]]:
-    """The page in a window of this width, to be clicked at, and what comes to its console."""
+def open_tab(address: str, width: int) -> Iterator[tuple[Any, list[str]]]:
+    """A page in a window of this width, to be clicked at, and what comes to its console."""
     from playwright.sync_api import sync_playwright
 
     browser, options, environment = find_browser(), list(OPTIONS), dict(os.environ)
@@ -75,9 +75,10 @@ def open_tab(page: Path, width: int) -> Iterator[tuple[Any, list[str]]]:
             executable_path=browser, args=options, env=environment
         )
         tab = chromium.new_page(viewport={"width": width, "height": 800})
+        tab.set_default_timeout(120_000)  # on a busy machine
         tab.on("console", lambda message: console.append(message.text))
         tab.on("pageerror", lambda error: console.append(str(error)))
-        tab.goto(page.as_uri(), wait_until="load")
+        tab.goto(address, wait_until="load")
         yield tab, console
         chromium.close()
 
@@ -128,7 +129,7 @@ def install() -> None:
 
 if __name__ == "__main__":
     if find_browser() is None:
-        print("No browser found: bringing one, for the tests of the report", file=sys.stderr)
+        print("No browser found: bringing one, for the tests of pages", file=sys.stderr)
         try:
             install()
         except OSError as error:

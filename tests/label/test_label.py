@@ -206,7 +206,7 @@ def test_the_page(tmp_path, model):
     assert {i["thumbnail"][:23] for i in content["images"]} == {"data:image/jpeg;base64,"}
     if find_browser() is None:
         pytest.skip("no browser and playwright: BROWSER=1 make test brings both")
-    with open_tab(page, 1200) as (tab, console):
+    with open_tab(page.as_uri(), 1200) as (tab, console):
         count = tab.locator("#count")
         assert count.text_content() == "5 of 5 images, 15 boxes"
         tab.locator("#low").fill("0.32")

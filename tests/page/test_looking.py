@@ -1,11 +1,15 @@
 """What the page shows: of one look, at any threshold, and the experts of each detection's query."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 from dynamic_dino import load_detector
 from dynamic_dino.page.cli import loaders, parser
 from dynamic_dino.page.looking import LOWEST, Models
 from dynamic_dino.serving.shipped import DEFAULT_MODEL, SHIPPED_MODELS
+from helpers.browser import find_browser, open_tab
+from PIL import Image
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +81,46 @@ def test_the_list_of_models_begins_with_what_was_asked_for():
     shipped = loaders(args)["nano-dense"].args[0]
     assert (shipped.model, shipped.config_file, shipped.weights) == ("nano-dense", None, None)
     assert shipped.device == "cpu"
+
+
+def test_in_a_browser(models, tmp_path, monkeypatch):
+    """Upload, type, detect, move the slider: another look only where one was asked for."""
+    if find_browser() is None or importlib.util.find_spec("gradio") is None:
+        pytest.skip("no browser, playwright or gradio: BROWSER=1 make test brings them")
+    from dynamic_dino.page.app import launch, make_page
+
+    pixels = np.random.default_rng(1).integers(0, 255, (60, 80, 3), np.uint8)
+    Image.fromarray(pixels).save(picture := tmp_path / "a.png")
+    looks, look = [], models.look
+    monkeypatch.setattr(models, "look", lambda *asked: looks.append(look(*asked)) or looks[-1])
+    models.detector("nano-x16")
+    page = make_page(models, LOWEST)
+    _, address, _ = launch(page, "127.0.0.1", None, block=False)
+    try:
+        with open_tab(address, 1200) as (tab, console):
+            detect = tab.get_by_role("button", name="Detect")
+            detect.click()
+            tab.get_by_text("There is no picture yet").wait_for()
+            tab.locator("input[type=file]").first.set_input_files(picture)
+            tab.locator("img[src$='a.png']").wait_for()
+            tab.get_by_label("Names, separated by full stops").fill("cow. horse.")
+            detect.click()
+            tab.get_by_text("found in").wait_for()
+            [found] = looks
+            assert tab.get_by_text(found.summary(LOWEST)).count() == 1
+            heads = [head.strip(" \n⋮") for head in tab.locator("th").all_text_contents()]
+            assert heads[: len(found.headers())] == found.headers() and "decoder 0" in heads
+            first = [str(cell) for cell in found.rows(LOWEST)[0]]
+            tab.locator("td", has_text=first[2]).first.wait_for()
+            rows = [row.locator("td").all_text_contents() for row in tab.locator("tr").all()]
+            assert first in [[cell.strip() for cell in row] for row in rows]
+            drawn = tab.locator("img[src$='image.png']")
+            before = drawn.get_attribute("src")
+            level = round(float(found.detections.scores[0]) - 0.005, 2)
+            tab.get_by_label("number input for Lowest score shown").fill(str(level))
+            tab.get_by_text(found.summary(level)).wait_for()
+            assert drawn.get_attribute("src") != before and len(looks) == 1
+            # A stream of Gradio's own client says so when it is closed.
+            assert set(console) <= {"Method not implemented."}
+    finally:
+        page.close()

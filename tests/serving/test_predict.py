@@ -14,25 +14,13 @@ import numpy as np
 import pytest
 from dynamic_dino.data import images
 from dynamic_dino.serving import predict
-from dynamic_dino.serving.inference import Detector
 from dynamic_dino.serving.shipped import EXAMPLE_PROMPT
 from helpers.right_half import RightHalf
 from helpers.seeds import fresh_rng
 from PIL import Image
 
+pytestmark = pytest.mark.usefixtures("detector")
 SCRIPT = Path(__file__).parents[2] / "projects" / "DynamicDINO" / "predict.py"
-
-
-@pytest.fixture(autouse=True)
-def detector(monkeypatch):
-    asked = []
-
-    def make(args):
-        asked.append(args)
-        return Detector(RightHalf(), 64, batch_size=2)
-
-    monkeypatch.setattr(predict, "make_detector", make)
-    return asked
 
 
 @pytest.fixture

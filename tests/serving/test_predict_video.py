@@ -7,22 +7,11 @@ import cv2
 import numpy as np
 import pytest
 from dynamic_dino.serving import predict
-from dynamic_dino.serving.inference import Detector
 from dynamic_dino.serving.video import VideoWriter, open_video
 from helpers.right_half import RightHalf
 from PIL import Image
 
-
-@pytest.fixture(autouse=True)
-def detector(monkeypatch):
-    made = []
-
-    def make(args):
-        made.append(args)
-        return Detector(RightHalf(), 64, batch_size=2)
-
-    monkeypatch.setattr(predict, "make_detector", make)
-    return made
+pytestmark = pytest.mark.usefixtures("detector")
 
 
 @pytest.fixture

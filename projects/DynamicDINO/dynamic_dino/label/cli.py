@@ -157,19 +157,12 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def weights_of(args: argparse.Namespace) -> str | None:
     """A hash of the file of weights, or what stands for it: None for a model's default that is no
     file here."""
-    from ..engine.checkpointing import last_checkpoint
-    from ..files import PACKAGE, sha256_of_file
-    from ..serving.shipped import SHIPPED_MODELS
+    from ..files import sha256_of_file
+    from ..serving.inference import default_weights
 
     model = args.config_file or args.model
-    file: str | Path | None = args.weights
-    if file is None and model in SHIPPED_MODELS:
-        file = PACKAGE / "weights" / SHIPPED_MODELS[model].weights
-    elif file is None:
-        file = last_checkpoint(model) if Path(model).is_dir() else model
-    if file is None or not Path(file).is_file():
-        return args.weights
-    return sha256_of_file(Path(file))[:16]
+    file = Path(args.weights or default_weights(model) or model)
+    return sha256_of_file(file)[:16] if file.is_file() else args.weights
 
 
 def summary(labels) -> str:

@@ -288,12 +288,11 @@ def _recipe(config: Path) -> DictConfig:
 
 def find_files(model: str | Path, weights: str | Path | None) -> tuple[Path, str | Path]:
     """The files of `find_model`: recipe, weights."""
+    weights = weights or default_weights(model)
     if str(model) in SHIPPED_MODELS:
-        shipped = SHIPPED_MODELS[str(model)]
-        config = configs_folder() / shipped.config
-        weights = weights or PACKAGE / "weights" / shipped.weights
+        config = configs_folder() / SHIPPED_MODELS[str(model)].config
     elif Path(model).is_dir():
-        config, weights = Path(model) / "config.yaml", weights or last_checkpoint(model)
+        config = Path(model) / "config.yaml"
         if weights is None or not config.is_file():
             raise FileNotFoundError(
                 f"{model} has no {'config.yaml' if weights else 'checkpoint'}, so it isn't the "
@@ -317,6 +316,13 @@ def find_files(model: str | Path, weights: str | Path | None) -> tuple[Path, str
     if not is_hub_spec(weights) and not Path(weights).is_file():
         raise FileNotFoundError(f"weights {weights} of {model} don't exist")
     return config, weights
+
+
+def default_weights(model: str | Path) -> Path | None:
+    """The file of weights that a shipped model or the folder of a run has, None for any other."""
+    if str(model) in SHIPPED_MODELS:
+        return PACKAGE / "weights" / SHIPPED_MODELS[str(model)].weights
+    return last_checkpoint(model) if Path(model).is_dir() else None
 
 
 def detect_each(
