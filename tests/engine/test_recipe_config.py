@@ -1,7 +1,12 @@
 """Wrong recipes and overrides: each gets one error that names the nearest right thing."""
 
+import re
+
 import pytest
 from dynamic_dino.config import TRAIN_DEFAULTS, ConfigError, load_config, require
+from dynamic_dino.ranges import RANGES, out_of_range
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 GOOD = """
 from detectron2.config import LazyCall as L
@@ -58,6 +63,65 @@ def test_parameters_of_the_callable_can_be_set(write):
 def test_wrong_override(write, override, message):
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
         load_config(write(), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_iter=-5", "train.max_iter needs a whole number of at least 1, not '-5'"),
+        ("train.max_iter=0", "train.max_iter needs a whole number of at least 1"),
+        ("train.max_iter=1.5", "train.max_iter needs a whole number"),
+        ("train.max_iter=[1]", "train.max_iter needs a number (as 7), not '[1]'"),
+        ("train.max_iter=null", "train.max_iter needs a number (as 7), not 'null'"),
+        ("train.max_iter=${nothing}", "train.max_iter=${nothing}: .*nothing"),
+        ("train.seed=-1", "train.seed needs a whole number from 0 to 4"),
+        ("train.log_period=0", "train.log_period needs a whole number of at least 1"),
+        ("train.num_threads=many", "train.num_threads needs a whole number .* or null"),
+        ("train.checkpointer.max_to_keep=0", "train.checkpointer.max_to_keep needs .* or null"),
+        ("train.clip_grad.max_norm=nan", "train.clip_grad.max_norm needs a number above 0"),
+        ("train.ema.decay=2", "train.ema.decay needs a number from 0 to 1"),
+        ("train.ema.enabled=1", "train.ema.enabled needs true or false"),
+        ("train.amp.dtype=int8", "train.amp.dtype needs bfloat16 or float16, not 'int8'"),
+        ("optimizer.lr=-1", "optimizer.lr needs a number from 0"),
+        ("optimizer.betas=5", "optimizer.betas needs 2 values, each a number from 0 to 1"),
+        (
+            "optimizer._target_=nope.nope",
+            "optimizer._target_ names 'nope.nope', which can't be imported",
+        ),
+        ("optimizer={_target_:os.sep}", "optimizer names 'os.sep', which .* nothing to call"),
+        ("dataloader.train.total_batch_size=1.5", "total_batch_size needs a whole number"),
+        ("../x=1", "../x"),
+    ],
+)
+def test_out_of_range(write, override, message):
+    pattern = re.sub(r"[?()\[\]${}]", r"\\\g<0>", message)
+    with pytest.raises(ConfigError, match=pattern) as error:
+        load_config(write(), [override])
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_is_held_to_the_ranges_too(write):
+    with pytest.raises(ConfigError, match="train.max_iter needs a whole number"):
+        load_config(write(GOOD.replace("max_iter=7", "max_iter=-7")))
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from([*RANGES]), anything)
+def test_any_value_is_in_its_range_or_named(pattern, value):
+    key = pattern.replace("*", "of_mine")
+    wrong = out_of_range({"other": 3, key: value})
+    if wrong is None:
+        assert value is None or isinstance(value, bool | int | float | str | list)
+        assert not (isinstance(value, int | float) and value < 0) and value == value
+    else:
+        assert wrong.startswith(f"{key} needs ") and len(wrong) < 300
 
 
 def test_overrides_that_nothing_reads_are_refused(write):

@@ -22,9 +22,11 @@ import yaml
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import _convert_target_to_string, locate
 from omegaconf import DictConfig, OmegaConf, SCMode
+from omegaconf.errors import OmegaConfBaseException
 
 from . import renamed
 from .files import configs_folder, write_text
+from .ranges import out_of_range
 from .trust import Loader, UntrustedError, require_known_targets
 from .values import CALLABLE, read_value
 
@@ -186,16 +188,21 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 f"override {override!r} is not of the form key=value, e.g. train.max_iter=100 "
                 "(flags such as --resume stand before the overrides)"
             )
-        _check_key(cfg, key)
-        before = OmegaConf.select(cfg, key, throw_on_missing=False)
         try:
+            _check_key(cfg, key)
+            before = OmegaConf.select(cfg, key, throw_on_missing=False)
             new = read_value(cfg, key, value, TRAIN_TYPES.get(key))
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        if value.startswith(CALLABLE):  # else the former callable's arguments stay
-            OmegaConf.update(cfg, key, None, merge=False)
-        OmegaConf.update(cfg, key, new, merge=True)
-        _check_value(key, before, OmegaConf.select(cfg, key), value)
+            if value.startswith(CALLABLE):  # else the former callable's arguments stay
+                OmegaConf.update(cfg, key, None, merge=False)
+            OmegaConf.update(cfg, key, new, merge=True)
+            _check_value(key, before, OmegaConf.select(cfg, key), value)
+        except (ValueError, OmegaConfBaseException) as error:
+            if isinstance(error, ConfigError):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(reason if key in reason else f"{override}: {reason}") from None
+    if wrong := out_of_range(flat(cfg)):
+        raise ConfigError(wrong)
     return cfg
 
 
@@ -343,12 +350,29 @@ def _check_value(key: str, before: Any, after: Any, text: str) -> None:
     if isinstance(before, DictConfig) and not isinstance(after, DictConfig | None):
         names = ", ".join(f"{key}.{name}" for name in before)
         raise ConfigError(f"{key} is a section, it can't be set to {text!r}; set one of {names}")
+    if key.endswith("_target_") or (isinstance(after, DictConfig) and "_target_" in after):
+        _check_target(key, after if isinstance(after, str) else after["_target_"])
     numbers = (int, float)
     expected = bool if isinstance(before, bool) else numbers if isinstance(before, numbers) else ()
     wrong = isinstance(after, str) or (isinstance(after, bool) and expected is numbers)
+    if key.startswith("train.") and key not in TRAIN_TYPES and expected:
+        wrong = not isinstance(after, expected) or wrong
     if expected and wrong:
         kind = "true or false" if expected is bool else "a number"
         raise ConfigError(f"{key} needs {kind} (as {before!r}), not {text!r}")
+
+
+def _check_target(key: str, target: Any) -> None:
+    try:
+        found = locate(target) if isinstance(target, str) else target
+    except Exception as error:  # of the module's own code too
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{key} names {target!r}, which can't be imported ({reason}); is its folder in "
+            "PYTHONPATH?"
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"{key} names {target!r}, which is nothing to call")
 
 
 def _check_train_keys(train: Mapping, path: Path) -> None:
