@@ -26,6 +26,7 @@ from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.serving import predict
 from dynamic_dino.serving.exported import KEY, ExportInfo
 from helpers.routers import DIM, ROUTERS
+from helpers.seeds import fresh_rng
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -139,10 +140,17 @@ class Layers(torch.nn.Module):
 
 
 class Corner(torch.nn.Module):
-    """A detector of one box, the left half, whose score is the picture's mean."""
+    """A detector of one box, the left half, whose score experts make of the picture's rows, so many
+    tiles of them as there are images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = MoEFeedForward(DIM, 16, ROUTERS["parts"](2, 2))
+        self.layer = StaticMoE(layer, "tiles")
 
     def forward(self, image, content):
-        scores = image.float().mean((1, 2, 3))[:, None] / 255
+        rows = image[..., :DIM].float().mean(1) / 255
+        scores = self.layer(rows)[0].mean((1, 2)).sigmoid()[:, None]
         box = torch.tensor([0.25, 0.5, 0.5, 1.0]).expand(content.shape[0], 1, 4)
         return scores, torch.zeros_like(scores, dtype=torch.int64), box.clone()
 
@@ -151,13 +159,17 @@ def test_a_pt2_file_is_read_back(tmp_path):
     info = ExportInfo("corner", ["half"], 32, 1, None, ["image", "content"], 0.1, nms=0.5)
     image = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     inputs = {"image": image, "content": torch.ones(2, 2, dtype=torch.int64)}
-    _write_torch(None, Corner(), inputs, info, tmp_path / "corner.pt2")
+    corner = Corner().eval()
+    _write_torch(None, corner, inputs, info, tmp_path / "corner.pt2")
     detector = load_detector(tmp_path / "corner.pt2")
     assert (detector.threshold, detector.nms, detector.size) == (0.1, 0.5, 32)
-    detector.batch_size = 3
-    *_, found = detector([np.full((64, 128, 3), value, np.uint8) for value in (40, 60, 200)])
-    assert found.phrases == ["half"] and found.scores.item() == pytest.approx(100 / 255, abs=1e-3)
-    assert found.pred_boxes.tensor.tolist() == [[0, 0, 64, 64]]
+    detector.batch_size = 5
+    images = fresh_rng().integers(256, size=(5, 32, 32, 3), dtype=np.uint8)
+    found = detector(list(images))
+    expected = corner(torch.from_numpy(images).permute(0, 3, 1, 2), torch.full((5, 2), 32))[0]
+    torch.testing.assert_close(torch.cat([f.scores for f in found]), expected[:, 0])
+    assert found[0].phrases == ["half"]
+    assert found[0].pred_boxes.tensor.tolist() == [[0, 0, 16, 32]]
     with pytest.raises(ValueError, match="dtype 'bfloat16' is for OpenVINO alone"):
         load_detector(tmp_path / "corner.pt2", dtype="bfloat16")
     with pytest.raises(FileNotFoundError, match="none.onnx doesn't exist"):

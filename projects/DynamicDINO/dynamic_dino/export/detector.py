@@ -193,11 +193,6 @@ def export(
         )
     if form == "torch" and experts == "sparse":
         raise ValueError("--experts sparse is for onnx and openvino; torch has tiles and all")
-    if form == "torch" and batch is None and experts == "tiles" and source.has_experts:
-        raise ValueError(
-            "torch.export can't trace tiles of experts for any number of images: give --batch a "
-            "number, or use --experts all, or export to onnx"
-        )
     graph, inputs = _graph(source, experts, batch)
     info = ExportInfo(
         model=source.name,

@@ -251,14 +251,16 @@ class TiledExperts(nn.Module):
         rank = (hot.cumsum(0) * hot).sum(1).long() - 1  # among the slots of its expert
         needed = (hot.sum(0).long() + TILE - 1).div(TILE, rounding_mode="floor")
         last = needed.float().cumsum(0).long()  # the first tile after those of each expert
-        place = (last - needed)[owner] * TILE + rank  # of each slot; all different
+        # The place of each slot, all different: its tile, and its row there. Tiles stay a dimension
+        # of their own, so that tracing any number of tokens meets no division of one by the other.
+        own = (last - needed)[owner] + rank.div(TILE, rounding_mode="floor")
+        row = rank % TILE
         token = torch.arange(slots, device=x.device).div(k, rounding_mode="floor")
-        source = x.new_zeros(tiles * TILE, dtype=torch.int64).scatter(0, place, token)
+        source = x.new_zeros(tiles, TILE, dtype=torch.int64).index_put((own, row), token)
         tile = torch.arange(tiles, device=x.device)
         of = (tile[:, None] >= last).long().sum(1).clamp(max=experts - 1)
-        rows = x[source].view(tiles, TILE, x.shape[1])
-        hidden = activate(rows @ self.w1[of] + self.b1[of][:, None], self.activation)
-        y = (hidden @ self.w2[of] + self.b2[of][:, None]).flatten(0, 1)[place]
+        hidden = activate(x[source] @ self.w1[of] + self.b1[of][:, None], self.activation)
+        y = (hidden @ self.w2[of] + self.b2[of][:, None])[own, row]
         return (y.view(x.shape[0], k, x.shape[1]) * gates[..., None].to(y.dtype)).sum(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ def quantize(folder: Path, photos: Sequence[ImageLike], prompt: Prompt) -> None:
         ) from None
     import openvino
 
+    nncf.set_log_level(logging.ERROR)  # it reports each operator that it leaves alone
     feeds = _inputs(folder, photos, prompt)
     with tempfile.TemporaryDirectory() as temporary:
         quantized = nncf.quantize(
