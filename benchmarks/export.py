@@ -5,12 +5,12 @@
     python benchmarks/export.py --photos FOLDER --int8 FOLDER --test val_real --save
     python benchmarks/export.py --photos FOLDER --int8 FOLDER --test val_real --save --resume
 
-Text is an input, so that one file can be evaluated. Differences are those of twins, see
-`dynamic_dino.export.check`, by what --int8 is allowed, which is the same for all: the greatest over
-the photos. All take turns on the photos, through `load_detector`, text cached, and speeds are
-ratios of medians to PyTorch's ("eager", with packed weights where they are faster). AP is that of a
-test set of the model's recipe, whose data must be there. OpenVINO's bf16 is measured where the
-processor has it; int8 (convolutions only) is calibrated on the photos of --int8.
+Text is an input, so that one file can be evaluated. Differences are those of twins, by what each
+precision is allowed, see `dynamic_dino.export.check`: the greatest over the photos. All take turns
+on the photos, through `load_detector`, text cached, and speeds are ratios of medians to PyTorch's
+("eager", with packed weights where they are faster). AP is that of a test set of the model's
+recipe, whose data must be there. OpenVINO's bf16 is measured where the processor has it; int8
+(convolutions only) is calibrated on the photos of --int8.
 
 What is measured of a model is written at once; --resume leaves out the models that are in the file.
 """
@@ -108,8 +108,8 @@ class Test:
         batches = -(-options.test_images // cfg.dataloader.test[options.test].batch_size)
         self.batches = list(islice(loader, batches))
 
-    def scores(self, detector: Detector, folder: Path) -> dict[str, float]:
-        evaluator = instantiate({**self.config, "output_dir": str(folder)})
+    def scores(self, detector: Detector) -> dict[str, float]:
+        evaluator = instantiate({**self.config, "output_dir": None})
         found = inference_on_dataset(detector.model, self.batches, evaluator)
         (scores,) = found.values() if "AP" not in found else (found,)
         return {metric: float(scores[metric]) for metric in ("AP", "AP50")}
@@ -122,7 +122,8 @@ def measure(model: str, folder: Path, options: argparse.Namespace) -> list[dict]
     detectors, rows = {("eager", "float32"): reference}, []
     for form, precision, file, detector in exported(model, folder, options):
         detectors[form, precision] = detector
-        found = asdict(compare(reference, detector, photos, prompt, TOLERANCES["int8"]))
+        allowed = TOLERANCES["half" if precision == "bfloat16" else precision]
+        found = asdict(compare(reference, detector, photos, prompt, allowed))
         differs = {key: found[key] for key in ("compared", "missing", "extra", "scores", "boxes")}
         row = {"format": form, "precision": precision, "mb": megabytes(file)} | differs
         rows.append({"model": model} | row)
@@ -142,7 +143,7 @@ def measure(model: str, folder: Path, options: argparse.Namespace) -> list[dict]
         name = row["format"], row["precision"]
         row |= times[name] | {"speed": eager / times[name]["median_ms"]}
         if test:
-            row |= test.scores(detectors[name], folder / "evaluation")
+            row |= test.scores(detectors[name])
             say(f"{', '.join((model, *name))}: AP {row['AP']:.2f}")
     return rows
 
