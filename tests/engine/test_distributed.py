@@ -73,11 +73,9 @@ def test_ranks_agree_on_running_statistics(metrics, two_ranks):
     assert scores["val/AP"] == metrics("norms")[20]["val/AP"]
 
     assert metrics("norms_cut") == metrics("norms")
-    names = {file.name for file in (two_ranks / "norms_cut").glob("model_*.pth")}
     whole, cut = (torch.load(two_ranks / n / "model_final.pth") for n in ("norms", "norms_cut"))
     assert all(torch.equal(whole["model"][k], cut["model"][k]) for k in whole["model"])
     assert "ends after iteration 6, which is saved" in (two_ranks / "norms_cut/log.txt").read_text()
-    assert names
 
 
 def test_placement_from_torchrun():

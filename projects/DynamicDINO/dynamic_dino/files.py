@@ -1,5 +1,5 @@
-"""Where files are; and writing results: find out early that it is impossible, and never leave half
-a file."""
+"""Where files are; and writing results: find out early that it is impossible, never leave half a
+file, and have one writer in a folder."""
 
 from __future__ import annotations
 
