@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import threading
+from argparse import Namespace
 from contextlib import asynccontextmanager
 
 import httpx
@@ -23,6 +24,7 @@ from dynamic_dino.serve.app import Limits, make_app
 from dynamic_dino.serve.batching import Options
 from dynamic_dino.serve.server import Server, address_of, bound_socket
 from dynamic_dino.serving.inference import Detector, detection_records, load_detector
+from dynamic_dino.serving.options import public_name
 from dynamic_dino.serving.shipped import EXAMPLE_NAMES
 from helpers.seeds import fresh_rng
 from hypothesis import HealthCheck, given, settings
@@ -487,3 +489,15 @@ def test_the_command_says_why_it_cannot_start(monkeypatch, capsys):
         assert f"can't listen on 127.0.0.1:{port}" in error("--port", port)
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     assert "fastapi is missing: pip install 'dynamic-dino[serve]'" in error()
+
+
+def test_clients_learn_no_folder_of_the_server(tmp_path):
+    (tmp_path / "run").mkdir()
+    for model, shown in {
+        "nano-dense": "nano-dense",
+        "hf:IDEA-Research/grounding-dino-tiny": "hf:IDEA-Research/grounding-dino-tiny",
+        f"hf:{tmp_path}/run": "run",
+        f"{tmp_path}/run": "run",
+        f"{tmp_path}/x.onnx": "x.onnx",
+    }.items():
+        assert public_name(Namespace(config_file=None, weights=None, model=model)) == shown

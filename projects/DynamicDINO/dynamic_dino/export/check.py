@@ -41,7 +41,7 @@ class Tolerance:
 TOLERANCES = {
     "float32": Tolerance(1e-3, 0.95, 0.01),
     "half": Tolerance(0.02, 0.8, 0.05),
-    "int8": Tolerance(0.1, 0.7, 0.1),
+    "int8": Tolerance(0.1, 0.5, 0.25),
 }
 
 
