@@ -155,6 +155,16 @@ GLYPHS = Setting(
     features={"train": "datasets/glyphs/features/train", "test": "datasets/glyphs/features/test"},
 )
 
+PHOTOS = Setting(
+    "photos",
+    "nano on photos and Stamps, MoE-Tuning of the shipped nano-photos",
+    ("coco", "coco_present", "val", "val_real"),
+    {
+        "control": variant("dense", "pretrain/nano_photos:control"),
+        "x16": Row("x16-Top2", "moe_tuning/nano_x16_photos"),
+    },
+)
+
 # What tables show, above them; a sweep without a note speaks for itself.
 NOTES = {
     "capacity": """
@@ -189,7 +199,7 @@ Without the dense FFN's weights 125 iterations are far too few, as Table 10 says
 each row of the router by itself breaks up the copies at the start, and costs one point more.""",
 }
 
-SETTINGS = {setting.name: setting for setting in (STAMPS, GLYPHS)}
+SETTINGS = {setting.name: setting for setting in (STAMPS, GLYPHS, PHOTOS)}
 
 SWEEPS = {
     sweep.name: sweep
@@ -222,6 +232,13 @@ SWEEPS = {
             )
             for setting in ("glyphs", "stamps")
             for name, (title, rows) in DYNAMIC.items()
+        ),
+        Sweep(
+            "photos",
+            "16 experts against their control, on photos",
+            "photos",
+            "control",
+            ("control", "x16"),
         ),
         Sweep(
             "stamps_table9",
