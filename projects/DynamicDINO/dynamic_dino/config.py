@@ -201,7 +201,7 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 raise
             reason = str(error).partition("\n")[0]
             raise ConfigError(reason if key in reason else f"{override}: {reason}") from None
-    if wrong := out_of_range(flat(cfg)):
+    if wrong := out_of_range(_flat(OmegaConf.to_container(cfg, resolve=False))):
         raise ConfigError(wrong)
     return cfg
 
@@ -240,6 +240,10 @@ def save_config(cfg: DictConfig, path: Path) -> None:
 def flat(cfg: DictConfig) -> dict[str, Any]:
     """Dotted key -> value, of all that is no section; references stay as they are written, and
     callables are their import path."""
+    return _flat(_named(OmegaConf.to_container(cfg, resolve=False)))
+
+
+def _flat(content: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
 
     def add(prefix: str, node: Any) -> None:
@@ -251,7 +255,7 @@ def flat(cfg: DictConfig) -> dict[str, Any]:
         else:
             values[prefix] = node
 
-    add("", _named(OmegaConf.to_container(cfg, resolve=False)))
+    add("", content)
     return values
 
 
