@@ -119,7 +119,8 @@ def run_predict(clip: Path, names: list[str], model: str, folder: Path) -> dict:
     while process.poll() is None:
         time.sleep(0.05)
         done = lines.read_bytes().count(b"\n") if lines.exists() else 0
-        if done and (peak := peak_memory(process.pid)):
+        # Once for each frame: a process that ends reads 120 MB of its libraries to take leave.
+        if done and done not in peaks and (peak := peak_memory(process.pid)):
             start = start or time.perf_counter()
             peaks[done] = peak
             last = time.perf_counter()

@@ -93,4 +93,6 @@ def launch(page: Any, host: str, port: int, block: bool = True) -> Any:
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         max_file_size="50mb",
         footer_links=[],
+        # Gradio's own look at the page may take 3 s at most, too little for a busy machine.
+        _frontend=False,
     )
