@@ -90,5 +90,6 @@ def _git(*arguments: str) -> str:
 
 
 def _relative(argument: str) -> str:
-    """Paths of this machine are nobody's business."""
-    return argument.replace(f"{Path.cwd()}/", "")
+    """Paths of this machine are nobody's business: of one outside of the checkout, its name."""
+    argument = argument.replace(f"{Path.cwd()}/", "")
+    return Path(argument).name if Path(argument).is_absolute() else argument

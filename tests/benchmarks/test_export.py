@@ -1,6 +1,7 @@
 """The benchmark of exported detectors: its table, and that it goes on where it stopped."""
 
 import json
+from pathlib import Path
 
 import export
 import pytest
@@ -28,6 +29,7 @@ def test_the_table_and_what_is_done_already(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(export, "measure", measure)
     file = tmp_path / "export.json"
+    monkeypatch.setattr("sys.argv", [str(Path.cwd() / "benchmarks/export.py"), "/of/mine/photos"])
     arguments = ["--photos", "folder", "--test", "val_real", "--threads", "1", "--json", str(file)]
     assert export.main(arguments) == 2 and "power cut" in capsys.readouterr().err
     asked.append("interrupted")
@@ -35,6 +37,7 @@ def test_the_table_and_what_is_done_already(tmp_path, monkeypatch, capsys):
     assert asked == ["nano-dense", "interrupted", "nano-x16"]
     printed, report = capsys.readouterr().out, json.loads(file.read_text())
     assert "folder" not in json.dumps(report["settings"])
+    assert report["command"] == "python benchmarks/export.py photos"
     assert tables.export(report) in printed
 
     _, _, *lines = tables.export(report).splitlines()
