@@ -156,7 +156,12 @@ class EndWhenAsked(hooks.HookBase):
 
 class MetricsWriter(hooks.PeriodicWriter):
     """Detectron2's hook. An interrupted run writes no row that a whole one doesn't have: what was
-    measured since the last one is in the checkpoint."""
+    measured since the last one is in the checkpoint. A row that was due comes first."""
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter and self.trainer.start_iter % self._period == 0:
+            for writer in self._writers:
+                writer.write()
 
     def after_train(self) -> None:
         if self.trainer.iter == self.trainer.max_iter:
