@@ -2,7 +2,7 @@
 """Load on the server: are requests lost, or answered with others' detections; does memory grow?
 
     python benchmarks/serve_load.py                                  # half a minute
-    python benchmarks/serve_load.py --minutes 10 --sigterm-at 60 --save
+    python benchmarks/serve_load.py --minutes 10 --sigterm-at 300 --save
 
 Starts ``python -m dynamic_dino.serve`` and many clients at once. Each sends one request after the
 other, drawn from a pool of different images, names and options, as forms and as JSON; every fifth
