@@ -21,9 +21,10 @@ from .whereabouts import why_missing
 
 Record = dict[str, Any]
 ImageLike = str | Path | Image.Image | np.ndarray
-# What Pillow raises for a file that can't be right; the last two, for AVIF and HEIC.
+# What Pillow raises for a file that can't be right: RuntimeError and EOFError for AVIF and HEIC,
+# MemoryError where a damaged length asks for more than there is.
 DAMAGES = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
-DAMAGES += (RuntimeError, EOFError)
+DAMAGES += (RuntimeError, EOFError, MemoryError)
 # int: the longest edge; (short, long): the shortest edge, unless the longest would pass `long`;
 # None: as it is
 Size = int | Sequence[int] | None
@@ -130,8 +131,9 @@ def _decoded(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _unreadable(name: str, error: Exception | str) -> ValueError:
+    reason = str(error) or type(error).__name__  # a MemoryError says nothing
     return ValueError(
-        f"image {name} can't be read ({error}): the file may be corrupt or truncated; replace or "
+        f"image {name} can't be read ({reason}): the file may be corrupt or truncated; replace or "
         "remove it"
     )
 
