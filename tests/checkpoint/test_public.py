@@ -493,7 +493,7 @@ def test_truncated(damaged, share):
     folder, _ = damaged
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: int(len(content) * share)])
-    refused(folder, "model.safetensors is corrupt or incomplete")
+    refused(folder, "model.safetensors is (corrupt or incomplete|empty: fetch it again)")
 
 
 class Code:

@@ -79,7 +79,7 @@ RANGES: dict[str, Range] = {
     "model.query_selection.num_queries": COUNT,
     "model.text_encoder.max_tokens": COUNT,
     "model.*.dim": COUNT,
-    "model.*.hidden": COUNT,
+    "model.*.hidden": whole(0),  # 0: no FFN
     "model.*.heads": COUNT,
     "model.*.points": COUNT,
     "model.*.num_experts": COUNT,
