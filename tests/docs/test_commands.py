@@ -82,8 +82,10 @@ def commands(code: str) -> list[list[str]]:
 def check(words: list[str], monkeypatch) -> None:
     """Parses a command; raises what is wrong with it."""
     words = [PLACEHOLDERS.get(word, word) for word in words]
-    while "=" in words[0]:
-        del words[0]  # a variable of the environment
+    while "=" in words[0]:  # a variable of the environment
+        variable, _, value = words.pop(0).partition("=")
+        if variable == "PYTHONPATH":
+            monkeypatch.syspath_prepend(value)
     if words[0] in OTHERS:
         return
     if words[0] == "make":

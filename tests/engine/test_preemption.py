@@ -55,11 +55,11 @@ def test_a_second_signal_ends_at_once(monkeypatch, at_once, ends):
 
     monkeypatch.setattr(preemption, "AT_ONCE", at_once)
     process = start(stuck)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGTERM)
     assert noted.wait(30)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGTERM)
     process.join(30 if ends else 0.3)
-    assert process.exitcode == (-signal.SIGINT if ends else None)
+    assert process.exitcode == (-signal.SIGTERM if ends else None)
     process.kill()
     process.join()
 

@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def sole_run(folder: str | Path) -> Iterator[None]:
-    """Meanwhile this run alone, all of its processes, writes into its output folder; a run that
-    does already may do so again. Collective. Raises `ConfigError` in every process where another
-    run does, or the folder can't be written."""
+def sole_run(folder: str | Path, option: str = "train.output_dir=FOLDER") -> Iterator[None]:
+    """Meanwhile this run alone, all of its processes, writes into its output folder, which `option`
+    chooses; a run that does already may do so again. Collective. Raises `ConfigError` in every
+    process where another run does, or the folder can't be written."""
     with ExitStack() as stack:
         problem = ""
         if comm.is_main_process():
@@ -38,7 +38,7 @@ def sole_run(folder: str | Path) -> Iterator[None]:
             except FolderInUseError as error:
                 problem = (
                     f"{error}; wait until it has ended, or stop it, or choose another folder with "
-                    "train.output_dir=FOLDER"
+                    f"{option}"
                 )
             except ConfigError as error:
                 problem = str(error)

@@ -153,7 +153,7 @@ def text_slots(encoder: TextEncoder, tokens: int, max_phrases: int | None) -> Te
         raise ValueError(f"--text-input {tokens} has no room for a name: give 16 or more")
     special = {name: getattr(encoder.tokenizer, name) for name in SPECIAL}
     special = {name: str(token) for name, token in special.items() if token is not None}
-    return TextSlots(tokens, phrases, encoder.pooled, special)
+    return TextSlots(tokens, phrases, encoder.pooled, special, encoder.positions)
 
 
 def _checksum(model: str, weights: str | None) -> str | None:

@@ -90,11 +90,6 @@ def finetune(options: Options) -> dict[str, Scores]:
     Raises `ConfigError` where it can't go on, with the remedy, and `Preempted` where a signal ended
     it while it trained or scored.
     """
-    with sole_run(options.output):
-        return _finetune(options)
-
-
-def _finetune(options: Options) -> dict[str, Scores]:
     began = time.monotonic()
     device = resolve_device(options.device)
     start = find_start(options.start, device)
@@ -125,29 +120,30 @@ def _finetune(options: Options) -> dict[str, Scores]:
         writable_folder(options.output, "choose another folder with --output")
     except OSError as error:
         raise ConfigError(str(error)) from None
-    cached = options.cache and all(caching_pays(c, data.photos) for c in configs.values())
-    _remember(options, start, configs)
-    print(*explain(start, configs, data.photos, cached, options), sep="\n")
+    with sole_run(options.output, "--output FOLDER"):
+        cached = options.cache and all(caching_pays(c, data.photos) for c in configs.values())
+        _remember(options, start, configs)
+        print(*explain(start, configs, data.photos, cached, options), sep="\n")
 
-    headline(3, 5, "Before")
-    cfg = next(iter(configs.values()))
-    if cached:
-        build_features(cfg, data, options.output / "features")
-    first = recipe("tuned", data.photos, iterations)
-    for cfg in (first, *configs.values()) if cached else ():
-        read_features(cfg, options.output / "features")
-    evaluate_start(first, options.output / BEFORE)
+        headline(3, 5, "Before")
+        cfg = next(iter(configs.values()))
+        if cached:
+            build_features(cfg, data, options.output / "features")
+        first = recipe("tuned", data.photos, iterations)
+        for cfg in (first, *configs.values()) if cached else ():
+            read_features(cfg, options.output / "features")
+        evaluate_start(first, options.output / BEFORE)
 
-    for number, (kind, cfg) in enumerate(configs.items(), start=1):
-        of = f" ({number} of {len(configs)})" if len(configs) > 1 else ""
-        headline(4, 5, f"Tuning{of}, {TITLES[kind]}: {cfg.train.max_iter} iterations")
-        tune(cfg)
+        for number, (kind, cfg) in enumerate(configs.items(), start=1):
+            of = f" ({number} of {len(configs)})" if len(configs) > 1 else ""
+            headline(4, 5, f"Tuning{of}, {TITLES[kind]}: {cfg.train.max_iter} iterations")
+            tune(cfg)
 
-    headline(5, 5, "What it has brought")
-    scores = report(data, options.output, list(configs))
-    print(*last_words(data, scores, options.output, list(configs)), sep="\n")
-    print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes")
-    return scores
+        headline(5, 5, "What it has brought")
+        scores = report(data, options.output, list(configs))
+        print(*last_words(data, scores, options.output, list(configs)), sep="\n")
+        print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes")
+        return scores
 
 
 # ---- the data -----------------------------------------------------------------------------------

@@ -135,6 +135,7 @@ class TextEncoder(nn.Module):
             ) from error
         self.dim, self.frozen, self.pooled, self.max_tokens = dim, frozen, pooled, max_tokens
         self.pretrained = weights
+        self.positions: int | None = getattr(self.body.config, "max_position_embeddings", None)
         self.proj = nn.Linear(self.body.config.hidden_size, dim)
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
@@ -357,11 +358,11 @@ class TextEncoder(nn.Module):
         if text in (self.tokenizer.cls_token, self.tokenizer.sep_token):
             return [self.tokenizer.convert_tokens_to_ids(text)]  # type: ignore[list-item]  # one
         ids = self._tokenize(text)["input_ids"]
-        most = getattr(self.body.config, "max_position_embeddings", None) or len(ids)
-        if len(ids) > most:  # `max_tokens` can't tell: a pooled phrase is one token of the prompt
+        # `max_tokens` can't tell: a pooled phrase is one token of the prompt.
+        if len(ids) > (self.positions or len(ids)):
             raise ValueError(
                 f"phrase {text[:80]!r} ... has {len(ids):,} tokens, and the text encoder has "
-                f"positions for {most}: shorten it"
+                f"positions for {self.positions}: shorten it"
             )
         return ids
 

@@ -40,12 +40,14 @@ class TextSlots:
     tokens    L, the most tokens of a prompt; phrases: P, the most phrases
     pooled    one token per phrase, see `TextEncoder`
     special   the tokenizer's special tokens, {"cls_token": "[CLS]", ...}
+    positions the most tokens of a phrase, if there is a limit
     """
 
     tokens: int
     phrases: int
     pooled: bool
     special: dict[str, str]
+    positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ class ExportedText(TextEncoder):
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer), **slots.special)
         self.frozen = self.pretrained = True
         self.pooled, self.max_tokens, self.pad_to = slots.pooled, slots.tokens, 1
+        self.positions = slots.positions
         self.body = self.proj = self.norm = self.dropout = nn.Identity()
         self._chunks, self._readings, self._phrases = Cache(64), Cache(100_000), Cache(100_000)
 
