@@ -41,6 +41,7 @@ def test_a_video_beside_an_image(tmp_path, folder, capsys):
     assert {p.name for p in out.iterdir()} == {
         "a.png",
         "predictions.json",
+        "predictions.jsonl",
         "clip.mp4",
         "clip.jsonl",
     }
