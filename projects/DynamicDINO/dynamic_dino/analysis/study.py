@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..data.datasets import load_datasets
+from ..engine.checkpointing import read_metrics
 from ..files import write_text
 from ..serving.inference import load_model
 from .collect import Collection, collect
@@ -33,7 +34,7 @@ from .routing_figures import (
 )
 from .summary import side_by_side, summary
 from .top_any_figures import top_any_figures
-from .training import read_metrics, training_curves
+from .training import training_curves
 
 
 @dataclass
@@ -187,7 +188,7 @@ def overview(
             prefix = one.title if len(studied) > 1 else ""
             of_model = [models[one.title] for models in collections.values()]
             figures.append(stability_figure(of_model, prefix))
-    logs = {c.title: read_metrics(c.run) for c in studied if c.run}
+    logs = {c.title: read_metrics(c.run / "metrics.json") for c in studied if c.run}
     figures.append(training_curves(logs))
     figures = [f for f in figures if f is not None]
     return [Section("Overview", figures=figures)] if figures else []

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -79,11 +77,3 @@ def training_curves(runs: Mapping[str, list[dict]], prefix: str = "") -> ReportF
         figure,
         shown=0,
     )
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The rows of a run's metrics.json, [] where there is none."""
-    file = run / "metrics.json"
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]

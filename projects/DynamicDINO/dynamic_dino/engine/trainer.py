@@ -204,7 +204,9 @@ class Trainer(SimpleTrainer):
     def _agree(self, *happened: bool) -> Tensor:
         """Averages the running statistics over the processes. float [len(happened)], above 0 in all
         of them where it happened in one."""
-        flags = torch.tensor([float(one) for one in happened], device=self.parameters[0].device)
+        # Filled on the device: a copy from the host would wait for all that was sent there before.
+        device = self.parameters[0].device
+        flags = torch.stack([torch.full((), float(one), device=device) for one in happened])
         if comm.get_world_size() > 1:
             shared = torch.cat([flags, *(buffer.flatten().float() for buffer in self._statistics)])
             dist.all_reduce(shared)
