@@ -91,7 +91,7 @@ class Run:
     def base(self) -> Run | None:
         """The run whose last weights this one starts from."""
         base = self.setting.rows[self.row].base
-        return Run(self.setting, base, 0, self.device, self.changes) if base else None
+        return Run(self.setting, base, self.seed, self.device, self.changes) if base else None
 
     @property
     def overrides(self) -> list[str]:

@@ -3,7 +3,7 @@
 
     python -m dynamic_dino.data.synthetic.glyphs   # its features are cached by this script
     python benchmarks/name_memory.py --seeds 0 1 2 3 4
-    python benchmarks/name_memory.py --tuning 1500 --rows control x16 top1_x8 \\
+    python benchmarks/name_memory.py --tuning 1500 --rows control x16 alpha_0 \\
         --json benchmarks/results/cpu/name_memory_long.json
 
 A detector must do much more than to remember names, and takes long to train. Here nano's frozen
@@ -24,7 +24,7 @@ import argparse
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -143,23 +143,15 @@ class Memory(nn.Module):
         return self.head(x, text, mask)[0], routings
 
 
-def dense(width: int) -> Callable[[], nn.Module | None]:
-    return lambda: FeedForward(DIM, width) if width else None
+def dense(width: int, widen: bool = False) -> Callable[[], nn.Module | None]:
+    return lambda: FeedForward(DIM, width, widen=widen) if width else None
 
 
 def softmax(
-    experts: int = 16,
-    top_k: int = 2,
-    gate: str = "straight_through",
-    init_experts: bool = True,
-    **options,
+    experts: int = 16, top_k: int = 2, init_experts: bool = True, **options
 ) -> Callable[[], nn.Module]:
-    """With the indicator gate nothing that is varied here but `experts` would reach the router."""
     return lambda: MoEFeedForward(
-        DIM,
-        BASE,
-        SoftmaxRouter(DIM, experts, top_k, gate, **options),
-        init_experts=init_experts,
+        DIM, BASE, SoftmaxRouter(DIM, experts, top_k, **options), init_experts=init_experts
     )
 
 
@@ -167,8 +159,8 @@ def by_router(router: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: MoEFeedForward(DIM, BASE, router())
 
 
-def part_by_part(experts: int, parts: int) -> Callable[[], nn.Module]:
-    return by_router(lambda: PartRouter(DIM, experts, parts))
+def part_by_part(experts: int, parts: int, std: float) -> Callable[[], nn.Module]:
+    return by_router(lambda: PartRouter(DIM, experts, parts, std))
 
 
 @dataclass
@@ -182,30 +174,23 @@ class Row:
 
 
 def tuning_rows() -> dict[str, Row]:
+    """Each with the paper's gate and rows drawn with N(0, 1), unless its title says otherwise."""
     flat = HierarchicalRouter
-    return {
+    rows = {
         "control": Row("dense", dense(BASE), []),
+        "wide": Row("dense, as many parameters (512 units)", dense(512, widen=True), []),
         "x4": Row("x4-Top2", softmax(4)),
         "x8": Row("x8-Top2", softmax(8)),
-        "x16": Row("x16-Top2", softmax(16)),
-        "top1_x8": Row("x8-Top1", softmax(8, 1)),
-        "top4_x32": Row("x32-Top4", softmax(32, 4)),
-        "renormalized": Row("x16, renormalised gate", softmax(gate="renormalized")),
-        "indicator": Row("x16, indicator gate", softmax(gate="indicator")),
+        "x16": Row("x16-Top2", softmax()),
         "untied": Row("x16, router rows apart", softmax(tied=False)),
         "without_init": Row(
             "x16, random experts and router", softmax(tied=False, init_experts=False)
         ),
-        "alpha_0": Row("x16, alpha 0", softmax(), []),
         "alpha_0.1": Row("x16, alpha 0.1", softmax(), [LoadBalanceLoss(0.1)]),
-        "router_std_0.2": Row("x16, router drawn with 0.2", softmax(std=0.2)),
-        "part_by_part": Row("x16, a slot for each part", part_by_part(16, 2)),
-        "top1_learned": Row("x8-Top1, gradient to the router", part_by_part(8, 1)),
-        "himoe_instance": Row(
-            "HI-MoE's flat router, 16 whole copies, K = 2",
-            by_router(lambda: flat(DIM, 16, 2, variant="instance")),
-            [SquaredBalanceLoss(0.01)],
-        ),
+        "std_0.2": Row("x16, std 0.2", softmax(std=0.2)),
+        "top1_x8": Row("x8-Top1, renormalised gate", softmax(8, 1, gate="renormalized")),
+        "top4_x32": Row("x32-Top4, renormalised gate", softmax(32, 4, gate="renormalized")),
+        "top1_learned": Row("x8-Top1, gradient to the router", part_by_part(8, 1, 1.0)),
         "dynmoe": Row(
             "DynMoE, 6 of at most 8 whole copies",
             by_router(lambda: TopAnyRouter(DIM, num_experts=8, initial_experts=6)),
@@ -213,6 +198,24 @@ def tuning_rows() -> dict[str, Row]:
             adaptive=True,
         ),
     }
+    for std in (1.0, 0.02):
+        tail, title = ("", "") if std == 1 else (f"_std_{std}", f", std {std}")
+        for name, row in {
+            "x16": Row("x16-Top2", softmax(std=std)),
+            "alpha_0": Row("x16, random router that stays (alpha 0)", softmax(std=std), []),
+            "renormalized": Row("x16, renormalised gate", softmax(gate="renormalized", std=std)),
+            "straight_through": Row(
+                "x16, straight-through gate", softmax(gate="straight_through", std=std)
+            ),
+            "parts": Row("x16, each part once (ours)", part_by_part(16, 2, std)),
+            "himoe_instance": Row(
+                "HI-MoE's flat router, 16 whole copies, K = 2",
+                by_router(lambda std=std: flat(DIM, 16, 2, variant="instance", std=std)),
+                [SquaredBalanceLoss(0.01)],
+            ),
+        }.items():
+            rows[name + tail] = replace(row, title=row.title + title)
+    return rows
 
 
 # ---- training -----------------------------------------------------------------------------------

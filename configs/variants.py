@@ -16,7 +16,6 @@ EXPERTS = "'*.ffn.experts.*','*.ffn.router.*'"
 FUSION = "'enhancer.layers.*.fusion.*'"
 HEADS = "'*.class_head.*','*.box_head.*'"
 
-STRAIGHT = f"{ROUTER}.gate=straight_through"
 NEW_EXPERTS, UNTIED = f"{FFN}.init_experts=false", f"{ROUTER}.tied=false"
 
 
@@ -25,15 +24,14 @@ def sizes(num_experts: int, top_k: int) -> list[str]:
 
 
 DYNAMIC_DINO = {
-    "top1_x8": ("8 experts, K = 1", sizes(8, 1)),
-    "top4_x32": ("32 experts, K = 4", sizes(32, 4)),
+    "top1_x8": ("8 experts, K = 1; by the paper's gate the same model", sizes(8, 1)),
+    "top4_x32": ("32 experts, K = 4; by the paper's gate the same model", sizes(32, 4)),
     "gate_renormalized": ("the renormalised gate", [f"{ROUTER}.gate=renormalized"]),
-    "gate_straight_through": ("the straight-through gate", [STRAIGHT]),
-    "untied": ("straight-through gate, router rows drawn apart", [STRAIGHT, UNTIED]),
-    "untied_without_init": (
-        "straight-through gate, rows apart, random experts",
-        [STRAIGHT, NEW_EXPERTS, UNTIED],
+    "gate_straight_through": (
+        "the straight-through gate",
+        [f"{ROUTER}.gate=straight_through"],
     ),
+    "untied": ("router rows drawn apart", [UNTIED]),
     "without_init": ("Dynamic-DINO Table 10, without initialisation", [NEW_EXPERTS, UNTIED]),
     "alpha_0": ("no load balance", [f"{BALANCE}=0.0"]),
     "alpha_0.1": ("ten times the load balance", [f"{BALANCE}=0.1"]),

@@ -15,12 +15,14 @@ from pathlib import Path
 from dynamic_dino.config import variants
 
 VARIANTS = variants(Path(__file__).parents[2] / "configs")
+ROUTER = "model.decoder.layer.ffn.router"
+STD = f"{ROUTER}.std"
 
 
 @dataclass(frozen=True)
 class Row:
     """A recipe under configs/, without ".py", what is changed of it, and the row whose last weights
-    with seed 0 it starts from; None: from what the recipe names."""
+    with the same seed it starts from; None: from what the recipe names."""
 
     title: str
     config: str
@@ -57,9 +59,18 @@ class Sweep:
     note: str = ""
 
 
+def changed(row: Row, *overrides: str, **fields: str | None) -> Row:
+    """A row with more overrides, and other fields where they are given."""
+    return replace(row, overrides=(*row.overrides, *overrides), **fields)
+
+
 def variant(title: str, name: str, *overrides: str) -> Row:
     """One of configs/variants.py, such as "himoe/dino:x16_top1", and what else is changed."""
     return Row(title, name.partition(":")[0], (*VARIANTS[name][1], *overrides))
+
+
+def sizes(num_experts: int, top_k: int) -> tuple[str, str]:
+    return f"{ROUTER}.num_experts={num_experts}", f"{ROUTER}.top_k={top_k}"
 
 
 def dynamic(setting: str) -> dict[str, Row]:
@@ -69,21 +80,23 @@ def dynamic(setting: str) -> dict[str, Row]:
     def of(title: str, name: str) -> Row:
         return variant(title, f"{recipe}:{name}")
 
-    # Only by a gradient can a router whose rows are drawn apart learn not to take a part twice:
-    # Table 10 is compared by the straight-through gate.
+    renormalized = of("x16, renormalised gate", "gate_renormalized")
     return {
         "control": Row("dense", f"moe_tuning/nano_dense_control_{setting}"),
         "x16": Row("x16-Top2", recipe),
         "x8": of("x8-Top2", "x8"),
         "x4": of("x4-Top2", "x4"),
-        "parts": Row("x16, each part once (ours)", f"moe_tuning/nano_x16_parts_{setting}"),
-        "top1_x8": of("x8-Top1", "top1_x8"),
-        "top4_x32": of("x32-Top4", "top4_x32"),
-        "renormalized": of("x16, renormalised gate", "gate_renormalized"),
+        "parts": changed(
+            Row("x16, each part once (ours)", f"moe_tuning/nano_x16_parts_{setting}"), f"{STD}=1.0"
+        ),
+        "renormalized": renormalized,
+        # With the paper's gate all k are one and the same model.
+        "top1_x8": changed(renormalized, *sizes(8, 1), title="x8-Top1"),
+        "top4_x32": changed(renormalized, *sizes(32, 4), title="x32-Top4"),
         "straight_through": of("x16, straight-through gate", "gate_straight_through"),
-        "without_init": of("... random experts, too", "untied_without_init"),
+        "without_init": of("... random experts, too", "without_init"),
         "untied": of("... router rows apart", "untied"),
-        "alpha_0": of("x16, alpha 0", "alpha_0"),
+        "alpha_0": of("x16, random router that stays (alpha 0)", "alpha_0"),
         "alpha_0.1": of("x16, alpha 0.1", "alpha_0.1"),
         "only_experts": of("x16, experts alone train", "trains_experts"),
         "without_heads": of("x16, heads don't train", "trains_experts_fusion"),
@@ -95,10 +108,13 @@ DYNAMIC = {
     "table8": ("How many experts (Dynamic-DINO's Table 8)", ("x4", "x8", "x16")),
     "table10": (
         "Initialisation from the dense FFN (Table 10)",
-        ("straight_through", "untied", "without_init"),
+        ("x16", "untied", "without_init"),
     ),
     "gates": ("The three gates", ("x16", "renormalized", "straight_through", "parts")),
-    "k": ("Active experts, of equal size together", ("top1_x8", "x16", "top4_x32")),
+    "k": (
+        "Active experts, of equal size together, by the renormalised gate",
+        ("top1_x8", "renormalized", "top4_x32"),
+    ),
     "alpha": ("Weight of the load balance", ("alpha_0", "x16", "alpha_0.1")),
     "trained": ("What trains", ("only_experts", "without_heads", "without_fusion", "x16")),
 }
@@ -135,6 +151,40 @@ STAMPS = Setting(
 )
 
 WIDTHS = (0, 16, 32, 64, 128, 256)
+
+# What a router's rows are drawn with: Algorithm 1's 1, and a small one, which an optimizer turns
+# fast. The gates, and a router that stays as it was drawn.
+ROUTED = ("x16", "alpha_0", "renormalized", "straight_through", "parts")
+SMALL = "_std_0.02"
+
+# The grid: what a gain is compared with, from two bases, with two sets of parameters free.
+GRID = ("control", "wide", "x16", "alpha_0")
+SETTINGS_OF_GRID = {
+    "": "neck frozen in the base, the paper's parts train",
+    "_all": "neck frozen in the base, everything trains",
+    "_whole": "base trained as a whole, the paper's parts train",
+    "_whole_all": "base trained as a whole, everything trains",
+}
+
+
+def glyph_rows() -> dict[str, Row]:
+    rows = dynamic("glyphs")
+    control = rows["control"]
+    wide = ("model.decoder.layer.ffn.hidden=512", "model.decoder.layer.ffn.widen=true")
+    rows["wide"] = changed(control, *wide, title="dense, as many parameters (512 units)")
+    rows["longer"] = changed(control, "train.max_iter=1200", title="dense, three times as long")
+    for name in ROUTED:
+        title = f"{rows[name].title}, std 0.02"
+        rows[name + SMALL] = changed(rows[name], f"{STD}=0.02", title=title)
+    rows = {name: replace(row, base="ffn_64") for name, row in rows.items()}
+    for tag in SETTINGS_OF_GRID:
+        base = "ffn_64_whole" if "_whole" in tag else "ffn_64"
+        free = ["train.trainable=null"] if tag.endswith("_all") else []
+        for name in GRID:
+            rows[name + tag] = changed(rows[name], *free, base=base)
+    return rows
+
+
 GLYPHS = Setting(
     "glyphs",
     "nano at a quarter of its width on glyphs, whose 720 names its decoder alone learns by heart",
@@ -150,7 +200,13 @@ GLYPHS = Setting(
             )
             for width in WIDTHS
         },
-        **{name: replace(row, base="ffn_64") for name, row in dynamic("glyphs").items()},
+        "ffn_64_whole": Row(
+            "FFN of 64 units, all trains",
+            "pretrain/nano_glyphs",
+            ("model.decoder.layer.ffn.hidden=64", "train.trainable=null"),
+            base="described",
+        ),
+        **glyph_rows(),
     },
     features={"train": "datasets/glyphs/features/train", "test": "datasets/glyphs/features/test"},
 )
@@ -235,6 +291,25 @@ SWEEPS = {
             )
             for setting in ("glyphs", "stamps")
             for name, (title, rows) in DYNAMIC.items()
+        ),
+        Sweep(
+            "glyphs_std",
+            "What a router's rows are drawn with, and what the gate lets them learn",
+            "glyphs",
+            "control",
+            ("control", *(name + tag for name in ROUTED for tag in ("", SMALL))),
+            NOTES.get("glyphs_std", ""),
+        ),
+        *(
+            Sweep(
+                name=f"grid{tag}",
+                title=f"What the gain is compared with: {title}",
+                setting="glyphs",
+                control=f"control{tag}",
+                rows=(*(name + tag for name in GRID), *(["longer"] if not tag else [])),
+                note=NOTES.get(f"grid{tag}", ""),
+            )
+            for tag, title in SETTINGS_OF_GRID.items()
         ),
         Sweep(
             "photos",

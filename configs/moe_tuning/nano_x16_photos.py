@@ -16,7 +16,6 @@ from ..pretrain.nano_photos import (  # noqa: F401
 )
 
 model.decoder.layer.ffn = experts(model.decoder.layer.ffn, num_experts=16, top_k=2)
-model.decoder.layer.ffn.router.std = 1.0  # as Algorithm 1 draws it
 model.criterion.router_losses = [load_balance]
 
 # 4 images * 1,250 iterations, as many as nano_x16_stamps sees

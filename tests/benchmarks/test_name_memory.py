@@ -38,7 +38,7 @@ def test_a_mixture_starts_as_the_dense_model_and_ffns_alone_train(base, data, na
     else:
         torch.testing.assert_close(start, before, atol=1e-4, rtol=1e-4)
     model = tuned(base, row, CHANNELS, data, steps=3, seed=1)
-    assert isinstance(model.ffn[0], MoEFeedForward) == (name != "control")
+    assert isinstance(model.ffn[0], MoEFeedForward) == (name not in ("control", "wide"))
     changed = {n for n, p in model.state_dict().items() if not n.startswith("ffn.")}
     for n in changed:
         assert torch.equal(model.state_dict()[n], base.state_dict()[n])

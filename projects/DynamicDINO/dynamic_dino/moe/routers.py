@@ -71,8 +71,9 @@ class SoftmaxRouter(Router):
             FFN, each cut into k parts.
         tied: a row is drawn for each copy, and repeated for its parts (Algorithm 1). False draws
             every row by itself (Table 10, without initialisation).
-        std: standard deviation of the rows. Algorithm 1 draws N(0, 1). Which experts are chosen
-            doesn't depend on it; the smaller the rows, the faster an optimizer turns them.
+        std: standard deviation of the rows, as in Algorithm 1. Which experts are chosen doesn't
+            depend on it; the smaller the rows, the faster an optimizer turns them, and copies
+            that are fed other tokens all the time stay alike.
 
     Raises:
         ValueError: an unknown gate, or a k that is out of range or, if tied, doesn't divide E.
@@ -85,7 +86,7 @@ class SoftmaxRouter(Router):
         top_k: int = 2,
         gate: str = "indicator",
         tied: bool = True,
-        std: float = 0.02,
+        std: float = 1.0,
     ) -> None:
         super().__init__()
         if gate not in GATES:
