@@ -90,8 +90,10 @@ class Run:
     @property
     def base(self) -> Run | None:
         """The run whose last weights this one starts from."""
-        base = self.setting.rows[self.row].base
-        return Run(self.setting, base, self.seed, self.device, self.changes) if base else None
+        if not (base := self.setting.rows[self.row].base):
+            return None
+        seed = 0 if self.setting.rows[base].once else self.seed
+        return Run(self.setting, base, seed, self.device, self.changes)
 
     @property
     def overrides(self) -> list[str]:

@@ -21,13 +21,18 @@ STD = f"{ROUTER}.std"
 
 @dataclass(frozen=True)
 class Row:
-    """A recipe under configs/, without ".py", what is changed of it, and the row whose last weights
-    with the same seed it starts from; None: from what the recipe names."""
+    """A recipe under configs/, without ".py", and what is changed of it.
+
+    base   the row whose last weights with the same seed it starts from; None: from what the recipe
+           names
+    once   trained with seed 0 alone: all that start from it share it
+    """
 
     title: str
     config: str
     overrides: tuple[str, ...] = ()
     base: str | None = None
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,7 @@ GLYPHS = Setting(
     "nano at a quarter of its width on glyphs, whose 720 names its decoder alone learns by heart",
     ("val",),
     {
-        "described": Row("descriptions, all trains", "pretrain/nano_glyphs_described"),
+        "described": Row("descriptions, all trains", "pretrain/nano_glyphs_described", once=True),
         **{
             f"ffn_{width}": Row(
                 f"FFN of {width} units" if width else "without FFN",

@@ -154,22 +154,24 @@ def test_a_killed_runner_leaves_no_second_training(toy):
 def test_bases_are_trained_first_and_given_to_those_that_start_from_them(toy, monkeypatch, capsys):
     rows = {name: replace(row, base="base") for name, row in SETTING.rows.items()}
     rows["base"] = Row("base", "pretrain/nano_drawn", base="first")
-    rows["first"] = Row("first", "pretrain/nano_drawn")
+    rows["first"] = Row("first", "pretrain/nano_drawn", once=True)
     monkeypatch.setattr(ablations, "SETTINGS", {"toy": replace(SETTING, rows=rows)})
     run("--seeds", "4", "--dry-run")
     lines = capsys.readouterr().out.splitlines()
-    weights = "train.init_checkpoint=output/ablations/toy/{}/seed4/model_final.pth"
+    weights = "train.init_checkpoint=output/ablations/toy/{}/model_final.pth"
     for line, row, base in zip(
-        lines, ("first", "base", "control", "other"), (None, "first", "base", "base"), strict=True
+        lines,
+        ("first/seed0", "base/seed4", "control/seed4", "other/seed4"),
+        (None, "first/seed0", "base/seed4", "base/seed4"),
+        strict=True,
     ):
-        assert f"train.output_dir=output/ablations/toy/{row}/seed" in line
+        assert f"train.output_dir=output/ablations/toy/{row} " in line
         assert weights.format(base) in line if base else "init_checkpoint" not in line
     assert run("--seeds", "4") == 0
-    assert len(calls(toy, "base", 4)) == len(calls(toy, "first", 4)) == 1
-    for path in ablations.results_folder("cpu").glob("ablations/toy/[co]*.json"):
-        path.unlink()  # of the control and the other
-    run("--seeds", "4", "5", "--dry-run")
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 4, "the first seed has its bases"
+    assert len(calls(toy, "base", 4)) == len(calls(toy, "first", 0)) == 1
+    run("--seeds", "5", "--dry-run")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and "toy/base/seed5" in lines[0], "the first of all is there now"
 
 
 @pytest.mark.parametrize(
@@ -198,7 +200,8 @@ def test_every_row_is_a_recipe_with_the_settings_test_sets(setting):
         assert cfg.train.seed == cfg.dataloader.train.seed == 1
         assert set(setting.tests) == set(cfg.dataloader.test)
         if base := setting.rows[row].base:
-            assert cfg.train.init_checkpoint.endswith(f"{base}/seed1/model_final.pth")
+            seed = 0 if setting.rows[base].once else 1
+            assert cfg.train.init_checkpoint.endswith(f"{base}/seed{seed}/model_final.pth")
 
 
 @pytest.mark.slow
