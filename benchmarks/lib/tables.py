@@ -97,6 +97,24 @@ def few_shot(report: dict) -> str:
     return text + table([*head, "AP over dense", "AP over control"], rows)
 
 
+def compress(report: dict) -> str:
+    """Means over runs with 95 % intervals; differences to the control of the same run."""
+    runs, controls = report["runs"], report["control"]
+    key = next(k for k in next(iter(controls.values())) if k.endswith("/AP"))
+    control = {run: scores[key] for run, scores in controls.items()}
+    rows = [["control", "", _mean(estimate(list(control.values()))), "", ""]]
+    for name in next(iter(runs.values())):
+        found = {run: variants[name] for run, variants in runs.items()}
+        values = {run: variant["scores"][key] for run, variant in found.items()}
+        whole = {run: variants["as it is"]["scores"][key] for run, variants in runs.items()}
+        cells = [_mean(estimate(list(values.values())))]
+        for other in (control, whole):
+            cells.append("" if values is other else _mean(paired(values, other), "+"))
+        millions = next(iter(found.values()))["ffn_parameters"]
+        rows.append([name, f"{millions:.3f}", *cells])
+    return table(["copies", "FFNs, M parameters", key, "over control", "over all copies"], rows)
+
+
 def _mean(found: Estimate, sign: str = "") -> str:
     margin = "" if math.isnan(found.margin) else f" ± {found.margin:.1f}"
     return f"{found.mean:{sign}.1f}{margin}"
@@ -556,6 +574,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
         "few_shot",
         few_shot,
     ),
+    "compress": ("x16-Top2 on glyphs with fewer copies, percent", "compress", compress),
     "fps": ("Images per second of the whole model", "fps", fps),
     "fps_tuned": ("The same, with tiles tuned on this GPU", "fps_tuned", fps),
     "profile": ("Where one forward pass spends its time", "profile_detector", profile_detector),

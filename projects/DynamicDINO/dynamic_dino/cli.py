@@ -40,7 +40,9 @@ PROGRAMS = {
     "show": Program("data.__main__", "draw samples of a data set", ("show",)),
     "convert": Program("data.__main__", "convert a data set", ("convert",)),
     "split": Program("data.__main__", "draw a validation part of a data set", ("split",)),
-    "weights": Program("checkpoint.__main__", "import public weights, export a checkpoint's"),
+    "weights": Program(
+        "checkpoint.__main__", "import public weights, export a checkpoint's, leave out experts"
+    ),
     "stamps": Program("data.synthetic.stamps.cli", "make the data set Stamps"),
     "demo": Program("demo", "from a dense detector to experts in 20 minutes"),
     "install-detectron2": Program("install_detectron2", "install Detectron2, if there is none"),

@@ -8,6 +8,7 @@ how they become ours, see ``dynamic_dino.checkpoint.public``.
     python -m dynamic_dino.checkpoint export --config-file CONFIG model_final.pth OUT.safetensors
     python -m dynamic_dino.checkpoint export --config-file CONFIG model_final.pth DIRECTORY
     python -m dynamic_dino.checkpoint import hf:IDEA-Research/grounding-dino-tiny OUT.safetensors
+    python -m dynamic_dino.checkpoint compress --config-file CONFIG model_final.pth OUT.safetensors
 """
 
 from __future__ import annotations
