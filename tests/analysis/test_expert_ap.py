@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from dynamic_dino.analysis.collect import LayerCounts
 from dynamic_dino.analysis.expert_ap import dominant_route, expert_table
 from dynamic_dino.analysis.objects import objects_of
 from dynamic_dino.evaluation import coco_ap, lvis_ap
@@ -152,10 +153,11 @@ def test_nothing_found(scene):
 
 def test_the_route_that_most_tokens_come_from():
     routes = np.array([[4, 0, 1], [6, 0, 3], [0, 0, 0]])
-    assert dominant_route(routes, 0) == (1, 0.6)
-    assert dominant_route(routes, 1) == (None, None)
-    assert dominant_route(routes, 2) == (1, 0.75)
-    assert dominant_route(None, 0) == (None, None)
+    layer = LayerCounts("decoder 0", routes=routes, named=["indoor", "crowd", "2"])
+    assert dominant_route(layer, 0) == ("crowd", 0.6)
+    assert dominant_route(layer, 1) == (None, None)
+    assert dominant_route(layer, 2) == ("crowd", 0.75)
+    assert dominant_route(LayerCounts("decoder 0"), 0) == (None, None)
 
 
 def test_a_decoder_without_experts(scene):

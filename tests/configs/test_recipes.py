@@ -54,8 +54,9 @@ IN_DECODER = {
     """.split(),
     PartRouter: ["moe_tuning/nano_x16_parts_glyphs", "moe_tuning/nano_x16_parts_stamps"],
     HierarchicalRouter: """
-        himoe/dino himoe/dino_12ep himoe/dino_nano_drawn himoe/dino_proposal_statistics
-        himoe/dino_tuning himoe/edge himoe/nano_x16_drawn himoe/nano_x16_stamps
+        himoe/dino himoe/dino_12ep himoe/dino_nano_drawn himoe/dino_one_scene_router
+        himoe/dino_proposal_statistics himoe/dino_tuning himoe/edge himoe/nano_x16_drawn
+        himoe/nano_x16_stamps
     """.split(),
     TopAnyRouter: ["dynmoe/edge", "dynmoe/nano_drawn", "dynmoe/nano_stamps"],
 }
@@ -86,7 +87,7 @@ ROUTERS = {  # recipe -> where its experts are, and what routes to them
 }
 END_TO_END = """
     himoe/dino himoe/dino_12ep himoe/dino_encoder himoe/dino_encoder_decoder
-    himoe/dino_proposal_statistics
+    himoe/dino_one_scene_router himoe/dino_proposal_statistics
 """.split()
 ROUTER_LOSSES = {
     SoftmaxRouter: ["LoadBalanceLoss"],

@@ -1,4 +1,4 @@
-"""Statistics of proposals, against plain loops, and on their way to the scene router."""
+"""The scene: statistics of proposals, against plain loops, and one scene router for all layers."""
 
 import math
 from pathlib import Path
@@ -11,6 +11,7 @@ from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.modeling.proposals import STATISTICS, ProposalStatistics
 from dynamic_dino.modeling.structures import Predictions
 from dynamic_dino.moe.hierarchical import HierarchicalRouter
+from dynamic_dino.moe.scene_router import SceneRouter
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -78,23 +79,58 @@ def test_the_router_must_know_of_them():
         router(torch.randn(3, 7, 6), ProposalStatistics()(torch.randn(3, 6), proposals()))
 
 
-def test_in_a_detector():
-    """The scene of the decoder's routers is that of the encoder and the statistics."""
-    options = [
-        "model.decoder.num_layers=2",
-        f"model.decoder.layer.ffn.router.scene_dim={256 + len(STATISTICS)}",
-    ]
-    cfg = load_config(CONFIGS / "himoe/dino_nano_drawn.py", options)
-    cfg.model.proposal_statistics = {"_target_": ProposalStatistics}
+def drawn_detector(*options: str, **nodes):
+    """HI-MoE on closed-set DINO, two layers, and what it decodes of one image."""
+    cfg = load_config(
+        CONFIGS / "himoe/dino_nano_drawn.py", ["model.decoder.num_layers=2", *options]
+    )
+    for name, node in nodes.items():
+        cfg.model[name] = node
     model = instantiate(cfg.model).eval()
     image = torch.randint(256, (3, 128, 128), dtype=torch.uint8)
-    sample = {"image": image, "image_size": (128, 128), "height": 128, "width": 128}
+    sample = {"image": image, "image_size": (100, 128), "height": 100, "width": 128}
     text = model.text_encoder([Prompt.from_phrases(model.text_encoder.names)])
     with torch.no_grad():
         features, masks = model.image_features([sample])
         output = model.decode(features, masks, text)
         memory, _, _ = model.enhancer(features, masks, text)
-        scene = ProposalStatistics()(memory.scene, output.selection)
-        for layer, routing in zip(model.decoder.layers, output.routings, strict=True):
-            wanted = (scene @ layer.ffn.router.scene_weight.T).softmax(-1)
-            torch.testing.assert_close(routing.scene_probs, wanted.expand_as(routing.scene_probs))
+    return model, output, memory
+
+
+ROUTER = "model.decoder.layer.ffn.router"
+
+
+def test_in_a_detector():
+    """The scene of the decoder's routers is that of the encoder and the statistics."""
+    model, output, memory = drawn_detector(
+        f"{ROUTER}.scene_dim={256 + len(STATISTICS)}",
+        proposal_statistics={"_target_": ProposalStatistics},
+    )
+    scene = ProposalStatistics()(memory.scene, output.selection)
+    for layer, routing in zip(model.decoder.layers, output.routings, strict=True):
+        wanted = (scene @ layer.ffn.router.scene_weight.T).softmax(-1)
+        torch.testing.assert_close(routing.scene_probs, wanted.expand_as(routing.scene_probs))
+
+
+def test_one_scene_router_sees_all_levels_and_decides_for_all_layers():
+    router = {"_target_": SceneRouter, "dim": 256, "num_routes": 4, "std": 1.0}
+    model, output, memory = drawn_detector(
+        "model.scene_levels=all", f"{ROUTER}.shared_scene=true", scene_router=router
+    )
+    scene = memory.tokens[0][memory.mask[0]].mean(0)
+    g = (scene.double() @ model.scene_router.weight.double().T).softmax(-1).float()
+    assert not any("scene_weight" in name for name in model.state_dict())
+    first, second = output.routings
+    for routing in (first, second):
+        torch.testing.assert_close(
+            routing.scene_probs, g.expand_as(routing.scene_probs), atol=1e-4, rtol=1e-4
+        )
+        assert torch.equal(routing.scene_routes, first.scene_routes)
+    assert (memory.scene - scene).abs().max() > 1e-3, "the coarsest level is another scene"
+    model.scene_router = None
+    with pytest.raises(ValueError, match="not the probabilities of 4 routes, as shared_scene"):
+        model.decoder.layers[0].ffn.router(torch.randn(1, 3, 256), model.scene(memory, None))
+    with pytest.raises(ValueError, match='scene_levels=.finest.: choose "coarsest" or "all"'):
+        drawn_detector("model.scene_levels=finest")
+    with pytest.raises(ValueError, match="2 route_names for num_routes=4 routes"):
+        HierarchicalRouter(6, 8, route_names=["in", "out"])

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from detectron2.config import LazyCall as L
+from dynamic_dino.export.experts import StaticHierarchy
 from dynamic_dino.moe.experts import Experts
 from dynamic_dino.moe.hierarchical import VARIANTS, HierarchicalRouter
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.losses import DiversityLoss, SquaredBalanceLoss, expert_load
 from dynamic_dino.moe.routing import Routing
+from dynamic_dino.moe.scene_router import SceneRouter
 from dynamic_dino.moe.statistics import training_metrics
 from torch import nn
 
@@ -92,6 +94,24 @@ def test_gradients_reach_both_routers(ffn, variant):
     for parameter in parameters.values():
         assert parameter.grad.abs().max() > 0
     assert (scene.grad is not None) == (variant != "instance")
+
+
+@pytest.mark.parametrize("variant", ["full", "scene"])
+def test_a_shared_scene_router_is_the_router_s_own_computed_once(variant):
+    own = router(variant, scene_temperature=0.7)
+    shared = router(variant, shared_scene=True)
+    shared.weight = own.weight
+    one = SceneRouter(12, 4, temperature=0.7)
+    one.weight = own.scene_weight
+    x, scene = draw()
+    expected, found = own(x, scene), shared(x, one(scene))
+    assert torch.equal(found.expert_ids, expected.expert_ids)
+    assert torch.equal(found.gates, expected.gates) and torch.equal(found.probs, expected.probs)
+    assert torch.equal(found.scene_routes, expected.scene_routes)
+    static = StaticHierarchy(shared)
+    ids, gates = static(x, one(scene))
+    assert torch.equal(ids.int(), found.expert_ids)
+    torch.testing.assert_close(gates, found.gates)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])

@@ -5,7 +5,7 @@ Only what the model returns is read: its detections, which query each of them is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,6 +35,7 @@ class LayerCounts:
     pairs     int64 [E, E], tokens that took both; symmetric, zero on the diagonal
     routes    int64 [R, E], tokens that took the expert in images whose most probable scene route is
               r; None without a scene router
+    named     what the routes are called, if there are any
     entropy   mean over tokens of the router's entropy, 1 = every expert is as probable as any; None
               where the router gives no distribution (top-any)
     """
@@ -43,6 +44,7 @@ class LayerCounts:
     load: np.ndarray | int = 0
     pairs: np.ndarray | int = 0
     routes: np.ndarray | None = None
+    named: Sequence[str] = ()
     tokens: int = 0
     entropy: float | None = None
 
@@ -112,7 +114,10 @@ class Collector:
         self.dataset = dataset
         classes = get_metadata(dataset).get("thing_dataset_id_to_contiguous_id")
         self.category_ids = category_ids_of(dataset) if classes else None
-        self.layers = [LayerCounts(name) for name in moe_layers(model)]
+        self.layers = [
+            LayerCounts(name, named=getattr(layer.router, "route_names", ()))
+            for name, layer in moe_layers(model).items()
+        ]
         self.statistics = RoutingStatistics()
         self.predictions: list[DatasetPredictions] = []
         self.experts: list[np.ndarray] = []

@@ -20,7 +20,7 @@ import numpy as np
 from ..evaluation.lvis import federated
 from ..evaluation.precision_recall import average_precision
 from ..evaluation.predictions import DatasetPredictions
-from .collect import Collection
+from .collect import Collection, LayerCounts
 from .objects import Objects
 
 SUBSETS = ("all", "small", "occluded", "tail")
@@ -34,8 +34,8 @@ class ExpertRow:
     ap           percent, by subset: "all", "small", "occluded", "tail"; -1 without such objects
     objects      how many there are, by subset
     load         share of the layer's filled slots
-    route        the scene route that most of its tokens come from; None without a scene router, or
-                 without tokens
+    route        name of the scene route that most of its tokens come from; None without a scene
+                 router, or without tokens
     route_share  of its tokens, those of that route
     """
 
@@ -43,7 +43,7 @@ class ExpertRow:
     load: float
     ap: dict[str, float]
     objects: dict[str, int]
-    route: int | None = None
+    route: str | None = None
     route_share: float | None = None
 
 
@@ -64,17 +64,17 @@ def expert_table(collection: Collection, objects: Objects) -> list[ExpertRow]:
         owned = objects.owner >= 0
         mine[owned] = detections[objects.owner[owned]]
         ap, counts = subset_ap(collection, objects, detections, mine)
-        route = dominant_route(layer.routes, expert)
+        route = dominant_route(layer, expert)
         rows.append(ExpertRow(expert, float(load[expert]), ap, counts, *route))
     return rows
 
 
-def dominant_route(routes: np.ndarray | None, expert: int) -> tuple[int | None, float | None]:
+def dominant_route(layer: LayerCounts, expert: int) -> tuple[str | None, float | None]:
     """The most frequent scene route among an expert's tokens, and its share of them."""
-    if routes is None or not routes[:, expert].sum():
+    if layer.routes is None or not layer.routes[:, expert].sum():
         return None, None
-    column = routes[:, expert]
-    return int(column.argmax()), float(column.max() / column.sum())
+    column = layer.routes[:, expert]
+    return layer.named[column.argmax()], float(column.max() / column.sum())
 
 
 def subset_ap(

@@ -61,6 +61,11 @@ def _expert_table(rows: Sequence[ExpertRow], prefix: str, routed: bool) -> Repor
     return ReportFigure(slug(prefix, "experts"), "AP of every expert", reading, head, cells)
 
 
+def _route(row: ExpertRow) -> str:
+    """As a label: a number alone would be read as one."""
+    return f"route {row.route}" if (row.route or "").isdigit() else row.route or ""
+
+
 def _expert_bars(rows: Sequence[ExpertRow], prefix: str, routed: bool) -> ReportFigure:
     subsets = [s for s in SUBSETS if s != "all"]
     experts = [row for row in rows if row.expert is not None]
@@ -78,7 +83,7 @@ def _expert_bars(rows: Sequence[ExpertRow], prefix: str, routed: bool) -> Report
             [100 * (row.route_share or 0) for row in experts],
             color="#8a5fb0",
         )
-        routes = ["" if row.route is None else f"route {row.route}" for row in experts]
+        routes = [_route(row) for row in experts]
         axes[-1, 0].bar_label(bars, routes, fontsize=6, rotation=90, padding=2)
         axes[-1, 0].set(title="dominant scene route", ylabel="share, %", ylim=(0, 150))
     axes[-1, 0].set_xlabel("expert")

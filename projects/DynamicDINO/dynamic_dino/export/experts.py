@@ -134,15 +134,19 @@ class StaticHierarchy(nn.Module):
         self.variant, self.top_k = router.variant, router.top_k
         self.rows = nn.Buffer(router.weight.detach().float().T / router.temperature)
         if self.variant != "instance":
-            scene_rows = router.scene_weight.detach().float().T / router.scene_temperature
-            self.scene_rows, self.routes = nn.Buffer(scene_rows), router.active_routes
+            self.scene_rows, self.routes = None, router.active_routes
+            if not router.shared_scene:
+                scene_rows = router.scene_weight.detach().float().T / router.scene_temperature
+                self.scene_rows = nn.Buffer(scene_rows)
             self.pools = nn.Buffer(router.pools.float())  # [R, E]
 
     def forward(self, x: Tensor, scene: Tensor | None) -> Slots:
         tokens, pool = x.flatten(0, 1).float(), None
         if self.variant != "instance":
             assert scene is not None
-            g = (scene.float() @ self.scene_rows).softmax(1)
+            g = scene.float()
+            if self.scene_rows is not None:
+                g = (g @ self.scene_rows).softmax(1)
             routes = g.topk(self.routes, 1).indices
             pool = self._of_tokens(self.pools[routes].amax(1), x)
             g = self._of_tokens(g, x)

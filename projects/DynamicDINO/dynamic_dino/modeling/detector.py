@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ..moe.routing import Routing
+from ..moe.scene_router import SceneRouter
 from ..moe.statistics import training_metrics
 from .backbone import Backbone
 from .decoder import Decoder
 from .deformable_enhancer import DeformableEnhancer
-from .enhancer import EdgeEnhancer
+from .enhancer import EdgeEnhancer, masked_mean
 from .losses.criterion import Criterion
 from .losses.denoising import Denoising
 from .postprocess import best_pairs, limit_of_detections, to_instances
@@ -44,6 +45,7 @@ from .query_selection import QuerySelection
 from .structures import (
     Detections,
     DetectorOutput,
+    ImageMemory,
     Predictions,
     Queries,
     Target,
@@ -61,7 +63,11 @@ class OpenVocabularyDetector(nn.Module):
         criterion: the training losses; None builds a detector for inference only.
         denoising: contrastive denoising queries for training, optional.
         neck: maps of the backbone to those that the enhancer takes; None: they are the same.
-        proposal_statistics: adds to the scene that the decoder's routers see, optional.
+        scene_levels: whose mean is the scene that the decoder's routers see: of the "coarsest"
+            level, or of "all" of the enhanced image features.
+        proposal_statistics: adds to that scene, optional.
+        scene_router: turns it into the routes' probabilities, once for all of the decoder's
+            routers, which have ``shared_scene=True`` then; optional.
         canvas: side of the square that images are padded to; None pads each batch to its largest
             image. A square canvas makes the result independent of what else is in the batch.
         size_divisor: canvases are multiples of it, in pixels.
@@ -92,7 +98,9 @@ class OpenVocabularyDetector(nn.Module):
         pixel_mean: Sequence[float] = (123.675, 116.28, 103.53),
         pixel_std: Sequence[float] = (58.395, 57.12, 57.375),
         neck: nn.Module | None = None,
+        scene_levels: Literal["coarsest", "all"] = "coarsest",
         proposal_statistics: ProposalStatistics | None = None,
+        scene_router: SceneRouter | None = None,
         canvas: int | None = None,
         size_divisor: int = 32,
         pad_images: bool = True,
@@ -105,7 +113,10 @@ class OpenVocabularyDetector(nn.Module):
         super().__init__()
         self.backbone, self.neck, self.text_encoder = backbone, neck, text_encoder
         self.enhancer, self.query_selection, self.decoder = enhancer, query_selection, decoder
-        self.proposal_statistics = proposal_statistics
+        if scene_levels not in ("coarsest", "all"):
+            raise ValueError(f'scene_levels={scene_levels!r}: choose "coarsest" or "all"')
+        self.scene_levels = scene_levels
+        self.proposal_statistics, self.scene_router = proposal_statistics, scene_router
         self.criterion, self.denoising = criterion, denoising
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), False)
@@ -143,6 +154,15 @@ class OpenVocabularyDetector(nn.Module):
         losses = {**self.criterion(output, targets), **training_metrics(output.routings)}
         return losses | ({"routings": output.routings} if output.routings else {})
 
+    def scene(self, memory: ImageMemory, selection: Predictions) -> Tensor:
+        """What the decoder's routers know of the image: [B, D], or [B, R] of a scene router"""
+        scene = memory.scene
+        if self.scene_levels == "all":
+            scene = masked_mean(memory.tokens, memory.mask)
+        if self.proposal_statistics is not None:
+            scene = self.proposal_statistics(scene, selection)
+        return scene if self.scene_router is None else self.scene_router(scene)
+
     def decode(
         self,
         features: dict[str, Tensor],
@@ -158,8 +178,7 @@ class OpenVocabularyDetector(nn.Module):
         """
         memory, text, routings = self.enhancer(features, masks, text)
         queries, selection = self.query_selection(memory, text)
-        if self.proposal_statistics is not None:
-            memory = replace(memory, scene=self.proposal_statistics(memory.scene, selection))
+        memory = replace(memory, scene=self.scene(memory, selection))
         denoising = None
         if targets is not None and self.denoising is not None:
             denoising = self.denoising(targets, text, queries.content.shape[1])

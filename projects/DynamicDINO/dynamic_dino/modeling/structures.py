@@ -66,7 +66,8 @@ class ImageMemory:
     mask          bool [B, S], True inside the image, False in the padding
     shapes        (height, width) of each level
     valid_ratios  float [B, levels, 2], content over canvas, (width, height)
-    scene         float [B, D], the mean over the content of the coarsest level
+    scene         float [B, D], the mean over the content of the coarsest level; for the
+                  decoder, what `OpenVocabularyDetector.scene` makes of it
     """
 
     tokens: Tensor

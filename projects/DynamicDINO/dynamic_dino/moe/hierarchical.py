@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .routers import Router, best_experts
 from .routing import Routing
+from .scene_router import route_probabilities
 
 VARIANTS = ("full", "instance", "scene")
 
@@ -39,9 +40,14 @@ class HierarchicalRouter(Router):
             each route E / R of them, in order.
         std: standard deviation of the rows at the start.
         scene_dim: width of the scene's features, if not `dim`, see `ProposalStatistics`.
+        shared_scene: the detector's `SceneRouter` has computed g, which is given in the scene's
+            place; otherwise each layer has a scene router of its own.
+        route_names: what figures and tables call the routes, e.g. the paper's "indoor", "outdoor",
+            "crowd" and "generalist". Labels: nothing teaches a route to be what it is called.
 
     Raises:
-        ValueError: numbers out of range, experts without a route, or pools of fewer than k experts.
+        ValueError: numbers out of range, experts without a route, pools of fewer than k experts,
+            or another number of names than of routes.
     """
 
     pools: Tensor
@@ -59,6 +65,8 @@ class HierarchicalRouter(Router):
         route_experts: Sequence[Sequence[int]] | None = None,
         std: float = 0.02,
         scene_dim: int | None = None,
+        shared_scene: bool = False,
+        route_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if variant not in VARIANTS:
@@ -73,6 +81,10 @@ class HierarchicalRouter(Router):
         self.num_experts, self.top_k = num_experts, top_k
         self.active_routes, self.variant, self.std = active_routes, variant, std
         self.scene_temperature, self.temperature = scene_temperature, temperature
+        if route_names is not None and len(route_names) != num_routes:
+            raise ValueError(f"{len(route_names)} route_names for num_routes={num_routes} routes")
+        self.shared_scene = shared_scene
+        self.route_names = list(route_names or map(str, range(num_routes)))
         width = {"full": dim + num_routes, "instance": dim, "scene": num_routes}[variant]
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         if variant != "instance":
@@ -80,7 +92,8 @@ class HierarchicalRouter(Router):
             check_pools(owned, active_routes, top_k)
             pools = torch.tensor([[e in experts for e in range(num_experts)] for experts in owned])
             self.register_buffer("pools", pools, persistent=False)  # [R, E]
-            self.scene_weight = nn.Parameter(torch.empty(num_routes, scene_dim or dim))
+            if not shared_scene:
+                self.scene_weight = nn.Parameter(torch.empty(num_routes, scene_dim or dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -88,8 +101,9 @@ class HierarchicalRouter(Router):
             nn.init.normal_(parameter, 0, self.std)
 
     def forward(self, tokens: Tensor, scene: Tensor | None = None) -> Routing:
-        """tokens [B, N, D], scene [B, D] -> Routing of T = B * N tokens, the scene's part of it
-        repeated for each token of its image. In float32, outside autocast.
+        """tokens [B, N, D], scene [B, D], or g [B, R] with `shared_scene` -> Routing of T = B * N
+        tokens, the scene's part of it repeated for each token of its image. In float32, outside
+        autocast.
 
         Raises:
             ValueError: no scene, or one of another width, unless the variant needs none.
@@ -102,14 +116,24 @@ class HierarchicalRouter(Router):
                 f"HierarchicalRouter with variant={self.variant!r} needs the scene, [B, D], which "
                 "this layer isn't given: use variant='instance' here"
             )
-        if scene.shape[1] != self.scene_weight.shape[1]:
+        routes = self.pools.shape[0]
+        width = routes if self.shared_scene else self.scene_weight.shape[1]
+        if scene.shape[1] != width:
             raise ValueError(
-                f"the scene has {scene.shape[1]} features, the router's scene_dim is "
-                f"{self.scene_weight.shape[1]}: with ProposalStatistics it is dim + "
-                "len(STATISTICS), in the decoder alone"
+                f"the scene has {scene.shape[1]} features, "
+                + (
+                    f"not the probabilities of {routes} routes, as shared_scene=True expects: it "
+                    "goes with model.scene_router, a SceneRouter of as many routes"
+                    if self.shared_scene
+                    else f"the router's scene_dim is {width}: with ProposalStatistics it is dim + "
+                    "len(STATISTICS), in the decoder alone; with model.scene_router, the routers "
+                    "have shared_scene=True"
+                )
             )
+        g = scene
+        if not self.shared_scene:
+            g = route_probabilities(scene, self.scene_weight, self.scene_temperature)
         with torch.autocast(tokens.device.type, enabled=False):
-            g = (scene.float() @ self.scene_weight.float().T / self.scene_temperature).softmax(-1)
             routes = best_first(g)[:, : self.active_routes]
             pool = self.pools[routes].any(1)
             g, routes, pool = (per_token(t, tokens) for t in (g, routes, pool))
