@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 
 class SceneRouter(nn.Module):
-    """g = softmax(W_g scene / tau_s), once for an image: HI-MoE's Algorithm 1, steps 2 to 4, and
-    its Figure 1 (arXiv 2604.04908). Its detector gives g, in the scene's place, to the routers of its
+    """g = softmax(W_g scene / tau_s), once for an image (HI-MoE, arXiv 2604.04908, Algorithm 1,
+    steps 2 to 4, and Figure 1). The detector gives g, in the scene's place, to the routers of its
     decoder, which have ``shared_scene=True``.
 
     Args:
