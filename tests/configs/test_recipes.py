@@ -48,7 +48,8 @@ DENSE = """
 IN_DECODER = {
     SoftmaxRouter: """
         moe_tuning/dynamic_dino_x16_top2 moe_tuning/dynamic_dino_x4_top2
-        moe_tuning/dynamic_dino_x8_top2 moe_tuning/gdino_nano_x4 moe_tuning/gdino_tiny_x16
+        moe_tuning/dynamic_dino_x8_top2 moe_tuning/dino_r50_x16 moe_tuning/gdino_base_x16
+        moe_tuning/gdino_nano_x4 moe_tuning/gdino_tiny_x16 moe_tuning/mm_gdino_tiny_x16
         moe_tuning/nano_x16_custom moe_tuning/nano_x16_drawn moe_tuning/nano_x16_glyphs
         moe_tuning/nano_x16_photos moe_tuning/nano_x16_stamps demo/nano_x16
     """.split(),
@@ -101,6 +102,8 @@ LARGE = [
     "finetune/gdino_base_custom",
     "finetune/gdino_tiny_custom",
     "finetune/mm_gdino_tiny_custom",
+    "moe_tuning/gdino_base_x16",
+    "moe_tuning/mm_gdino_tiny_x16",
 ]
 ENCODERS = ("backbone", "text_encoder")
 SIZE = 96
