@@ -13,7 +13,8 @@ is of those that this image's tokens take.
 
 The image is one; its sides are padded to multiples of 32. The text encoder is counted as if it had
 cached no name. Parameters are "active" where one token uses them, k of E experts, and "trainable"
-in the recipe, for its dense model in pre-training.
+in the recipe, for its dense model in pre-training. "wide" is dense as well, with as many units as
+the recipe's experts have together.
 
 The paper (Dynamic-DINO, Tables 8 and 12) is quoted as it stands. Its "decoder" of 2679.51M must be
 one layer with its query positions: the FFNs of six layers alone are 5662M. Asked for COCO's 80
@@ -49,6 +50,7 @@ def models(options: argparse.Namespace) -> Iterator[tuple[str, DictConfig, list[
     ffn, dense = model.decoder.layer.ffn, dense_of(model)
     if dense != model:
         yield "dense", dense, None
+        yield "wide", dense_of(model, wide=True), None
     if "router" not in ffn:
         yield "recipe", model, trainable
         return

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Images per second of a detector: dense, and with experts that run on each back-end.
+"""Images per second of a detector: dense, as wide as all experts, and with experts that run on each
+back-end.
 
     python benchmarks/fps.py                                # this machine's defaults
     python benchmarks/fps.py --save                         # ... kept in results/<machine>/
@@ -67,15 +68,20 @@ class Case:
 
 
 def detectors(options: argparse.Namespace) -> dict[str, OpenVocabularyDetector]:
-    """dense, and the recipe's experts as the paper's loop and on every back-end that runs here,
-    with the same weights."""
+    """dense, as wide as all experts together, and the recipe's experts as the paper's loop and on
+    every back-end that runs here, with the same weights."""
     model = load_model_config(options.config_file, options.overrides)
     model.canvas = None  # sizes are given here
     torch.manual_seed(0)
     dense = build(dense_of(model), options.device)
     experts = build(model, options.device, like=dense)
     ways = ["sequential", "grouped"] + ["triton"] * (options.device == "cuda")
-    result = {"dense": dense, "experts, loop": use_loop(copy.deepcopy(experts))}
+    wide = build(dense_of(model, wide=True), options.device, like=dense)
+    result = {
+        "dense": dense,
+        "dense, wide": wide,
+        "experts, loop": use_loop(copy.deepcopy(experts)),
+    }
     for way in ways:
         result[f"experts, {way}"] = use_backend(copy.deepcopy(experts), way)
     return {name: result[name] for name in options.only or result}

@@ -40,8 +40,9 @@ def load_model_config(path: str = RECIPE, overrides: Sequence[str] = ()) -> Dict
     return without_downloads(load_config(ROOT / path, list(overrides)).model)
 
 
-def dense_of(model: DictConfig) -> DictConfig:
-    """The same model with a dense FFN in place of each mixture of experts."""
+def dense_of(model: DictConfig, wide: bool = False) -> DictConfig:
+    """The same model with a dense FFN in place of each mixture of experts; `wide`: with as many
+    units as all its experts have together."""
     model = copy.deepcopy(model)
 
     def replace(node: DictConfig) -> None:
@@ -49,7 +50,10 @@ def dense_of(model: DictConfig) -> DictConfig:
             if not isinstance(child, DictConfig):
                 continue
             if child.get("_target_") in (MoEFeedForward, _name_of(MoEFeedForward)):
-                node[key] = L(FeedForward)(dim=child.dim, hidden=child.hidden)
+                units = instantiate(child).experts.b1.numel() if wide else child.hidden
+                node[key] = L(FeedForward)(
+                    dim=child.dim, hidden=units, **({"widen": True} if wide else {})
+                )
             else:
                 replace(child)
 

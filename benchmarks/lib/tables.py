@@ -576,6 +576,8 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     ),
     "compress": ("x16-Top2 on glyphs with fewer copies, percent", "compress", compress),
     "fps": ("Images per second of the whole model", "fps", fps),
+    "width_nano": ("The same of nano, and an FFN as wide as all experts", "width_nano", fps),
+    "width_edge": ("The same of Edge, and an FFN as wide as all experts", "width_edge", fps),
     "fps_tuned": ("The same, with tiles tuned on this GPU", "fps_tuned", fps),
     "profile": ("Where one forward pass spends its time", "profile_detector", profile_detector),
     "moe_layer": ("One FFN of the decoder", "moe_layer", moe_layer),

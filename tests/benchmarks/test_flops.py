@@ -209,6 +209,9 @@ def test_experts_add_the_router_and_the_gated_sum_and_nothing_else(script):
     assert x16["stages"]["decoder"] == dense["stages"]["decoder"] + router + gated_sum
     assert x16["total"] == dense["total"] + router + gated_sum
     assert x16["routers"] == router and dense["routers"] == 0
+    wide = script[1]["models"]["wide"]["flops"]
+    more = QUERIES * LAYERS * 2 * D * (EXPERTS // 2 - 1) * HIDDEN
+    assert wide["total"] == dense["total"] + more
 
 
 @pytest.mark.slow
@@ -220,6 +223,9 @@ def test_parameters(script):
     assert x16["total"] - dense["total"] == LAYERS * (EXPERTS * expert + router - ffn)
     assert x16["active"] - dense["active"] == LAYERS * (2 * expert + router - ffn)
     assert x16["total"] > x16["active"] > x16["trainable"] > LAYERS * EXPERTS * expert
+    wide = script[1]["models"]["wide"]["parameters"]
+    units = EXPERTS // 2 * HIDDEN
+    assert wide["total"] - dense["total"] == LAYERS * (units - HIDDEN) * (2 * D + 1)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def test_compares_dense_with_experts_on_every_backend(result):
         ([64, 96], batch, f"text {text}") for batch in (1, 2) for text in ("cached", "encoded")
     ]
     for row in report["rows"]:
-        names = {"dense", "experts, loop", "experts, sequential", "experts, grouped"}
+        names = {"dense", "dense, wide", "experts, loop", "experts, sequential", "experts, grouped"}
         assert names <= set(row["results"])
         for r in row["results"].values():
             assert r["fps"] == pytest.approx(row["batch"] * 1e3 / r["median_ms"])
