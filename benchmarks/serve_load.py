@@ -250,7 +250,9 @@ async def client_of(
                 "/detect", content=asked.content, headers={"content-type": asked.type}
             )
         except httpx.TransportError as error:
-            if sent < tally.told:
+            # Of a connection that fails nothing was sent, however early it was begun.
+            at = time.perf_counter() if isinstance(error, httpx.ConnectError) else sent
+            if at < tally.told:
                 tally.fault("lost", repr(error))
                 continue
             tally.count["not_connected"] += 1

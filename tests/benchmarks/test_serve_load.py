@@ -1,7 +1,11 @@
 """The load test tells equal answers, last digits and wrong ones apart, and counts requests."""
 
+import asyncio
 import copy
+import time
 
+import httpx
+import pytest
 import serve_load
 from lib import tables
 
@@ -35,6 +39,30 @@ def test_answers_are_told_apart():
     assert counted(lambda answer, found: found[0].update(phrase="horse")) == {"wrong": 1}
     assert counted(lambda answer, found: found.append(detection("horse", 0.6))) == {"wrong": 1}
     assert counted(lambda answer, found: answer.update(width=65)) == {"wrong": 1}
+
+
+@pytest.mark.parametrize(
+    ("error", "begun", "counted_as"),
+    [
+        (httpx.ConnectError, "before", "not_connected"),  # nothing was sent
+        (httpx.ReadError, "before", "lost"),
+        (httpx.ReadError, "after", "not_connected"),
+        (httpx.ConnectError, "much before", "lost"),
+    ],
+)
+def test_what_was_sent_before_the_signal_is_lost_without_an_answer(error, begun, counted_as):
+    tally = serve_load.Tally()
+    now = time.perf_counter()
+    tally.told = {"before": now + 0.02, "after": now - 1, "much before": now + 60}[begun]
+
+    class Client:
+        async def post(self, *_, **__):
+            await asyncio.sleep(0.05)
+            raise error("no")
+
+    asked = [serve_load.Asked(b"", "", EXPECTED, 0.3)]
+    asyncio.run(serve_load.client_of(Client(), asked, tally, now + 0.04, 0))
+    assert dict(tally.count) == {counted_as: 1}
 
 
 def test_a_request_too_few_is_a_fault():
