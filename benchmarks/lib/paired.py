@@ -15,18 +15,14 @@ from scipy.stats import t as student
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean of `count` values, their standard deviation, and the half width of the mean's
-    confidence interval; both NaN for a single value."""
+    """A mean of `count` values, their standard deviation, the half width of the mean's confidence
+    interval, and the p-value of a mean of zero; all NaN for a single value."""
 
     mean: float
     deviation: float
     margin: float
     count: int
-
-    @property
-    def differs(self) -> bool:
-        """Whether zero is outside the interval."""
-        return self.margin < abs(self.mean)
+    p: float
 
 
 def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
@@ -36,10 +32,30 @@ def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
         raise ValueError("there are no values to take the mean of")
     mean = math.fsum(values) / count
     if count == 1:
-        return Estimate(mean, math.nan, math.nan, 1)
+        return Estimate(mean, math.nan, math.nan, 1, math.nan)
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1))
     quantile = float(student.ppf((1 + level) / 2, count - 1))
-    return Estimate(mean, deviation, quantile * deviation / math.sqrt(count), count)
+    error = deviation / math.sqrt(count)
+    if error:
+        p = float(2 * student.sf(abs(mean) / error, count - 1))
+    else:
+        p = float(mean == 0)
+    return Estimate(mean, deviation, quantile * error, count, p)
+
+
+def holm(estimates: Sequence[Estimate | None], level: float = 0.95) -> list[bool]:
+    """Which of several means differ from zero, with at most 1 - level chance that any of those that
+    don't is called so (Holm, "A simple sequentially rejective multiple test procedure", 1979). None
+    and means of a single value don't count."""
+    order = sorted(
+        (e.p, i) for i, e in enumerate(estimates) if e is not None and not math.isnan(e.p)
+    )
+    found = [False] * len(estimates)
+    for rank, (p, i) in enumerate(order):
+        if p > (1 - level) / (len(order) - rank):
+            break
+        found[i] = True
+    return found
 
 
 def paired(

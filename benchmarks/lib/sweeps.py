@@ -41,6 +41,7 @@ class Setting:
 
     tests      names of the test sets; differences are drawn for the first
     overrides  of every row
+    photos     those of the tests that are a few hundred photos or fewer
     features   where the mappers' backbone features are cached: "train", "test" -> folder
     """
 
@@ -49,6 +50,7 @@ class Setting:
     tests: tuple[str, ...]
     rows: Mapping[str, Row]
     overrides: tuple[str, ...] = ()
+    photos: tuple[str, ...] = ()
     features: Mapping[str, str] | None = None
 
 
@@ -151,6 +153,7 @@ STAMPS = Setting(
         "dynmoe_max16": variant("DynMoE, at most 16", f"{DYNMOE}:max16", *OFTEN),
     },
     # 10,000 images * 0.1 epochs / 8 images = 125 iterations
+    photos=("val_real",),
     overrides=("train.max_iter=125", "train.checkpointer.period=50", "train.eval_period=0"),
     features={"train": "datasets/stamps/features", "test": "datasets/stamps/features_test"},
 )
@@ -224,6 +227,7 @@ PHOTOS = Setting(
         "control": variant("dense", "pretrain/nano_photos:control"),
         "x16": Row("x16-Top2", "moe_tuning/nano_x16_photos"),
     },
+    photos=("coco", "coco_present", "val_real"),
 )
 
 # What tables show, above them; a sweep without a note speaks for itself.

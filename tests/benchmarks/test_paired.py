@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from helpers.seeds import fresh_rng
-from lib.paired import estimate, paired
+from lib.paired import Estimate, estimate, holm, paired
 from scipy import stats
 
 
@@ -14,8 +14,6 @@ def test_interval_of_a_known_case():
     found = estimate([1.0, 2.0, 3.0])
     assert (found.mean, found.deviation, found.count) == (2.0, 1.0, 3)
     assert found.margin == pytest.approx(4.302652729911275 / math.sqrt(3))
-    assert not found.differs
-    assert estimate([1.0, 1.1, 1.2]).differs
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.99])
@@ -27,8 +25,7 @@ def test_agrees_with_scipy(level):
     assert found.mean - found.margin == pytest.approx(low)
     assert found.mean + found.margin == pytest.approx(high)
     assert found.deviation == pytest.approx(np.std(values, ddof=1))
-    if abs(abs(found.mean) - found.margin) > 1e-9:
-        assert found.differs == (stats.ttest_1samp(values, 0).pvalue < 1 - level)
+    assert found.p == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
 
 
 def test_pairs_are_those_of_the_same_seed_as_in_scipys_paired_test():
@@ -51,12 +48,25 @@ def test_pairs_are_those_of_the_same_seed_as_in_scipys_paired_test():
 def test_one_value_has_no_interval_and_no_values_are_an_error():
     found = estimate([7.0])
     assert found.mean == 7.0 and math.isnan(found.margin) and math.isnan(found.deviation)
-    assert not found.differs
+    assert math.isnan(found.p)
     assert paired({0: 1.0}, {1: 1.0}) is None
     with pytest.raises(ValueError, match="no values"):
         estimate([])
 
 
 def test_equal_values_have_an_interval_of_no_width():
-    assert estimate([2.0] * 3).margin == 0 and estimate([2.0] * 3).differs
-    assert not estimate([0.0] * 3).differs
+    assert estimate([2.0] * 3).margin == 0 and estimate([2.0] * 3).p == 0
+    assert estimate([0.0] * 3).p == 1
+
+
+def test_holm_by_its_adjusted_p_values():
+    """The largest of (m - j) p_j over the j smallest, which is compared with the level itself."""
+    rng = fresh_rng()
+    ps = (10 ** rng.uniform(-4, 0, 9)).tolist()
+    estimates = [Estimate(1.0, 1.0, 1.0, 3, p) for p in ps]
+    adjusted = [max((len(ps) - j) * q for j, q in enumerate(sorted(ps)) if q <= p) for p in ps]
+    for level in (0.5, 0.9, 0.95):
+        assert holm(estimates, level) == [p <= 1 - level for p in adjusted]
+    alone = Estimate(1.0, math.nan, math.nan, 1, math.nan)
+    assert holm([None, alone, Estimate(1.0, 1.0, 1.0, 3, 0.04)]) == [False, False, True]
+    assert holm([]) == []
