@@ -46,9 +46,10 @@ test-fast: $(READY)  ## run one path through everything, in less than a minute
 	@$(PY) -m pytest -q -n auto --dist worksteal -m "not slow" $(FAST)
 
 fuzz: SEED := $(or $(SEED),$(shell od -An -N3 -tu4 /dev/urandom | tr -d ' '))
-fuzz: $(READY)  ## run the tests on other random numbers: make fuzz SEED=123 TESTS=tests/moe
+fuzz: TIMES := $(or $(TIMES),1)
+fuzz: $(READY)  ## tests on other inputs, TIMES as many: make fuzz TIMES=20 SEED=123 TESTS=tests/data
 	@echo "Seed: $(SEED)"
-	@DYNAMIC_DINO_TEST_SEED=$(SEED) $(PY) -m pytest -q -n auto --dist worksteal --hypothesis-seed=$(SEED) $(TESTS)
+	@DYNAMIC_DINO_TEST_SEED=$(SEED) DYNAMIC_DINO_TEST_TIMES=$(TIMES) $(PY) -m pytest -q -n auto --dist worksteal --hypothesis-seed=$(SEED) $(TESTS)
 
 bench: $(READY)  ## measure this machine, into benchmarks/results/<machine> (minutes)
 	@for script in flops fps profile_detector moe_layer training_step peers \

@@ -9,8 +9,8 @@ import tempfile
 
 # What a developer switched on, or the batch job they sit in, must not decide what is tested.
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-SEED = "DYNAMIC_DINO_TEST_SEED"
-for name in set(os.environ) - {SEED}:
+SEED, TIMES = "DYNAMIC_DINO_TEST_SEED", "DYNAMIC_DINO_TEST_TIMES"
+for name in set(os.environ) - {SEED, TIMES}:
     if name in LAUNCHER or name.startswith(("DYNAMIC_DINO", "SLURM_")):
         del os.environ[name]
 os.environ["OMP_NUM_THREADS"] = "1"  # small tensors: more threads only get into each other's way
@@ -23,7 +23,7 @@ os.environ["DETECTRON2_DATASETS"] = _datasets.name
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from helpers.seeds import fresh_rng, seed_everything  # noqa: E402
+from helpers.seeds import examples, fresh_rng, seed_everything  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is defined
@@ -36,15 +36,17 @@ except ImportError:  # on a bare machine with a GPU, where the tests that need i
     pass
 else:
     hypothesis.settings.register_profile("gate", derandomize=True)
-    if SEED not in os.environ:
-        hypothesis.settings.load_profile("gate")
+    hypothesis.settings.register_profile("fuzz", max_examples=examples(100), deadline=None)
+    hypothesis.settings.load_profile("fuzz" if SEED in os.environ else "gate")
 
 
 @pytest.fixture(autouse=True)
 def seed(request) -> int:
     """The test's own seed, which its name decides; a failing test shows how to repeat it."""
     if SEED in os.environ:
-        print(f"To repeat it: make fuzz SEED={os.environ[SEED]} TESTS='{request.node.nodeid}'")
+        times = os.environ.get(TIMES, "1")
+        test = request.node.nodeid
+        print(f"To repeat it: make fuzz SEED={os.environ[SEED]} TIMES={times} TESTS='{test}'")
     return seed_everything(request.node.nodeid)
 
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from detectron2.config import LazyCall as L
 from dynamic_dino.config import ConfigError, apply_overrides
+from helpers.seeds import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -59,7 +60,7 @@ TEXTS = (st.text(PRINTABLE) | st.text(GRAMMAR)).filter(lambda t: t != "???")
 @example("007")
 @example("{a:1}")
 @example("\\${HOME}/${b")
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(TEXTS)
 def test_a_text_comes_back_as_typed(text):
     for key in ("data.source", "data.images", "dataset.image_root", "train.output_dir"):
@@ -77,7 +78,7 @@ def test_a_text_comes_back_as_typed(text):
         CFG[section] = before
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(st.lists(TEXTS, min_size=1, max_size=4))
 def test_lists_of_texts(items):
     """Those with a comma, spaces around them or a quote at the front are quoted."""

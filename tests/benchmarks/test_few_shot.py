@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from dynamic_dino.data.datasets import load_datasets
 from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
+from helpers.seeds import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lib import tables
@@ -25,7 +26,7 @@ def names(records, rows) -> set[int]:
     return {a["category_id"] for row in rows for a in records[int(row)]["annotations"]}
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(seed=st.integers(0, 1000), count=st.integers(1, 12))
 def test_shots_show_as_many_names_as_they_can(drawn, seed, count):
     records = load_datasets(f"{drawn}/shapes/drawn/annotations/train.json")

@@ -20,6 +20,7 @@ import torch
 from detectron2.config import CfgNode
 from dynamic_dino.checkpoint import read_state_dict
 from dynamic_dino.checkpoint.plain_data import STAND_INS, Entries, Items, Nothing
+from helpers.seeds import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -65,7 +66,7 @@ def containers(inner):
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=FUNCTION_SCOPED)
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=FUNCTION_SCOPED)
 @given(
     beside=st.recursive(leaves, containers, max_leaves=6),
     wrap=st.sampled_from([dict, collections.OrderedDict]),
@@ -138,7 +139,7 @@ CODE = {
 }
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=FUNCTION_SCOPED)
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=FUNCTION_SCOPED)
 @given(data=st.data(), function=st.sampled_from(list(CODE)), zipped=st.booleans())
 def test_code_is_refused_and_not_run(tmp_path, data, function, zipped):
     mark = tmp_path / "mark"

@@ -11,6 +11,7 @@ from dynamic_dino.checkpoint.weights import FROZEN_ENCODERS, export_weights, loa
 from dynamic_dino.files import PACKAGE, sha256_of_file
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.routers import SoftmaxRouter
+from helpers.seeds import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -229,7 +230,7 @@ def written(tmp_path_factory) -> dict[str, bytes]:
     return {path.suffix: path.read_bytes() for path in folder.iterdir()}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from([".safetensors", ".pth"]), st.floats(0, 1), st.integers(0, 7))
 def test_a_flipped_bit_is_found_or_changes_nothing(written, tmp_path, suffix, place, bit):
     file = tmp_path / f"weights{suffix}"

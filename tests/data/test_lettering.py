@@ -5,6 +5,7 @@ import pytest
 from dynamic_dino.data import lettering
 from dynamic_dino.data.lettering import LabelFont, legible
 from dynamic_dino.data.visualization import draw_boxes
+from helpers.seeds import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -14,7 +15,7 @@ def drawable(letter: str) -> bool:
     return ord(letter) in lettering._in_dejavu() or lettering._in_opencv(letter)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.text(max_size=9))
 def test_every_letter_of_a_label_is_in_a_font(text):
     shown = legible(text)
@@ -25,7 +26,7 @@ def test_every_letter_of_a_label_is_in_a_font(text):
     assert not visible or mask.getbbox()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.text(st.characters(max_codepoint=0x9FFF, min_codepoint=0x4E00), min_size=2, max_size=2))
 def test_letters_are_told_apart(pair):
     a, b = (np.asarray(LabelFont(24).getmask(letter)) for letter in pair)

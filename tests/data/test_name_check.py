@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dynamic_dino.data import name_check
 from dynamic_dino.data.check import TOKENIZER
+from helpers.seeds import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ def found(*names: str, tokenizer: str = TOKENIZER) -> list[tuple[str, str]]:
 words = st.text(string.ascii_lowercase, min_size=1, max_size=8)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(st.lists(words, min_size=2, max_size=4, unique=True), st.data())
 def test_names_with_the_same_tokens_are_notes(names, data):
     assert not found(*names)

@@ -11,12 +11,15 @@ from dynamic_dino.data.json_stream import stream_json
 from dynamic_dino.data.problems import MAX_LENGTH, DataError
 from dynamic_dino.evaluation.coco import coco_ap, read_ground_truth
 from dynamic_dino.evaluation.predictions import DatasetPredictions
+from helpers.seeds import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 NAMES = ["红熊猫", "traffic light", "Mühle"]
 MODEST = settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(15),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
@@ -141,7 +144,7 @@ FIELDS = [
 ]
 
 
-@settings(MODEST, max_examples=120)
+@settings(MODEST, max_examples=examples(120))
 @given(st.sampled_from(FIELDS), values, st.booleans())
 def test_nothing_is_good_here_and_a_crash_there(tmp_path, field, value, outline):
     section, key = field
@@ -201,7 +204,7 @@ GROUNDED = [
 ]
 
 
-@settings(MODEST, max_examples=80)
+@settings(MODEST, max_examples=examples(80))
 @given(st.sampled_from(GROUNDED), values)
 def test_captions_are_refused_or_read_by_all(tmp_path, place, value):
     kind, path = place

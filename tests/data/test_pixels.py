@@ -9,6 +9,7 @@ import pytest
 from dynamic_dino.data import file_kinds
 from dynamic_dino.data.image_files import FORMATS, find_images
 from dynamic_dino.data.images import as_array, image_size, open_bytes
+from helpers.seeds import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -65,7 +66,7 @@ def png(values, colour_type, key=None):
     return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(mode=st.sampled_from(sorted(CHANNELS)), size=sizes, seed=seeds)
 def test_a_file_a_pil_image_and_an_array_of_one_content_are_one(tmp_path_factory, mode, size, seed):
     values = values_of(mode, size, seed)
@@ -88,7 +89,7 @@ def test_a_file_a_pil_image_and_an_array_of_one_content_are_one(tmp_path_factory
         assert np.array_equal(as_array(Image.fromarray(values.astype(np.int32))), seen), "mode I"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     mode=st.sampled_from(["LA", "La", "PA", "RGBA", "RGBa", "P", "L", "RGB", "1", "I;16"]),
     size=sizes,
@@ -126,7 +127,7 @@ def test_what_nobody_sees_is_not_read(mode, size, seed):
     assert (pair[0][hidden] == 255).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(size=sizes, seed=seeds, colour_type=st.sampled_from([0, 2, 4, 6]), keyed=st.booleans())
 def test_files_and_arrays_of_16_bits_give_their_upper_8(
     tmp_path_factory, size, seed, colour_type, keyed
@@ -208,7 +209,7 @@ def pictures() -> dict[str, bytes]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of odd metadata
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_a_damaged_file_of_any_format_is_read_or_refused_by_name(pictures, data):
     kind = data.draw(st.sampled_from([*pictures]))

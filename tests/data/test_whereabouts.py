@@ -15,6 +15,7 @@ from dynamic_dino.data.image_files import find_images
 from dynamic_dino.data.images import as_array, read_image
 from dynamic_dino.data.records import Records, Texts
 from dynamic_dino.data.whereabouts import find_path, why_missing, with_found_images
+from helpers.seeds import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -52,7 +53,7 @@ WRITTEN = {
 ROOTS = ("images", "", "annotations")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     written=st.sampled_from(sorted(WRITTEN)),
     root=st.sampled_from(ROOTS),

@@ -93,6 +93,8 @@ def test_closed_set_dense_then_himoe(tmp_path):
     for run in ("dense", "himoe"):
         results = json.loads((tmp_path / run / "results.json").read_text())
         assert "val/AP50" in results
+        of_set = json.loads((tmp_path / run / "evaluation/val/results.json").read_text())
+        assert all(of_set[key] == results[key] for key in ("weights", "iteration"))
     assert "val/routing/layer0/load_entropy" in results
 
 

@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import LazyCall as L
+from detectron2.utils.events import get_event_storage
 from dynamic_dino import files
 from dynamic_dino.config import ConfigError, load_config
 from dynamic_dino.data.loader import build_train_loader
-from dynamic_dino.engine import checkpointing, train, trainer
-from dynamic_dino.engine.checkpointing import SaveError, last_checkpoint
+from dynamic_dino.engine import checkpointing, evaluate, train, trainer, writers
+from dynamic_dino.engine.checkpointing import last_checkpoint
 from dynamic_dino.engine.evaluate import do_test
 from dynamic_dino.engine.preemption import EXIT_CODE, Preempted, noted_signals
 from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
+from dynamic_dino.files import DiskFullError, LogFile
 from helpers.processes import start_file
 from helpers.tiny_recipe import sample
 
@@ -183,7 +185,7 @@ def test_full_disk(recipe, metrics, tmp_path, monkeypatch, caplog):
     do_train(recipe("best"))
     assert metrics("best") == metrics("whole") and "The run goes on" in caplog.text
     fails("model_0000011")
-    with pytest.raises(SaveError) as error:
+    with pytest.raises(DiskFullError) as error:
         do_train(recipe("cut"))
     assert all(
         word in str(error.value) for word in ("MB are free", "No space", "model_0000009.pth")
@@ -193,6 +195,51 @@ def test_full_disk(recipe, metrics, tmp_path, monkeypatch, caplog):
     monkeypatch.undo()
     do_train(recipe("cut"), resume=True)
     assert metrics("cut") == metrics("whole")
+
+
+def test_logs_outlive_a_full_disk(recipe, metrics, tmp_path, monkeypatch, caplog):
+    """Rows of metrics come when there is room again; without, no checkpoint is saved that they are
+    missing from."""
+    do_train(recipe("whole"))
+    room_at: set[int] = set()
+
+    class Late(LogFile):
+        def flush(self):
+            usual = self._file
+            if get_event_storage().iter not in room_at:
+                self._file = Path("/dev/full").open("wb", buffering=0)
+            super().flush()
+            self._file = usual
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writers, "LogFile", Late)
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    room_at.update((4, 9, 14, 19, 20))
+    do_train(recipe("late", "train.checkpointer.period=5"))
+    assert caplog.text.count("TensorBoard's events in") == 1
+    assert metrics("late") == metrics("whole")
+    assert same(load(recipe("late"))["model"], load(recipe("whole"))["model"])
+    room_at.clear()
+    room_at.add(3)  # rows that come after the checkpoint of this iteration are left
+    with pytest.raises(
+        DiskFullError, match=r"metrics.json can't be .*model_0000004.pth: make room"
+    ):
+        do_train(recipe("cut"))
+    monkeypatch.undo()
+    do_train(recipe("cut"), resume=True)
+    assert metrics("cut") == metrics("whole")
+
+    def no_results(path, text):
+        raise DiskFullError(f"{path} can't be written")
+
+    monkeypatch.setattr(evaluate, "write_text", no_results)
+    with pytest.raises(DiskFullError, match=r"results.json .*model_0000004.pth: make room"):
+        do_train(recipe("scores"))
+    monkeypatch.undo()
+    do_train(recipe("scores"), resume=True)
+    assert metrics("scores") == metrics("whole")
 
 
 def test_bad_records_give_way_to_others(recipe, metrics, caplog, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from dynamic_dino.evaluation import bootstrap, coco_ap
 from dynamic_dino.evaluation.bootstrap import resampled_ap
 from dynamic_dino.evaluation.cli import main
-from helpers.seeds import fresh_rng
+from helpers.seeds import examples, fresh_rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
@@ -82,7 +82,7 @@ def reference(truth, found, category_ids, max_dets):
     )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     times=st.lists(st.integers(0, 3), min_size=IMAGES, max_size=IMAGES).filter(any),

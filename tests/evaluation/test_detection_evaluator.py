@@ -104,6 +104,7 @@ def test_phrases_are_mapped_to_categories_and_everything_is_written(tmp_path, lo
     batches = detect(rng, truth)
     name = register(truth, tmp_path, frequency=list("rcff"), novel=[True, False, False, False])
     evaluator = DetectionEvaluator(name, tmp_path / "out" / "val")
+    evaluator.source = {"weights": "model_0000004.pth", "iteration": 4}
     evaluator.reset()
     for inputs, outputs in batches:
         evaluator.process(inputs, outputs)
@@ -124,6 +125,8 @@ def test_phrases_are_mapped_to_categories_and_everything_is_written(tmp_path, lo
     assert saved.metrics == dict(metrics), "predictions.json doesn't reproduce the metrics"
     results = json.loads((out / "results.json").read_text())
     assert results["metrics"] == dict(metrics)
+    assert results["weights"] == "model_0000004.pth" and results["iteration"] == 4
+    assert "; model_0000004.pth, iteration 4\n" in (out / "results.txt").read_text()
     by_name = {row["name"]: row for row in results["per_class"]}
     assert (by_name["red panda"]["frequency"], by_name["red panda"]["novel"]) == ("r", True)
     for text in (log.text, (out / "results.txt").read_text()):

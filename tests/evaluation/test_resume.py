@@ -20,7 +20,7 @@ from dynamic_dino.evaluation import DetectionEvaluator, PredictionLog
 from dynamic_dino.evaluation.prediction_log import Found
 from dynamic_dino.evaluation.predictions import DatasetPredictions
 from dynamic_dino.moe.routing import Routing
-from helpers.seeds import fresh_rng
+from helpers.seeds import examples, fresh_rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -188,7 +188,7 @@ def one_log(tmp_path_factory):
     return (folder / "00000.jsonl").read_bytes().splitlines(keepends=True), read
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(data=st.data())
 def test_a_damaged_log_says_nothing_wrong(one_log, data):
     """Whatever happens to its lines and bytes, what is read was written, and each image once; of

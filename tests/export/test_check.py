@@ -4,6 +4,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from dynamic_dino.export.check import TOLERANCES, Difference, difference
+from helpers.seeds import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,7 @@ def sure_and_doubtful(sure: int, allowed, generator) -> Instances:
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(st.integers(1, 40), st.integers(0, 40), st.integers(0, 999), st.sampled_from("mfsc"))
 def test_the_lost_are_counted(precision, sure, lost, seed, how):
     allowed, lost = TOLERANCES[precision], min(lost, sure)

@@ -6,12 +6,13 @@ from dynamic_dino.export.experts import EXPERTS, StaticMoE, StaticSoftmax
 from dynamic_dino.moe.layer import MoEFeedForward
 from dynamic_dino.moe.routers import Router, SoftmaxRouter
 from helpers.routers import DIM, ROUTERS
+from helpers.seeds import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 @given(
     experts=st.integers(1, 4),
     k=st.sampled_from([1, 2, 4]),

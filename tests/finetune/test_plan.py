@@ -13,13 +13,13 @@ from dynamic_dino.finetune import cli, plan
 from dynamic_dino.finetune.rule import LEAST, iterations_for
 from dynamic_dino.serving.shipped import SHIPPED_MODELS
 from helpers import formats, twins
-from helpers.seeds import fresh_rng
+from helpers.seeds import examples, fresh_rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.integers(1, 10**6), st.integers(1, 32))
 def test_longer_for_more_photos_but_each_comes_less_often(photos, batch):
     one, four = iterations_for(photos, batch), iterations_for(4 * photos, batch)

@@ -1,4 +1,5 @@
-"""Seeds of tests: fixed unless DYNAMIC_DINO_TEST_SEED asks for others, and different in each."""
+"""Seeds of tests: fixed unless DYNAMIC_DINO_TEST_SEED asks for others, and different in each; and
+how many inputs they draw. `make fuzz` sets both variables."""
 
 import hashlib
 import os
@@ -8,6 +9,13 @@ import numpy as np
 import torch
 
 VARIABLE = "DYNAMIC_DINO_TEST_SEED"
+TIMES = "DYNAMIC_DINO_TEST_TIMES"
+
+
+def examples(count: int) -> int:
+    """How many inputs a test of hypothesis draws: `count`, or so many times as many as the variable
+    says. All tests ask here, see `settings(max_examples=examples(60))`."""
+    return max(1, int(count * float(os.environ.get(TIMES, "1"))))
 
 
 def seed_everything(name: str) -> int:

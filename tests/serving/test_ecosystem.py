@@ -13,6 +13,7 @@ from dynamic_dino.modeling.phrases import Phrases
 from dynamic_dino.serving.ecosystem import from_supervision, to_coco_results, to_supervision
 from dynamic_dino.serving.inference import detection_records
 from dynamic_dino.serving.labels import write_labels
+from helpers.seeds import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -39,7 +40,7 @@ def detections(draw):
     return found
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(detections())
 def test_there_and_back(found):
     pytest.importorskip("supervision")

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from dynamic_dino.data.datasets import get_metadata, load_datasets
 from dynamic_dino.serving.labels import one_line, write_labels
+from helpers.seeds import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -83,7 +84,9 @@ def read_back(path, kind):
 
 @pytest.mark.parametrize("kind", ["coco", "yolo", "voc", "labelme", "label-studio"])
 @settings(
-    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(4),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(found=results())
 def test_round_trips(tmp_path_factory, kind, found):
@@ -129,6 +132,7 @@ def test_folders_of_labels(tmp_path):
     found = [result(file, "cow\n \x07 fly", boxes[0]) for file in files]
     found.append(result(files[0], "mug", boxes[1]))
     out = tmp_path / "out"
+    (out / "yolo.1-a.partial").mkdir(parents=True)  # of a process that works at the same time
     for kind in ("yolo", "voc", "labelme", "coco"):
         path = write_labels(found, out, kind)
         read, classes = read_back(path, kind)
@@ -141,6 +145,7 @@ def test_folders_of_labels(tmp_path):
 
     write_labels(found, out, "yolo")
     assert not (out / "yolo.1").exists(), "nothing had changed"
+    assert [path.name for path in out.glob("*.partial")] == ["yolo.1-a.partial"]
     label = out / "yolo/labels/hidden.txt"
     label.write_text("0 0.5 0.5 1 1\n")
     write_labels(found, out, "yolo")

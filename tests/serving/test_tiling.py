@@ -11,6 +11,7 @@ from dynamic_dino import load_detector
 from dynamic_dino.data.images import load_image
 from dynamic_dino.serving.inference import Detector
 from dynamic_dino.serving.tiling import TiledDetector, detect_tiled, tiles
+from helpers.seeds import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -44,7 +45,7 @@ class Blobs(torch.nn.Module):
         return found
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=examples(8), deadline=None)
 @given(st.data(), st.integers(0, 70), st.integers(0, 70))
 def test_everything_is_found_once(data, right, bottom):
     """Things of 3 to 70 pixels, each in a cell of its own, wherever the borders of tiles run. The
@@ -70,7 +71,7 @@ def test_everything_is_found_once(data, right, bottom):
 
 
 @given(st.integers(1, 900), st.integers(1, 900), st.integers(32, 300), st.floats(0, 0.9))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_tiles_cover_the_image(width, height, tile, overlap):
     places = tiles(width, height, tile, overlap)
     for side, first in ((width, 0), (height, 1)):

@@ -10,6 +10,7 @@ from dynamic_dino.data.visualization import draw_detections
 from dynamic_dino.modeling.phrases import Phrases
 from dynamic_dino.serving.inference import detection_records
 from dynamic_dino.serving.tracking import Tracker
+from helpers.seeds import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ def found(objects):
     return instances
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10), deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from("ab"), st.floats(-2, 2)), min_size=1, max_size=5),
     st.lists(st.floats(0.02, 0.06), min_size=3, max_size=12),

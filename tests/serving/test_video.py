@@ -25,6 +25,7 @@ from dynamic_dino.serving.video import (
     open_video,
     shown_source,
 )
+from helpers.seeds import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,7 +58,7 @@ def clip(tmp_path_factory):
     return path
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=examples(5), deadline=None)
 @given(
     st.lists(st.floats(0.002, 3), max_size=6),
     st.tuples(st.integers(32, 65), st.integers(32, 65)),

@@ -11,6 +11,7 @@ from dynamic_dino.data.ground_truth import ground_truth
 from dynamic_dino.evaluation.cli import main as score
 from dynamic_dino.evaluation.coco import coco_ap, read_ground_truth
 from helpers import formats
+from helpers.seeds import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -101,7 +102,7 @@ boxes = st.tuples(*[st.integers(0, 60)] * 4).map(
     "writer", ["voc", "ultralytics", "labelme", "cvat", "label studio", "label studio min", "csv"]
 )
 @settings(
-    max_examples=15,
+    max_examples=examples(15),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

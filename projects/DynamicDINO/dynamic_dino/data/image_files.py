@@ -25,7 +25,7 @@ SUFFIXES = tuple(
     sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 )
 # A picture of few bytes may have so many pixels that decoding them fills the memory, at about 14
-# bytes a pixel. Whoever allows more than Pillow does, means its limit too.
+# bytes a pixel.
 MAX_PIXELS = "DYNAMIC_DINO_MAX_PIXELS"
 
 
@@ -37,9 +37,16 @@ def most_pixels() -> int:
     return int(float(text) * 1e6)
 
 
+def allow_in_pillow(pixels: int) -> None:
+    """Whoever allows so many means Pillow's own limit too, from which on it warns, and refuses
+    twice as many."""
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, pixels)
+
+
 with suppress(ValueError):  # said when a picture is opened
     if MAX_PIXELS in os.environ:
-        Image.MAX_IMAGE_PIXELS = most_pixels()
+        allow_in_pillow(most_pixels())
 
 # Pictures to a person, whether they are read here or not.
 _OTHERS = ".heic .heif .hif .avif .jxl .svg .psd .eps .ico .dng .cr2 .cr3 .nef .arw .raf .orf"

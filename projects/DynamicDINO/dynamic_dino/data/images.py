@@ -30,6 +30,10 @@ DAMAGES += (RuntimeError, EOFError, MemoryError)
 Size = int | Sequence[int] | None
 
 
+class TooManyPixelsError(ValueError):
+    """An image has more pixels than are allowed; they weren't decoded."""
+
+
 def as_array(image: ImageLike) -> np.ndarray:
     """What a person sees of an image file, a PIL image or an array: uint8 [H, W, 3] RGB; see
     `pixels`. Files and PIL images are turned as their EXIF tag says.
@@ -81,29 +85,33 @@ def open_image(given: str | Path) -> Image.Image:
     return _open(path, str(path))
 
 
-def open_bytes(content: bytes, name: str) -> Image.Image:
+def open_bytes(content: bytes, name: str, most: int | None = None) -> Image.Image:
     """`open_image` of a file in memory; `as_array` decodes it.
 
     Args:
         name: what errors call it, here and there.
+        most: pixels, in place of `most_pixels`; see `allow_in_pillow`.
 
-    Raises ValueError if it can't be read.
+    Raises ValueError if it can't be read, `TooManyPixelsError` among them.
     """
-    image = _open(io.BytesIO(content), name)
+    image = _open(io.BytesIO(content), name, most)
     image.filename = name
     return image
 
 
-def _open(file: Path | io.BytesIO, name: str) -> Image.Image:
-    most = most_pixels()
-    too_large = (
-        f"than {most / 1e6:g} million: make it smaller, or allow more with the environment "
-        f"variable {MAX_PIXELS} (in millions)"
-    )
+def _open(file: Path | io.BytesIO, name: str, most: int | None = None) -> Image.Image:
+    remedy = ""
+    if most is None:
+        most = most_pixels()
+        remedy = (
+            ": make it smaller, or allow more with the environment variable "
+            f"{MAX_PIXELS} (in millions)"
+        )
+    too_large = f"than {most / 1e6:g} million{remedy}"
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:  # of more than Pillow lets through
-        raise ValueError(f"image {name} has more pixels {too_large}") from None
+        raise TooManyPixelsError(f"image {name} has more pixels {too_large}") from None
     except UnidentifiedImageError as error:
         with file.open("rb") if isinstance(file, Path) else file as stream:
             kind, remedy = what_it_is(stream)
@@ -115,7 +123,7 @@ def _open(file: Path | io.BytesIO, name: str) -> Image.Image:
     if image.width * image.height > most:
         size = f"{image.width} x {image.height}"
         image.close()
-        raise ValueError(f"image {name} has {size} pixels, more {too_large}")
+        raise TooManyPixelsError(f"image {name} has {size} pixels, more {too_large}")
     return image
 
 

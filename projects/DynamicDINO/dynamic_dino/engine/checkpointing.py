@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import re
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,11 @@ from torch import Tensor, nn
 
 from ..checkpoint.files import check_checksums, why_unreadable
 from ..config import nearest
-from ..files import write_text, written_whole
+from ..files import DiskFullError, disk_full, write_text, written_whole
 
 logger = logging.getLogger(__name__)
 
 BEST = "model_best"
-
-
-class SaveError(OSError):
-    """A checkpoint can't be written; what was there before is as it was."""
 
 
 class Checkpointer(_Checkpointer):
@@ -41,29 +37,23 @@ class Checkpointer(_Checkpointer):
         main = comm.is_main_process()
         super().__init__(model, str(save_dir), save_to_disk=main, **checkpointables)
         self.saved = -1  # the iteration of the last resumable checkpoint
+        self.before_saving: Callable[[], None] = lambda: None
 
     def save(self, name: str, *, resumable: bool = True, **extra: Any) -> None:
         """Writes `name`.pth; the run resumes from it unless `resumable` is False, and results.json,
-        which older weights have, is removed. Raises `SaveError`."""
+        which older weights have, is removed. Raises `DiskFullError`."""
         if not self.save_to_disk:
             return
+        self.before_saving()
         state = {key: value.state_dict() for key, value in self.checkpointables.items()}
         state = {"model": self.model.state_dict(), **state, **extra}
         path = Path(self.save_dir) / f"{name}.pth"
-        needed, free = _bytes(state), shutil.disk_usage(path.parent).free
+        needed = _bytes(state)
         try:
-            if needed > free:
-                raise OSError("no space left")
-            with written_whole(path, binary=True) as file:
+            with written_whole(path, binary=True, needed=needed) as file:
                 torch.save(state, file)
-        except (OSError, RuntimeError) as error:  # torch's own, where a write fails
-            last = last_checkpoint(self.save_dir)
-            reason = error.strerror if getattr(error, "strerror", None) else str(error)
-            raise SaveError(
-                f"{path} can't be saved: it takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are "
-                f"free ({reason}); the last good checkpoint is {last or 'not there yet'}: make "
-                "room, and continue with --resume"
-            ) from None
+        except RuntimeError as error:  # torch's own, where a write fails
+            raise disk_full(path, needed, str(error)) from None
         if resumable:
             (path.parent / "results.json").unlink(missing_ok=True)
             self.tag_last_checkpoint(path.name)
@@ -189,7 +179,7 @@ class BestCheckpointer(HookBase):
             best = {self.metric: value}
             try:
                 self.checkpointer.save(BEST, resumable=False, iteration=iteration, best=best)
-            except SaveError as error:
+            except DiskFullError as error:
                 logger.warning("%s. The run goes on", error)
                 return
             self.best = value

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from ..config import ConfigError, load_config, variants_table
 from ..console import command
-from ..files import configs_folder
-from .checkpointing import SaveError
+from ..files import DiskFullError, configs_folder
 from .evaluate import evaluate_weights
 from .launch import argument_parser, launch
 from .preemption import noted_signals
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         launch(run, args)
     except ConfigError as error:
         parser.error(str(error))
-    except (NonFiniteLossError, SaveError) as error:
+    except (NonFiniteLossError, DiskFullError) as error:
         raise SystemExit(f"{parser.prog}: error: {error}") from None
 
 

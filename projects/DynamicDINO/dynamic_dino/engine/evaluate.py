@@ -25,7 +25,7 @@ from ..data.feature_cache import check_feature_caches
 from ..data.loader import as_sources
 from ..data.records import Mixture
 from ..evaluation import DetectionEvaluator, PredictionLog
-from ..files import write_text
+from ..files import DiskFullError, write_text
 from .checkpointing import last_checkpoint, read_checkpoint
 from .fingerprint import annotation_files, fingerprint
 from .preemption import Stoppable
@@ -43,8 +43,8 @@ def do_test(
 ) -> dict[str, float]:
     """Runs `model` over each ``dataloader.test`` and scores it with the evaluator of that name.
 
-    Details go to ``output_dir/evaluation/<name>/``, all scores to ``output_dir/results.json``, with
-    the ``weights`` that have them (by default ``train.init_checkpoint``), and their iteration.
+    Details go to ``output_dir/evaluation/<name>/``, all scores to ``output_dir/results.json``, both
+    with the ``weights`` that have them (by default ``train.init_checkpoint``), and their iteration.
     Returns {"<name>/<metric>": value} on the main process, {} on the others. Collective.
 
     What is found is also written down as it comes (`PredictionLog`): an evaluation that was
@@ -57,6 +57,7 @@ def do_test(
     Raises `Preempted` after a batch if a signal asked the process to end.
     """
     loaders, evaluators = cfg.dataloader.get("test") or {}, cfg.dataloader.get("evaluator") or {}
+    source = {"weights": weights or cfg.train.init_checkpoint or None, "iteration": iteration}
     for name in loaders:
         if name not in evaluators:
             near = nearest(name, evaluators) or list(evaluators)
@@ -77,7 +78,7 @@ def do_test(
     scores: dict[str, float] = {}
     logs: list[PredictionLog] = []
     for name in names:
-        evaluator, log = _evaluator(cfg, name, model, dtype)
+        evaluator, log = _evaluator(cfg, name, model, dtype, source)
         loader = Stoppable(_load_all_but(log.done if log else (), loaders[name]))
         with autocast(device, dtype), adjusted(model, getattr(evaluator, "detector", {})):
             results = inference_on_dataset(model, loader, evaluator)
@@ -90,7 +91,6 @@ def do_test(
         scores |= means(scores, cfg.dataloader.get("means") or {})
         path = Path(cfg.train.output_dir) / "results.json"
         finite = {k: v if math.isfinite(v) else None for k, v in scores.items()}
-        source = {"weights": weights or cfg.train.init_checkpoint or None, "iteration": iteration}
         write_text(path, json.dumps(source | finite, indent=2) + "\n")
         logger.info("Results, also in %s\n%s", path, results_table(scores))
     for log in logs:  # only now: who starts again after the first of 35 sets finds it done
@@ -99,7 +99,11 @@ def do_test(
 
 
 def _evaluator(
-    cfg: DictConfig, name: str, model: nn.Module, dtype: torch.dtype | None
+    cfg: DictConfig,
+    name: str,
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    source: Mapping[str, Any],
 ) -> tuple[DatasetEvaluator, PredictionLog | None]:
     """The evaluator of a test set; one of ours keeps a log in the set's output folder."""
     folder = Path(cfg.train.output_dir) / "evaluation" / name
@@ -113,6 +117,7 @@ def _evaluator(
     evidence = fingerprint(model, cfg.dataloader.test[name], node, cfg.model, dtype)
     log = PredictionLog(folder / "unfinished", evidence)
     evaluator.use_log(log)
+    evaluator.source = source
     return evaluator, log
 
 
@@ -227,10 +232,15 @@ def load_for_evaluation(cfg: DictConfig, resume: bool) -> nn.Module:
 
 
 def evaluate_weights(cfg: DictConfig, resume: bool) -> dict[str, float]:
-    """`do_test` of what `load_for_evaluation` loads."""
+    """`do_test` of what `load_for_evaluation` loads. Raises `DiskFullError`."""
     model = load_for_evaluation(cfg, resume)
-    if not resume:
-        return do_test(cfg, model)
-    path = last_checkpoint(cfg.train.output_dir)
-    iteration = read_checkpoint(path, mmap=True).get("iteration")
-    return do_test(cfg, model, weights=path.name, iteration=iteration)
+    of: dict[str, Any] = {}
+    if resume:
+        path = last_checkpoint(cfg.train.output_dir)
+        of = {"weights": path.name, "iteration": read_checkpoint(path, mmap=True).get("iteration")}
+    try:
+        return do_test(cfg, model, **of)
+    except DiskFullError as error:
+        raise DiskFullError(
+            f"{error}; make room, and start the same command again: it goes on where it stopped"
+        ) from None

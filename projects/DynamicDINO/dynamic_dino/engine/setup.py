@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
 from ..config import ConfigError, input_errors, save_config
-from ..files import FolderInUseError, probe_folder, sole_writer
+from ..files import DiskFullError, FolderInUseError, LogFile, probe_folder, sole_writer
 from .allocator import keep_freed_memory
 from .changes import changes
 from .checkpointing import last_checkpoint
 
 logger = logging.getLogger(__name__)
+_log_file = lru_cache(maxsize=None)(LogFile)  # one for all loggers
 
 
 @contextmanager
@@ -40,7 +42,7 @@ def sole_run(folder: str | Path, option: str = "train.output_dir=FOLDER") -> Ite
                     f"{error}; wait until it has ended, or stop it, or choose another folder with "
                     f"{option}"
                 )
-            except ConfigError as error:
+            except (ConfigError, DiskFullError) as error:
                 problem = str(error)
         if problem := comm.all_gather(problem)[0]:
             raise ConfigError(problem)
@@ -66,9 +68,9 @@ def _setup(cfg: DictConfig, resume: bool) -> None:
     for name in ("detectron2", "fvcore", "dynamic_dino", "dynamic_dino_kernels"):
         setup_logger(str(train.output_dir), distributed_rank=comm.get_rank(), name=name)
         for handler in logging.getLogger(name).handlers:
-            stream = handler.stream
-            if isinstance(stream, TextIOWrapper) and stream not in (sys.stdout, sys.stderr):
-                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            stream = handler.stream  # Detectron2's, of log.txt or log.txt.rank1; or a console
+            if isinstance(stream, TextIOWrapper) and Path(stream.name).name.startswith("log.txt"):
+                handler.setStream(_log_file(Path(stream.name)))
     if train.num_threads:
         torch.set_num_threads(train.num_threads)
     if train.device == "cpu":

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from detectron2.config import instantiate
 from detectron2.engine import create_ddp_model, hooks
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoint.weights import load_checkpoint
 from ..config import ConfigError, accepts, input_errors, require
 from ..data.feature_cache import check_feature_caches
+from ..files import DiskFullError
 from ..moe.parameters import count_parameters
 from .adaptive_experts import AdaptiveExpertsHook
 from .checkpointing import (
@@ -34,6 +35,7 @@ from .printer import ProgressPrinter
 from .setup import sole_run
 from .trainable import parameter_table, set_train_mode, set_trainable
 from .trainer import Trainer, seed_everything
+from .writers import MetricsFile, TensorBoard
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +158,8 @@ class EndWhenAsked(hooks.HookBase):
 
 class MetricsWriter(hooks.PeriodicWriter):
     """Detectron2's hook. An interrupted run writes no row that a whole one doesn't have: what was
-    measured since the last one is in the checkpoint. A row that was due comes first."""
+    measured since the last one is in the checkpoint. A row that was due comes first. Rows that have
+    no room are younger than the last checkpoint, and come when the run is resumed."""
 
     def before_train(self) -> None:
         if self.trainer.start_iter and self.trainer.start_iter % self._period == 0:
@@ -168,19 +171,28 @@ class MetricsWriter(hooks.PeriodicWriter):
             super().after_train()
         else:
             for writer in self._writers:
-                writer.close()
+                with suppress(DiskFullError):
+                    writer.close()
 
 
 def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
     """Trains as the recipe says; with `resume`, goes on from the last checkpoint, if there is one,
     to exactly the numbers of an uninterrupted run. Returns the trained model, without wrappers.
 
-    Raises `Preempted` where a signal that `preemption.noted_signals` heeds ended it, `SaveError` on
-    a full disk, `ConfigError` where another run has the output folder.
+    Raises `Preempted` where a signal that `preemption.noted_signals` heeds ended it,
+    `DiskFullError` where a file has no room that a resume needs, or the results of an evaluation,
+    `ConfigError` where another run has the output folder.
     """
     require(cfg, "model", "optimizer", "lr_multiplier", "dataloader.train")
     with sole_run(cfg.train.output_dir):
-        return _do_train(cfg, resume)
+        try:
+            return _do_train(cfg, resume)
+        except DiskFullError as error:
+            last = last_checkpoint(cfg.train.output_dir)
+            raise DiskFullError(
+                f"{error}; the last good checkpoint is {last or 'not there yet'}: make room, and "
+                "continue with --resume"
+            ) from None
 
 
 def _do_train(cfg: DictConfig, resume: bool) -> nn.Module:
@@ -319,11 +331,10 @@ def _hooks(
     metrics = Path(train.output_dir) / "metrics.json"
     trim_metrics(metrics, start_iter)
     trainer.logged_until = max((row["iteration"] for row in read_metrics(metrics)), default=-1)
-    files: list[EventWriter] = [
-        # A row is the median of the iterations since the last one; with log_period=1, exact.
-        JSONWriter(str(metrics), window_size=train.log_period),
-        TensorboardXWriter(train.output_dir, window_size=train.log_period, purge_step=start_iter),
-    ]
+    # A row is the median of the iterations since the last one; with log_period=1, exact.
+    rows = MetricsFile(metrics, train.log_period)
+    checkpointer.before_saving = rows.settle  # a run that resumes from there won't write them
+    files = [TensorBoard(train.output_dir, train.log_period, purge_step=start_iter), rows]
     writing = MetricsWriter([ProgressPrinter(train.max_iter), *files], period=train.log_period)
     hooks_of_main = [*common, saving, EndWhenAsked(saving.save_now)]
     if has_tests:

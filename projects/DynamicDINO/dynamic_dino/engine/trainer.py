@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config import ConfigError
 from ..console import some
+from ..files import DiskFullError
 from ..moe.routing import Routing
-from .checkpointing import SaveError
 from .ema import ModelEma
 from .preemption import requested
 from .trainable import set_train_mode
@@ -39,7 +39,7 @@ class NonFiniteLossError(FloatingPointError):
 
 
 # The command says these in one line; Detectron2's loop would log their traceback before.
-_SAID_ELSEWHERE = (NonFiniteLossError, SaveError, ConfigError)
+_SAID_ELSEWHERE = (NonFiniteLossError, DiskFullError, ConfigError)
 logging.getLogger("detectron2.engine.train_loop").addFilter(
     lambda record: not (record.exc_info and isinstance(record.exc_info[1], _SAID_ELSEWHERE))
 )

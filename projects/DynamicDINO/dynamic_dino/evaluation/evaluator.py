@@ -7,6 +7,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 from ..data.datasets import get_metadata
 from ..data.fields import id_array
 from ..data.ground_truth import ground_truth
-from ..files import writable_folder, write_text
+from ..files import writable_folder, write_text, written_whole
 from ..moe.statistics import RoutingStatistics
 from .coco import class_groups, read_ground_truth
 from .pictures import results_sheet
@@ -56,7 +57,11 @@ class DetectionEvaluator(DatasetEvaluator):
         detector: settings of the detector that belong to the protocol, such as max_phrases;
             whoever runs the evaluation makes them (`dynamic_dino.engine.evaluate.do_test`).
 
+    `source`, weights and iteration that are scored, stands in the results if whoever runs the
+    evaluation sets it.
     """
+
+    source: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -176,6 +181,7 @@ class DetectionEvaluator(DatasetEvaluator):
         results = {
             "dataset": self.dataset_name,
             "protocol": self._protocol_name,
+            **self.source,
             "images": len(prompted),
             "objects": sum(c["objects"] for c in result.per_class),
             "max_dets": self._most,
@@ -203,7 +209,8 @@ class DetectionEvaluator(DatasetEvaluator):
         sheet = results_sheet(self._truth, predictions, self._files, names)
         if sheet is not None:
             path = self.output_dir / "pictures.jpg"
-            Image.fromarray(sheet).save(path, quality=90)
+            with written_whole(path, binary=True) as file:
+                Image.fromarray(sheet).save(file, "JPEG", quality=90)
             logger.info("Pictures: %s", path)
 
     def _read_truth(self) -> dict:

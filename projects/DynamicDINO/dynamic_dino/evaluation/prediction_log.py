@@ -17,6 +17,7 @@ import logging
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from detectron2.utils import comm
 
 from ..console import some
 from ..data.fields import id_array
+from ..files import DiskFullError, LogFile
 from .predictions import DatasetPredictions
 
 logger = logging.getLogger(__name__)
@@ -75,7 +77,7 @@ class PredictionLog:
             first = max((int(name) for name in names if name.isdigit()), default=-1) + 1
         first, self.done, fingerprint = comm.all_gather((first, done, dict(fingerprint)))[0]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = (self.folder / f"{first + comm.get_rank():05d}.jsonl").open("w")
+        self._file = LogFile(self.folder / f"{first + comm.get_rank():05d}.jsonl", "w")
         self._write(fingerprint)
         self._prompts: dict[tuple[int, ...], int] = {}
 
@@ -96,7 +98,8 @@ class PredictionLog:
             )
 
     def append(self, found: Found) -> None:
-        """Writes a batch down; from now on it survives the end of the process."""
+        """Writes a batch down; from now on it survives the end of the process, unless the disk is
+        full, see `LogFile`."""
         # A long prompt is the same for all images: it is written once.
         new = [p for p in dict.fromkeys(found.prompts) if p not in self._prompts]
         self._prompts |= {p: len(self._prompts) + i for i, p in enumerate(new)}
@@ -115,7 +118,8 @@ class PredictionLog:
 
     def remove(self) -> None:
         """The evaluation is complete: its results are elsewhere. Collective."""
-        self._file.close()
+        with suppress(DiskFullError):
+            self._file.close()
         comm.synchronize()
         if comm.is_main_process():
             shutil.rmtree(self.folder)

@@ -25,7 +25,8 @@ def format_results(results: dict, max_classes: int | None = None) -> str:
     objects = f"{results['objects']} objects of {len(scored)} classes" if per_class else ""
     images = f"{results['images']} {'images' if per_class else 'expressions'}"
     parts = [
-        f"{results['dataset']}: {', '.join(filter(None, [images, objects]))}; percent, {counted}",
+        f"{results['dataset']}: {', '.join(filter(None, [images, objects]))}; percent, {counted}"
+        + _source(results),
         _table([[_number(metrics[k]) for k in columns]], columns),
     ]
     if points := results.get("operating_points"):
@@ -52,6 +53,14 @@ def format_results(results: dict, max_classes: int | None = None) -> str:
     if per_class:
         parts.append(_class_table(scored, max_classes))
     return "\n\n".join(parts)
+
+
+def _source(results: dict) -> str:
+    """What is scored, "" where that isn't known."""
+    if not results.get("weights"):
+        return ""
+    iteration = results.get("iteration")
+    return f"; {results['weights']}" + ("" if iteration is None else f", iteration {iteration}")
 
 
 def _routing_table(layers: list[dict]) -> str:

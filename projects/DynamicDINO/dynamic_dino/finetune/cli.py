@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..console import command, program
+from ..files import DiskFullError
 from . import rule
 
 DESCRIPTION = """\
@@ -125,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported late, so that --help and wrong arguments answer at once.
     from ..config import ConfigError
     from ..engine.allocator import keep_freed_memory
-    from ..engine.checkpointing import SaveError
     from ..engine.trainer import NonFiniteLossError
     from .run import Options, finetune
 
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         finetune(options)
-    except (ConfigError, NonFiniteLossError, SaveError) as error:
+    except (ConfigError, NonFiniteLossError, DiskFullError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:

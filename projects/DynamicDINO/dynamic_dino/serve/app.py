@@ -15,7 +15,8 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from pydantic import BaseModel, Field
 
 from .. import __version__
-from ..data.images import as_array, open_bytes
+from ..data.image_files import allow_in_pillow
+from ..data.images import TooManyPixelsError, as_array, open_bytes
 from ..modeling.prompt import Prompt
 from ..serving.inference import Detector
 from .admission import Closed, Full, Gate, PixelBudget
@@ -115,6 +116,7 @@ def make_app(
         detector, limits.max_batch or detector.batch_size, limits.max_wait, metrics.batch.observe
     )
     budget = PixelBudget(2 * limits.max_pixels)
+    allow_in_pillow(limits.max_pixels)
     decoders = ThreadPoolExecutor(2, "decoder")
 
     @asynccontextmanager
@@ -144,19 +146,16 @@ def make_app(
         try:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(decoders, function, *arguments)
+        except TooManyPixelsError as error:
+            raise HTTPException(
+                413, f"{error}: send a smaller one, or start the server with more --max-pixels"
+            ) from None
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
 
     async def detect(asked_image: bytes, prompt: Prompt, options: Options) -> dict:
-        image = await decode(open_bytes, asked_image, "of the request")
-        pixels = image.width * image.height
-        if pixels > limits.max_pixels:
-            raise HTTPException(
-                413,
-                f"the image has {image.width} x {image.height} pixels, more than "
-                f"{limits.max_pixels / 1e6:g} million: send a smaller one",
-            )
-        async with budget.holding(pixels):
+        image = await decode(open_bytes, asked_image, "of the request", limits.max_pixels)
+        async with budget.holding(image.width * image.height):
             array: np.ndarray = await decode(as_array, image)
             try:
                 records = await batcher.detect(array, prompt, options)

@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(f"{missing[0]} is missing: pip install 'dynamic-dino[serve]'")
     # Imported late, so that --help and wrong arguments answer at once.
     import torch
+    from PIL import Image
     from uvicorn.config import LOGGING_CONFIG
 
     from .app import Limits, make_app
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Doubts about a client's names and images: its user wouldn't see them, and Python remembers
     # each text that it has shown, for ever.
     warnings.simplefilter("ignore", UserWarning)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         check_numbers(args)
         check_limits(args)

@@ -21,7 +21,7 @@ from xml.sax.saxutils import quoteattr
 
 import yaml
 
-from ..files import write_text
+from ..files import partial_name, write_text
 
 LONGEST = 180  # bytes of a file's name; file systems take 255
 
@@ -247,16 +247,18 @@ def _whole(low: float, high: float, size: int) -> tuple[int, int]:
 def _new_folder(path: Path) -> Iterator[Path]:
     """A folder that takes the place of `path` once all is in it; a former one that differs is
     kept, under a number."""
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_name(path)
     partial.mkdir(parents=True)
-    yield partial
-    if path.is_dir() and _equal(path, partial):
-        shutil.rmtree(path)
-    elif path.exists():
-        numbered = (path.with_name(f"{path.name}.{i}") for i in range(1, 1 << 20))
-        path.rename(next(free for free in numbered if not free.exists()))
-    partial.rename(path)
+    try:
+        yield partial
+        if path.is_dir() and _equal(path, partial):
+            shutil.rmtree(path)
+        elif path.exists():
+            numbered = (path.with_name(f"{path.name}.{i}") for i in range(1, 1 << 20))
+            path.rename(next(free for free in numbered if not free.exists()))
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _equal(folder: Path, other: Path) -> bool:
