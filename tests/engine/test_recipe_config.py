@@ -1,12 +1,20 @@
 """Wrong recipes and overrides: each gets one error that names the nearest right thing."""
 
 import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
+import numpy as np
 import pytest
 from dynamic_dino.config import TRAIN_DEFAULTS, ConfigError, load_config, require
+from dynamic_dino.kinds import of_wrong_kind
 from dynamic_dino.ranges import RANGES, out_of_range
+from helpers.seeds import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import nn
 
 GOOD = """
 from detectron2.config import LazyCall as L
@@ -112,7 +120,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.sampled_from([*RANGES]), anything)
 def test_any_value_is_in_its_range_or_named(pattern, value):
     key = pattern.replace("*", "of_mine")
@@ -122,6 +130,53 @@ def test_any_value_is_in_its_range_or_named(pattern, value):
         assert not (isinstance(value, int | float) and value < 0) and value == value
     else:
         assert wrong.startswith(f"{key} needs ") and len(wrong) < 300
+
+
+def kinds(
+    a: int = 1,
+    b: float | None = 0.5,
+    c: bool = False,
+    d: str | Sequence[str] = "x",
+    e: Literal["image", "chunk"] = "image",
+    f: tuple[float, float] = (0.9, 0.98),
+    g: Mapping[str, float] | None = None,
+    h: Sequence[Sequence[int]] = (),
+    i: nn.Module | None = None,
+    j: int = None,
+    k: Callable = len,
+    m=3,
+):
+    pass
+
+
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+HINTS = typing.get_type_hints(kinds)
+JUDGES = {name: TypeAdapter(HINTS[name], config=STRICT) for name in "abcdefgh"}
+
+
+@settings(max_examples=examples(80), deadline=None)
+@given(st.sampled_from("abcdefgh"), anything)
+def test_any_value_is_of_its_kind_or_named(name, value):
+    """As pydantic judges it."""
+    given = tuple(value) if name == "f" and isinstance(value, list) else value
+    try:
+        JUDGES[name].validate_python(given)
+    except ValidationError:
+        wrong = of_wrong_kind({"a": [{"_target_": kinds, name: value}]})
+        assert wrong.startswith(f"a.0.{name} needs ") and len(wrong) < 300
+    else:
+        assert of_wrong_kind({"a": [{"_target_": kinds, name: value}]}) is None
+
+
+def test_kinds_that_are_not_known_are_not_judged():
+    def wrong(**values):
+        return of_wrong_kind({"_target_": kinds, **values})
+
+    assert not wrong(i={"_target_": "x.y"}, j=None, k="len", m=[1, {"a": "b"}], a="${other}", n=3)
+    assert not wrong(i=nn.Identity(), b=np.float32(3))
+    assert wrong(i=3) == "i needs a Module, {_target_:...} or null, not '3'"
+    assert wrong(a=1.5) == "a needs a whole number, not '1.5'"
+    assert of_wrong_kind({"_target_": "nowhere.at_all", "a": 1.5}) is None
 
 
 def test_overrides_that_nothing_reads_are_refused(write):

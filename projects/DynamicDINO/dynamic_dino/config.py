@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from . import renamed
 from .files import configs_folder, write_text
+from .kinds import of_wrong_kind
 from .ranges import out_of_range
 from .trust import Loader, UntrustedError, require_known_targets
 from .values import CALLABLE, read_value
@@ -130,7 +131,7 @@ def load_config(
         other = load_config(model)
         cfg.model, cfg.inference = other.model, other.inference
         cfg.train.init_checkpoint = f"{other.train.output_dir}/model_final.pth"
-    return apply_overrides(cfg, overrides)
+    return apply_overrides(cfg, overrides, to_build)
 
 
 def variants(folder: Path) -> dict[str, tuple[str, list[str]]]:
@@ -176,11 +177,14 @@ def _variant(path: Path, name: str) -> list[str]:
     raise ConfigError(f"{path.name} has no variant {name!r}{hint}")
 
 
-def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def apply_overrides(cfg: DictConfig, overrides: Sequence[str], to_build: bool = True) -> DictConfig:
     """Applies ``key=value`` strings in place. A key that holds text takes the value as typed, all
     others by hydra's grammar: see `read_value`. A key must exist in the recipe, or name a parameter
     of the callable whose node it is in (``optimizer.betas=[0.9,0.98]``). A callable with all its
-    arguments (``model.backbone={_target_:my_module.MyBackbone,width:64}``) replaces a node."""
+    arguments (``model.backbone={_target_:my_module.MyBackbone,width:64}``) replaces a node.
+
+    Raises `ConfigError`, also for a value that is out of its range or, where something is going to
+    be built of it (what it names is imported for that), of another kind than its callable takes."""
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -201,7 +205,8 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
                 raise
             reason = str(error).partition("\n")[0]
             raise ConfigError(reason if key in reason else f"{override}: {reason}") from None
-    if wrong := out_of_range(_flat(OmegaConf.to_container(cfg, resolve=False))):
+    content = OmegaConf.to_container(cfg, resolve=False)
+    if wrong := out_of_range(_flat(content)) or (of_wrong_kind(content) if to_build else None):
         raise ConfigError(wrong)
     return cfg
 

@@ -63,7 +63,11 @@ def read_value(cfg: DictConfig, key: str, typed: str, hint: Any = None) -> Any:
             return [_literal(cfg, item) for item in _items(typed)]
         if str in own and not bracketed:
             return _literal(cfg, typed)
-    return _by_grammar(key, typed, present)
+    value = _by_grammar(key, typed, present)
+    counted = int in own or (type(present) is int and not own)
+    if isinstance(value, float) and value.is_integer() and counted and float not in own:
+        return int(value)  # 1e3 of whatever is counted
+    return value
 
 
 def _present(cfg: DictConfig, key: str) -> Any:
