@@ -38,7 +38,7 @@ class HierarchicalRouter(Router):
         scene_temperature, temperature: tau_s and tau_i.
         route_experts: the experts of each route. The paper doesn't say which they are; None gives
             each route E / R of them, in order.
-        std: standard deviation of the rows at the start.
+        std: standard deviation of the rows at the start, small as in `PartRouter`.
         scene_dim: width of the scene's features, if not `dim`, see `ProposalStatistics`.
         shared_scene: the detector's `SceneRouter` has computed g, which is given in the scene's
             place; otherwise each layer has a scene router of its own.

@@ -21,7 +21,8 @@ class PartRouter(Router):
     Args:
         num_experts: E = k N, expert e is part e % k of copy e // k.
         parts: k. Their rows start equal within a copy, so that all come from one copy then.
-        std: standard deviation of the rows at the start.
+        std: standard deviation of the rows at the start. Small ones learn most here, where the
+            task teaches them (benchmarks/ABLATIONS.md); `SoftmaxRouter` wants large ones.
 
     Raises:
         ValueError: k doesn't divide E.
