@@ -10,6 +10,8 @@ import torch
 from dynamic_dino.engine.ema import ModelEma
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.modeling.text import TextEncoder
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.models.grounding_dino.modeling_grounding_dino import (
     generate_masks_with_special_tokens_and_transfer_map as masks_and_positions,
 )
@@ -154,6 +156,23 @@ def test_phrase_map_of_a_caption(tokens):
     assert hits == [["men", "men"], *(pieces(p) for p in phrases[1:])]
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_phrase_map_is_what_its_definition_says(tokens, data):
+    words = data.draw(st.lists(st.sampled_from([*WORDS, "end.", "why?"]), min_size=1, max_size=12))
+    caption = "  ".join(words)
+    spans = st.tuples(*2 * [st.integers(0, len(caption))]).map(sorted).filter(lambda s: s[0] < s[1])
+    phrases = data.draw(st.lists(st.lists(spans, max_size=3), min_size=1, max_size=5))
+    prompt = Prompt.from_caption(caption, phrases)
+    with torch.no_grad():
+        text = tokens([prompt])
+    found = tokens.tokenizer(caption, return_offsets_mapping=True)["offset_mapping"][1:-1]
+    for row, phrase in zip(text.phrase_map[0], prompt.spans, strict=True):
+        hits = [any(a < end and b > start for start, end in phrase) for a, b in found]
+        expected = torch.tensor([False, *hits, False]).float()
+        assert torch.equal(row, expected / expected.sum().clamp(min=1))
+
+
 @torch.no_grad()
 def test_pooled_is_the_mean_over_the_phrase(pooled):
     prompt = Prompt.from_phrases(random_phrases(6))
@@ -202,9 +221,47 @@ def test_frozen_features_are_the_same_to_the_bit(fresh):
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(start % 2)):
             one([Prompt.from_phrases(phrases[start : start + 5])])
     other([Prompt.from_phrases(phrases)])
-    assert one._phrases.keys() == other._phrases.keys()
-    assert all(torch.equal(one._phrases[p], other._phrases[p]) for p in phrases)
-    assert one._phrases[phrases[0]].dtype == torch.float32
+    assert one._phrases.keys() == other._phrases.keys() and len(one._phrases) == 12
+    assert all(torch.equal(x, other._phrases[key]) for key, x in one._phrases.items())
+    assert all(features.dtype == torch.float32 for features in one._phrases.values())
+
+
+def test_an_encoder_that_a_recipe_freezes_runs_once_per_phrase(fresh):
+    """As MoE-Tuning has it, by the names of parameters. Losses and gradients are the same to the
+    bit without the cache, dropout is off, and evaluation is that of the encoder as it was built."""
+    phrases = random_phrases(9)
+    batches = [[Prompt.from_phrases(random.sample(phrases, 6)) for _ in range(3)] for _ in range(3)]
+    cached, anew = fresh(), fresh()
+    anew._phrases.size = 0
+    calls, results = Calls(cached), []
+    for encoder in (cached, anew):
+        encoder.body.requires_grad_(False)
+        encoder.train()
+        assert not encoder.body.training and encoder.training
+        seen = []
+        for batch in batches:
+            loss = encoder(batch).tokens.square().sum()
+            loss.backward()
+            seen += [loss.detach(), encoder.proj.weight.grad.clone()]
+        results.append(seen)
+    assert calls.take() <= 9 + 2, "[CLS] and [SEP]"
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    with torch.no_grad():
+        plain, prompt = fresh(), batches[0][:1]
+        assert torch.equal(cached.eval()(prompt).tokens, plain(prompt).tokens)
+    cached.train()
+    calls.take()
+    cached(batches[0])
+    assert not calls.take(), "an evaluation in between costs nothing"
+    with torch.no_grad():
+        cached.body.embeddings.word_embeddings.weight.add_(0.1)
+    again = cached(batches[0]).tokens.square().sum()
+    assert calls.take() and again != results[0][0]
+    cached.body.requires_grad_(True)
+    assert cached.train().body.training
+    cached(batches[0]).tokens.sum().backward()
+    assert calls.take() and cached.body.embeddings.word_embeddings.weight.grad.any()
 
 
 def changed_by_optimizer(encoder):
@@ -298,7 +355,19 @@ def test_cache_is_bounded(fresh):
     encoder._phrases.size = 5
     phrases = random_phrases(9)
     text = encoder([Prompt.from_phrases(phrases)])
-    assert list(encoder._phrases) == phrases[4:] and text.tokens.shape[1] == 9
+    assert [key[0] for key in encoder._phrases] == phrases[4:] and text.tokens.shape[1] == 9
+    encoder([Prompt.from_phrases([phrases[4], phrases[0]])])
+    assert [key[0] for key in encoder._phrases] == [*phrases[6:], phrases[4], phrases[0]]
+    assert not copy.deepcopy(encoder)._phrases
+
+    by_tokens = fresh(frozen=True)
+    by_tokens._phrases.size = 20
+    for phrase in phrases:
+        by_tokens([Prompt.from_phrases([phrase])])
+        held = sum(map(len, by_tokens._phrases.values()))
+        assert held == by_tokens._phrases._held <= 20 < held + 20
+        # and what a phrase takes is its own, not its part of a batch
+        assert all(f.untyped_storage().nbytes() == f.nbytes for f in by_tokens._phrases.values())
 
 
 @pytest.mark.parametrize("max_phrases", [None, 1, 3, 100])

@@ -208,7 +208,8 @@ class ExportedText(TextEncoder):
         self.pooled, self.max_tokens, self.pad_to = slots.pooled, slots.tokens, 1
         self.positions = slots.positions
         self.body = self.proj = self.norm = self.dropout = nn.Identity()
-        self._chunks, self._readings, self._phrases = Cache(64), Cache(100_000), Cache(100_000)
+        self._chunks, self._readings = Cache(64), Cache(100_000)
+        self._tokens, self._phrases = Cache(100_000), Cache(100_000, weigh=len)
 
     def inputs(self, prompts: Sequence[Prompt], rows: int) -> dict[str, np.ndarray]:
         """The text inputs of a detector for so many rows; those beyond the prompts are empty."""
