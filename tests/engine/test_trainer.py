@@ -4,10 +4,12 @@ import argparse
 import json
 import math
 import platform
+import re
 
 import pytest
 import torch
 from detectron2.config import instantiate
+from detectron2.utils import comm
 from dynamic_dino.config import ConfigError
 from dynamic_dino.engine.allocator import keep_freed_memory
 from dynamic_dino.engine.checkpointing import last_checkpoint, trim_metrics
@@ -15,8 +17,12 @@ from dynamic_dino.engine.ema import ModelEma
 from dynamic_dino.engine.evaluate import do_test, load_for_evaluation
 from dynamic_dino.engine.launch import argument_parser, launch
 from dynamic_dino.engine.setup import check_writable, resolve_device
-from dynamic_dino.engine.train import do_train
+from dynamic_dino.engine.train import check_batch, do_train
 from dynamic_dino.engine.trainer import NonFiniteLossError, amp_dtype, seed_everything
+from helpers import accumulation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch import nn
 
 
@@ -163,6 +169,37 @@ def test_metrics_reach_json_and_tensorboard(recipe, metrics, tmp_path):
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     logged = {e.step: e.value for e in events.Scalars("total_loss")}
     assert logged == pytest.approx({i: r["total_loss"] for i, r in rows.items() if i < 20})
+
+
+@settings(max_examples=2, deadline=None)
+@given(st.integers(0, 2**31 - 1))
+def test_micro_batches_equal_one_large_batch(seed):
+    """To rounding in float64: gradients, clipping, the optimizer's steps."""
+    expected = accumulation.train(seed, 1)
+    for parts in (2, 8):
+        found = accumulation.train(seed, parts)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 99), st.integers(1, 70), st.integers(1, 9))
+def test_a_batch_that_cannot_be_shared_out_is_refused_with_numbers_that_can(total, ranks, parts):
+    cfg = OmegaConf.create(
+        {"dataloader": {"train": {"total_batch_size": total}}, "train": {"accumulate": parts}}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm, "get_world_size", lambda: ranks)
+        if total % (ranks * parts) == 0:
+            return check_batch(cfg)
+        with pytest.raises(ConfigError) as error:
+            check_batch(cfg)
+    multiples, fewer, steps, at_once = re.search(
+        r"\(([\d or]+)\)\..* (\d+) processes with train.accumulate=(\d+), (\d+) images at once",
+        str(error.value),
+    ).groups()
+    assert all(int(m) % (ranks * parts) == 0 for m in multiples.split(" or "))
+    assert int(fewer) <= ranks and int(fewer) * int(steps) * int(at_once) == total
+    assert int(at_once) <= max(total // (ranks * parts), 1)
 
 
 def test_gradients_are_clipped(recipe):

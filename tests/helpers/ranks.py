@@ -10,7 +10,12 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from .processes import FORK
 
 
-def run_ranks(main: Callable[[argparse.Namespace], None], **arguments: object) -> None:
+def run_ranks(
+    main: Callable[[argparse.Namespace], None],
+    max_restarts: int = 0,
+    start: Callable[..., None] = launch,
+    **arguments: object,
+) -> None:
     """Calls ``main(args)`` by `launch` in two processes; `args` has these arguments, and `opts`.
 
     By what torchrun calls itself, so that the processes can be forks of this one: new ones would
@@ -26,14 +31,14 @@ def run_ranks(main: Callable[[argparse.Namespace], None], **arguments: object) -
         run_id="test",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=max_restarts,
         start_method=FORK,
     )
     handled = config.signals_to_handle.split(",")
     before = {name: signal.getsignal(getattr(signal, name)) for name in handled}
     args = argparse.Namespace(num_gpus=0, opts=[], **arguments)
     try:
-        elastic_launch(config, launch)(main, args)
+        elastic_launch(config, start)(main, args)
     finally:  # which torchrun, whose process ends here, leaves changed
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)

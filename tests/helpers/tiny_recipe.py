@@ -58,13 +58,14 @@ def sample(index: int) -> dict:
 
 class Stream(IterableDataset):
     """An endless stream; batch i of a rank depends on (seed, i, rank) only. Breaks at `stop_at`; in
-    iteration `ask_at` the last rank gets a signal."""
+    iteration `ask_at` the last rank gets a signal, and in `kill_at` the first one is killed, if
+    torchrun hasn't started it again."""
 
     def __init__(
-        self, total_batch_size: int, seed: int, start_iter: int, stop_at, ask_at, delay
+        self, total_batch_size: int, seed: int, start_iter: int, stop_at, ask_at, kill_at, delay
     ) -> None:
         self.size, self.seed, self.start_iter = total_batch_size, seed, start_iter
-        self.stop_at, self.ask_at, self.delay = stop_at, ask_at, delay
+        self.stop_at, self.ask_at, self.kill_at, self.delay = stop_at, ask_at, kill_at, delay
 
     def __iter__(self):
         for i in count(self.start_iter):
@@ -73,6 +74,9 @@ class Stream(IterableDataset):
                 raise InterruptedError
             if i == self.ask_at and comm.get_rank() == comm.get_world_size() - 1:
                 os.kill(os.getpid(), signal.SIGUSR1)
+            if i == self.kill_at and comm.get_rank() == 0:
+                if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                    os.kill(os.getpid(), signal.SIGKILL)
             order = np.random.default_rng((self.seed, i)).permutation(64)[: self.size]
             yield [sample(int(j)) for j in np.split(order, comm.get_world_size())[comm.get_rank()]]
 
@@ -117,7 +121,7 @@ lr_multiplier = L(WarmupParamScheduler)(
 )
 dataloader = dict(
     train=L(train_loader)(
-        total_batch_size=8, seed=3, start_iter=0, stop_at=None, ask_at=None, delay=0.0
+        total_batch_size=8, seed=3, start_iter=0, stop_at=None, ask_at=None, kill_at=None, delay=0.0
     ),
     test=dict(val=L(test_loader)(first=100)),
     evaluator=dict(val=L(Evaluator)(sign=-1.0)),

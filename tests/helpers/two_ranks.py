@@ -14,8 +14,24 @@ from dynamic_dino.engine.setup import setup
 from dynamic_dino.engine.train import do_train
 from dynamic_dino.engine.trainer import NonFiniteLossError
 
+from . import accumulation
+
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 ADAPTIVE = Path(__file__).with_name("adaptive_recipe.py")
+ACCUMULATED = {
+    "at once": (1, {}),
+    "two parts": (2, {}),
+    "one by one": (4, {"gradient_as_bucket_view": True, "bucket_cap_mb": 1e-4}),
+    "static": (2, {"static_graph": True}),
+}
+
+
+def survive(args: argparse.Namespace) -> None:
+    """The run "random" in the folder "killed": one process is killed in its first attempt."""
+    folder = f"train.output_dir={args.output / 'killed'}"
+    cfg = load_config(RECIPE, [*args.opts, folder, "dataloader.train.kill_at=6"])
+    setup(cfg)
+    do_train(cfg, resume=True)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -25,7 +41,12 @@ def main(args: argparse.Namespace) -> None:
         setup(cfg)
         return do_train(cfg, resume)
 
-    train("whole", "model.dropout=0", "model.noise=0")
+    weights = {
+        name: accumulation.train(args.seed, accumulate, **ddp)
+        for name, (accumulate, ddp) in ACCUMULATED.items()
+    }
+    torch.save(weights, args.output / f"accumulated{comm.get_rank()}.pth")
+
     train("random")
     with suppress(InterruptedError):
         train("cut", "dataloader.train.stop_at=6")

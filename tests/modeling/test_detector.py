@@ -102,6 +102,20 @@ def test_training_step(nano, draw, objects):
         assert not still
 
 
+def test_objects_of_other_batches_divide_the_losses(nano, draw):
+    nano.train()
+    nano.denoising = None
+    batch, other = [draw() for _ in range(2)], [draw() for _ in range(2)]
+    torch.manual_seed(3)  # the same dropout twice
+    losses = nano(batch)
+    torch.manual_seed(3)
+    mine, all_of_them = nano.mean_objects([batch]), nano.mean_objects([batch, other])
+    assert all_of_them == sum(len(sample["instances"]) for sample in batch + other) / 2
+    for name, loss in nano(batch, objects=all_of_them).items():
+        if name.startswith("loss"):
+            torch.testing.assert_close(loss, losses[name] * mine / all_of_them)
+
+
 def test_mixed_batch_of_images_with_and_without_objects(nano, draw):
     losses, _ = train_step(nano.train(), [draw(), draw(objects=False)])
     assert losses.keys() == loss_names()

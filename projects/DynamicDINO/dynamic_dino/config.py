@@ -42,11 +42,20 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "device": "auto",  # "cuda", "cpu" or "auto"
     "max_iter": 90000,
+    "accumulate": 1,  # a process's batch goes through the model in so many equal parts, one by one
     "num_threads": None,  # CPU threads of torch; None keeps torch's own choice
     "amp": {"enabled": True, "dtype": "bfloat16"},  # or "float16" (CUDA only)
     "clip_grad": {"enabled": True, "max_norm": 0.1, "norm_type": 2.0},
     "ema": {"enabled": False, "decay": 0.9998},
-    "ddp": {"broadcast_buffers": False, "find_unused_parameters": False},
+    # of DistributedDataParallel; None: PyTorch's default
+    "ddp": {
+        "broadcast_buffers": False,
+        "find_unused_parameters": False,
+        "static_graph": False,
+        "gradient_as_bucket_view": False,
+        "bucket_cap_mb": None,
+        "fp16_compression": False,
+    },
     # DynMoE: experts come and go every `period` iterations, by the choices in the last `window`
     "adaptive_experts": {"enabled": False, "period": 200, "window": 200},
     "checkpointer": {"period": 5000, "max_to_keep": 3},
@@ -60,6 +69,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 # What those take that are None, or a list that may be empty; see `read_value`
 TRAIN_TYPES: dict[str, Any] = {
     "train.best_metric": str | None,
+    "train.ddp.bucket_cap_mb": float | None,
     "train.init_except": Sequence[str],
     "train.trainable": Sequence[str] | None,
 }

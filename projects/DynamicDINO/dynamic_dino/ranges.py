@@ -54,6 +54,7 @@ SIZE = either(COUNT, several(2, COUNT), NONE)
 # fnmatch pattern on dotted keys -> range; the first that matches.
 RANGES: dict[str, Range] = {
     "train.max_iter": COUNT,
+    "train.accumulate": COUNT,
     "train.seed": whole(0, 2**32 - 1),  # numpy's
     "train.num_threads": either(COUNT, NONE),
     "train.eval_period": whole(0),
@@ -65,6 +66,7 @@ RANGES: dict[str, Range] = {
     "train.clip_grad.max_norm": number(0, above=True),
     "train.clip_grad.norm_type": number(0, above=True),
     "train.ema.decay": number(0, 1),
+    "train.ddp.bucket_cap_mb": either(number(0, above=True), NONE),
     "train.ddp.*": FLAG,
     "train.adaptive_experts.*": COUNT,
     "train.checkpointer.period": COUNT,
@@ -87,6 +89,8 @@ RANGES: dict[str, Range] = {
     "dataloader.*.total_batch_size": COUNT,
     "dataloader.*.batch_size": COUNT,
     "dataloader.*.num_workers": whole(0),
+    "dataloader.*.pin_memory": FLAG,
+    "dataloader.*.prefetch_factor": either(COUNT, NONE),
     "dataloader.*.max_phrases": either(COUNT, NONE),
     "dataloader.*.min_phrases": either(COUNT, NONE),
     "dataloader.*.flip": number(0, 1),

@@ -10,6 +10,7 @@ from dynamic_dino.modeling.losses import (
     cxcywh_to_xyxy,
     generalized_box_iou,
 )
+from dynamic_dino.modeling.losses.criterion import mean_objects
 from dynamic_dino.modeling.structures import (
     DenoisingQueries,
     DetectorOutput,
@@ -244,6 +245,25 @@ def test_number_of_objects_is_averaged_over_ranks(draw, monkeypatch):
     together = Criterion(HungarianMatcher())(output, targets)
     for name, loss in alone.items():
         torch.testing.assert_close(together[name], loss * 4 / 8)
+
+
+def test_losses_of_micro_batches_add_up_to_those_of_the_batch(draw):
+    output, targets = detector_output(draw, batch=4), draw.targets(3, 0, 1, 4)
+
+    def part(start: int) -> DetectorOutput:
+        def cut(value):
+            names = ("logits", "boxes") if isinstance(value, Predictions) else vars(text)
+            return type(value)(*(getattr(value, name)[start : start + 2] for name in names))
+
+        text = output.text
+        return DetectorOutput([cut(x) for x in output.layers], cut(output.selection), cut(text))
+
+    criterion = Criterion(HungarianMatcher())
+    whole = criterion(output, targets)
+    objects = mean_objects([3, 5], torch.device("cpu"))
+    first, second = (criterion(part(i), targets[i : i + 2], objects) for i in (0, 2))
+    for name, loss in whole.items():
+        torch.testing.assert_close((first[name] + second[name]) / 2, loss)
 
 
 def test_wrong_number_of_targets(draw):

@@ -124,6 +124,8 @@ def build_train_loader(
     repeat_threshold: float | None = None,
     filter_empty: bool = True,
     max_bad: float = 5e-6,
+    pin_memory: bool = False,
+    prefetch_factor: int | None = None,
 ) -> DataLoader:
     """An endless loader of lists of mapped samples, `total_batch_size` over all ranks.
 
@@ -136,6 +138,8 @@ def build_train_loader(
     max_bad           the part of the records that may turn out to be bad, such as images that can't
                       be read, before training stops; others take their place, see `MappedRecords`.
                       5 of a million; of less than 200,000, and with 0, none
+    pin_memory        page-locked images, which are copied to a GPU faster
+    prefetch_factor   batches that each worker has ready; None: PyTorch's default
 
     Raises ValueError if nothing is left to train on.
     """
@@ -177,6 +181,8 @@ def build_train_loader(
         num_workers=num_workers,
         collate_fn=_as_list,
         worker_init_fn=heed_loader_only,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor if num_workers else None,
     )
 
 

@@ -15,6 +15,7 @@ INCIDENTAL = (
     "train.output_dir",
     "train.device",
     "train.num_threads",
+    "train.accumulate",
     "train.log_period",
     "train.eval_*",
     "train.checkpointer.*",
@@ -22,6 +23,9 @@ INCIDENTAL = (
     "train.init_checkpoint",  # a resumed run starts from its own
     "train.init_except",
     "dataloader.train.num_workers",
+    "dataloader.train.pin_memory",
+    "dataloader.train.prefetch_factor",
+    "optimizer.fused",
     "dataloader.test.*",
     "dataloader.evaluator.*",
 )

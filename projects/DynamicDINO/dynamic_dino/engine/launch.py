@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,12 @@ examples:
     %(prog)s --num-gpus 8 --num-machines 2 --machine-rank 1 --dist-url tcp://HOST:29500
   torchrun; with --num-gpus 0, or no GPU, its processes train on CPU with gloo
     torchrun --nproc-per-node 8 train_net.py --config-file CONFIG
+  the same, which goes on from the last checkpoint when a process dies, up to three times
+    torchrun --standalone --nproc-per-node 8 --max-restarts 3 train_net.py --config-file CONFIG \\
+        --resume
+  64 images a step, 8 at once on a GPU: on 8 GPUs as it is, on 4 with train.accumulate=2, on 2 with
+  4, on one with 8, and the run is that of 8 GPUs; twice that for 4 images at once
+    %(prog)s --num-gpus 2 train.accumulate=4
   Slurm, one task a GPU
     srun --ntasks-per-node 8 --gpus-per-node 8 train_net.py --config-file CONFIG --resume
 
@@ -151,7 +158,7 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         torch.cuda.set_device(placement.local_rank)
     dist.init_process_group(
         "nccl" if gpus else "gloo",
-        init_method=placement.url,
+        **meeting_point(placement, os.environ),
         rank=placement.rank,
         world_size=placement.world_size,
         timeout=DEFAULT_TIMEOUT,
@@ -159,6 +166,32 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     comm.create_local_process_group(placement.local_size)
     main(args)
     dist.destroy_process_group()
+
+
+def meeting_point(placement: Placement, env: Mapping[str, str]) -> dict[str, Any]:
+    """Where the processes find each other: arguments of `init_process_group`.
+
+    torchrun's processes meet in its own store, which outlives them: after a restart they would read
+    where those that died could be reached (https://github.com/pytorch/pytorch/issues/135712). So
+    every attempt has keys of its own there. On several machines, each counts the restarts
+    that it has seen itself: there a new store for each attempt is needed, which is for torchrun to
+    make.
+
+    Raises `ConfigError` where torchrun wasn't told to.
+    """
+    if placement.url != "env://" or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {"init_method": placement.url}
+    restarts = int(env.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and placement.world_size > placement.local_size:
+        raise ConfigError(
+            f"torchrun --max-restarts {restarts} on several machines would fail at the first "
+            "restart: processes would meet where those that died did; start torchrun on each "
+            "machine with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+        )
+    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=DEFAULT_TIMEOUT)
+    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"attempt{attempt}", store)}
 
 
 def placement_from_environment(env: Mapping[str, str]) -> Placement | None:

@@ -10,7 +10,7 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from ..config import ConfigError, nearest
+from ..config import ConfigError, accepts, nearest
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm)
 _BIASES = ("bias", "b1", "b2")  # b1, b2: the stacked biases of experts, which are matrices
@@ -78,8 +78,22 @@ def get_param_groups(
 
 
 def build_optimizer(node: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Instantiates the recipe's ``optimizer``, whose ``params`` get the model and the base rate."""
+    """Instantiates the recipe's ``optimizer``, whose ``params`` get the model and the base rate. On
+    CUDA, PyTorch's own are fused, a few kernels a step, unless the recipe says ``fused``."""
     # Plain tuples (betas): the optimizer keeps its options in checkpoints.
     options = {k: tuple(v) if isinstance(v, ListConfig) else v for k, v in node.items()}
     params = {"base_lr": node.lr, **options.pop("params"), "model": model}
-    return instantiate({**options, "params": instantiate(params)})
+    groups = instantiate(params)
+    if not options.keys() & {"fused", "foreach", "differentiable"} and _can_be_fused(node, groups):
+        options["fused"] = True
+    return instantiate({**options, "params": groups})
+
+
+def _can_be_fused(node: DictConfig, groups: list[dict]) -> bool:
+    target = node["_target_"]
+    name = target if isinstance(target, str) else getattr(target, "__module__", "")
+    return (
+        name.startswith("torch.optim")
+        and accepts(node, "fused")
+        and all(p.is_cuda and p.is_floating_point() for group in groups for p in group["params"])
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from .checkpointing import last_checkpoint
 
 logger = logging.getLogger(__name__)
 _log_file = lru_cache(maxsize=None)(LogFile)  # one for all loggers
+MOST_FILES = 2**16
 
 
 @contextmanager
@@ -71,6 +73,7 @@ def _setup(cfg: DictConfig, resume: bool) -> None:
             stream = handler.stream  # Detectron2's, of log.txt or log.txt.rank1; or a console
             if isinstance(stream, TextIOWrapper) and Path(stream.name).name.startswith("log.txt"):
                 handler.setStream(_log_file(Path(stream.name)))
+    _open_more_files()
     if train.num_threads:
         torch.set_num_threads(train.num_threads)
     if train.device == "cpu":
@@ -98,6 +101,15 @@ def _setup(cfg: DictConfig, resume: bool) -> None:
                 )
         save_config(cfg, path)
         logger.info("Full config: %s", path)
+
+
+def _open_more_files() -> None:
+    """Each tensor that a loader's worker has ready is an open file of this process: of images by
+    the dozen, more than the 1,024 that most systems allow unless a program asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def resolve_device(name: str) -> str:

@@ -206,6 +206,7 @@ def _do_train(cfg: DictConfig, resume: bool) -> nn.Module:
             "choose another folder with train.output_dir=FOLDER"
         )
 
+    check_batch(cfg)
     seed_everything(train.seed)
     with input_errors():
         model = instantiate(cfg.model).to(train.device)
@@ -225,6 +226,7 @@ def _do_train(cfg: DictConfig, resume: bool) -> nn.Module:
         amp=train.amp,
         clip_grad=train.clip_grad,
         ema=ema,
+        accumulate=train.accumulate,
         log_period=train.log_period,
         last_checkpoint=lambda: last_checkpoint(output_dir),
     )
@@ -254,7 +256,27 @@ def _do_train(cfg: DictConfig, resume: bool) -> nn.Module:
 def _distribute(model: nn.Module, train: DictConfig) -> nn.Module:
     # Detectron2 passes device_ids unless told otherwise, which CPU modules don't allow.
     ids = {"device_ids": None} if train.device == "cpu" else {}
-    return create_ddp_model(model, **train.ddp, **ids)
+    given = {name: value for name, value in train.ddp.items() if value is not None}
+    return create_ddp_model(model, **given, **ids)
+
+
+def check_batch(cfg: DictConfig) -> None:
+    """Before anything is built: that the images of a step can be shared out evenly."""
+    total, processes = cfg.dataloader.train.get("total_batch_size"), comm.get_world_size()
+    parts = processes * cfg.train.accumulate
+    if total is None or total % parts == 0:
+        return
+    at_once = max(total // parts, 1)  # as many images as fit into a GPU, presumably
+    fewer = max(n for n in range(1, processes + 1) if total % n == 0)
+    each = total // fewer
+    steps = min(n for n in range(1, each + 1) if each % n == 0 and each // n <= at_once)
+    multiples = sorted({max(total // parts, 1) * parts, (total // parts + 1) * parts})
+    raise ConfigError(
+        f"dataloader.train.total_batch_size={total} can't be shared out evenly by {processes} "
+        f"processes with train.accumulate={cfg.train.accumulate}: it must be a multiple of {parts} "
+        f"({' or '.join(map(str, multiples))}). The same {total} images a step: {fewer} processes "
+        f"with train.accumulate={steps}, {each // steps} images at once on each"
+    )
 
 
 def _train_loader(cfg: DictConfig, start_iter: int):

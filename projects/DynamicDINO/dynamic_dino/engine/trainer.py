@@ -56,9 +56,19 @@ class Trainer(SimpleTrainer):
     trained BatchNorm are their mean, so that what is saved by one is what all of them score.
     `preempted` says after each whether a signal asked any of them to end.
 
+    With `accumulate` = N, a process cuts its batch into N micro-batches, which go through the model
+    one after the other; gradients, losses and running statistics are their means, and one step is
+    taken. Micro-batches are to the others what processes are: W processes compute what W * N would
+    without accumulation, noise and dropout included, but for rounding. It is also what one large
+    batch gives, if what the model returns is a mean over samples. The detector's losses are means
+    over objects, of all micro-batches together: a model with a method ``mean_objects(batches)`` is
+    called with its result as ``objects``. What differs from one large batch is what a process has
+    of its own: normalisation by BatchNorm, noise, and router losses, see `RouterLoss`.
+
     Args:
         loader: infinite iterable of batches, each a list of samples with a "file_name".
         amp: ``enabled`` and ``dtype``.   clip_grad: ``enabled``, ``max_norm``, ``norm_type``.
+        accumulate: micro-batches of an iteration, which must divide the batch of a process.
         log_period: with several processes, metrics are averaged over them this often; those of the
             last `log_period` iterations are in a checkpoint.
         last_checkpoint: names what is safe on disk, for the message when the run must stop.
@@ -74,6 +84,7 @@ class Trainer(SimpleTrainer):
         amp: Mapping | None = None,
         clip_grad: Mapping | None = None,
         ema: ModelEma | None = None,
+        accumulate: int = 1,
         log_period: int = 20,
         last_checkpoint: Callable[[], Any] = lambda: None,
     ) -> None:
@@ -81,13 +92,14 @@ class Trainer(SimpleTrainer):
         super().__init__(model, loader, optimizer, gather_metric_period=period)
         set_train_mode(model)
         self.seed, self.ema, self.last_checkpoint = seed, ema, last_checkpoint
-        self.log_period = log_period
+        self.accumulate, self.log_period = accumulate, log_period
         self.preempted = False
         self.logged_until = -1  # the iteration of the last row in the metrics' file
         self._recent: dict[str, dict] = {}  # metrics of the run that is resumed
         self.bad_records: dict[int, str] = {}  # met so far by any process, and what is wrong
         self.most_bad, self.num_records = 0, None  # of the training data
         self.routings: list[Routing] = []  # of this iteration's MoE layers
+        self._has_learnt = False  # a micro-batch has gone through the model
         self.clip_grad = clip_grad or {"enabled": False}
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._statistics = running_statistics(model)
@@ -105,28 +117,13 @@ class Trainer(SimpleTrainer):
         start = time.perf_counter()
         seed_everything(self.seed, self.iter, comm.get_rank())
         batch = next(self._data_loader_iter)
-        # Again: starting its workers, a DataLoader draws from the generator, in the first
-        # iteration after a resume too.
-        seed_everything(self.seed, self.iter, comm.get_rank(), 1)
         data_time = time.perf_counter() - start
         bad = {i: why for s in batch for i, why in s.pop("bad_records", {}).items()}
         bad = {i: why for i, why in bad.items() if i not in self.bad_records}
 
-        self.routings = []  # the last iteration's hold memory
-        try:
-            with autocast(self.parameters[0].device.type, self.amp_dtype):
-                outputs = self.model(batch)
-        except FloatingPointError as error:  # the matcher meets NaN before the loss does
-            raise self._not_finite(f"the model's output ({error})", [_file_names(batch)]) from error
-        except Exception:
-            logger.error("Iteration %d failed on %s", self.iter, _file_names(batch))
-            raise
-        self.routings = outputs.pop("routings", [])
-        losses = {name: value for name, value in outputs.items() if name.startswith("loss")}
-        if not losses:
-            raise ValueError(f"the model returned no 'loss*' in training, only {list(outputs)}")
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(sum(losses.values())).backward()
+        outputs, values = self._backward(batch)
+        losses = [name for name in outputs if name.startswith("loss")]
         self.after_backward()
         preempted, met_bad = self._agree(bool(requested()), bool(bad))
         self.scaler.unscale_(self.optimizer)
@@ -134,17 +131,14 @@ class Trainer(SimpleTrainer):
 
         # One transfer for all scalars, the iteration's only wait for the device.
         names = [*outputs, "grad_norm", "preempted", "bad_records"]
-        scalars = torch.stack(
-            [torch.as_tensor(v).detach().float().to(grad_norm.device) for v in outputs.values()]
-            + [grad_norm.float(), *(x.to(grad_norm.device) for x in (preempted, met_bad))]
-        )
-        metrics = dict(zip(names, scalars.tolist(), strict=True))
+        more = [x.float().to(values.device) for x in (grad_norm, preempted, met_bad)]
+        metrics = dict(zip(names, torch.cat([values, torch.stack(more)]).tolist(), strict=True))
         self.preempted = metrics.pop("preempted") > 0
         if metrics.pop("bad_records") > 0:
             self._report(bad)
         if self.bad_records:
             metrics["bad_records"] = len(self.bad_records)
-        self._stop_if_not_finite(batch, metrics, list(losses))
+        self._stop_if_not_finite(batch, metrics, losses)
 
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -152,6 +146,64 @@ class Trainer(SimpleTrainer):
             self.ema.update()
         metrics["total_loss"] = sum(metrics[name] for name in losses)
         self._log(metrics, data_time)
+
+    def _backward(self, batch: list[dict]) -> tuple[list[str], Tensor]:
+        """Leaves the gradients of the batch; names and means of what the model returned."""
+        parts = micro_batches(batch, self.accumulate)
+        first = comm.get_rank() * len(parts)
+        shared = {}
+        if len(parts) > 1 and hasattr(self.module, "mean_objects"):
+            shared["objects"] = self.module.mean_objects(parts)
+        before = [buffer.clone() for buffer in self._statistics] if len(parts) > 1 else []
+        outputs, statistics, routings = [], [], []
+        self.routings = []  # the last iteration's hold memory
+        for i, part in enumerate(parts):
+            # Once more after the batch was fetched: starting its workers, a DataLoader draws from
+            # the generator, in the first iteration after a resume too.
+            seed_everything(self.seed, self.iter, first + i, 1)
+            if before:
+                torch._foreach_copy_(self._statistics, before)
+            with nullcontext() if i + 1 == len(parts) else self._gradients_stay_here():
+                found = self._forward(part, shared)
+                routings.append(found.pop("routings", []))
+                losses = [value for name, value in found.items() if name.startswith("loss")]
+                if not losses:
+                    raise ValueError(
+                        f"the model returned no 'loss*' in training, only {list(found)}"
+                    )
+                self.scaler.scale(sum(losses) / len(parts)).backward()
+            outputs.append(found)
+            statistics.append([buffer.clone() for buffer in self._statistics] if before else [])
+        for buffer, *values in zip(self._statistics, *statistics, strict=True) if before else ():
+            buffer.copy_(torch.stack(values).mean(0))
+        self.routings = routings[0]
+        if len(parts) > 1:
+            with torch.no_grad():
+                self.routings = [Routing.cat(layer) for layer in zip(*routings, strict=True)]
+        device = self.parameters[0].device
+        rows = [
+            torch.stack([torch.as_tensor(row[n]).detach().float().to(device) for n in outputs[0]])
+            for row in outputs
+        ]
+        return list(outputs[0]), torch.stack(rows).mean(0)
+
+    def _forward(self, batch: list[dict], shared: dict[str, Tensor]) -> dict[str, Any]:
+        try:
+            with autocast(self.parameters[0].device.type, self.amp_dtype):
+                return self.model(batch, **shared)
+        except FloatingPointError as error:  # the matcher meets NaN before the loss does
+            raise self._not_finite(f"the model's output ({error})", [_file_names(batch)]) from error
+        except Exception:
+            logger.error("Iteration %d failed on %s", self.iter, _file_names(batch))
+            raise
+
+    def _gradients_stay_here(self):
+        """Other processes get them with those of the last micro-batch. In the first of all, DDP is
+        left to learn what a static graph is; that it averages twice changes nothing."""
+        wrapped, first = isinstance(self.model, DistributedDataParallel), not self._has_learnt
+        self._has_learnt = True
+        stay = wrapped and not (first and self.model.static_graph)
+        return self.model.no_sync() if stay else nullcontext()
 
     def before_train(self) -> None:
         """What was measured last before an interruption counts in the next row of metrics, and is
@@ -192,7 +244,13 @@ class Trainer(SimpleTrainer):
             {key: value for key, value in group.items() if key != "params"}
             for group in self.optimizer.param_groups
         ]
-        super().load_state_dict(state_dict)
+        # Before it is loaded: a fused optimizer has its counters on the GPU, another on the CPU.
+        saved = state_dict["optimizer"]
+        groups = [
+            {**group, "fused": own.get("fused")} if "fused" in own else group
+            for group, own in zip(saved["param_groups"], options, strict=False)  # PyTorch checks
+        ]
+        super().load_state_dict({**state_dict, "optimizer": {**saved, "param_groups": groups}})
         self._recent = state_dict.get("recent", {})
         self.bad_records = state_dict.get("bad_records", {})
         self.num_records = state_dict.get("num_records")
@@ -278,6 +336,17 @@ class Trainer(SimpleTrainer):
             mean = {key: float(np.mean([m[key] for m in everyone])) for key in metrics}
             slowest = max(m["data_time"] for m in everyone)
             self.storage.put_scalars(**mean, data_time=slowest)
+
+
+def micro_batches(batch: list[dict], count: int) -> list[list[dict]]:
+    """`count` equal parts, in order. Raises `ConfigError` where the batch can't be cut so."""
+    size, rest = divmod(len(batch), count)
+    if rest or not size:
+        raise ConfigError(
+            f"the batch of a process has {len(batch)} samples, which can't be cut into "
+            f"train.accumulate={count} equal parts"
+        )
+    return [batch[i : i + size] for i in range(0, len(batch), size)]
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:

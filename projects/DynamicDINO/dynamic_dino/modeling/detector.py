@@ -27,7 +27,7 @@ from .backbone import Backbone
 from .decoder import Decoder
 from .deformable_enhancer import DeformableEnhancer
 from .enhancer import EdgeEnhancer, masked_mean
-from .losses.criterion import Criterion
+from .losses.criterion import Criterion, mean_objects
 from .losses.denoising import Denoising
 from .postprocess import best_pairs, limit_of_detections, to_instances
 from .preprocess import (
@@ -131,7 +131,10 @@ class OpenVocabularyDetector(nn.Module):
         return self.pixel_mean.device
 
     def forward(
-        self, batch: list[dict], max_detections: int | None = None
+        self,
+        batch: list[dict],
+        max_detections: int | None = None,
+        objects: Tensor | None = None,
     ) -> dict[str, Tensor | list[Routing]] | list[dict]:
         """Losses in training, with metrics and the mixtures' "routings"; detections in evaluation.
 
@@ -139,6 +142,8 @@ class OpenVocabularyDetector(nn.Module):
             batch: mapped samples, see ``dynamic_dino.data.mapper``: "image" (uint8 [3, h, w], RGB)
                 or cached "features", "image_size", "height", "width", "prompt", and "instances".
             max_detections: in evaluation, instead of the detector's.
+            objects: in training, what `mean_objects` says of all batches whose gradients are
+                accumulated; by default, of this one.
         """
         if not self.training:
             return self.detect(batch, max_detections)
@@ -151,8 +156,15 @@ class OpenVocabularyDetector(nn.Module):
         text = self.text_encoder([sample["prompt"] for sample in batch])
         targets = targets_of(batch, self.device)
         output = self.decode(features, masks, text, targets)
-        losses = {**self.criterion(output, targets), **training_metrics(output.routings)}
+        losses = self.criterion(output, targets, objects)
+        losses |= training_metrics(output.routings)
         return losses | ({"routings": output.routings} if output.routings else {})
+
+    def mean_objects(self, batches: Sequence[list[dict]]) -> Tensor:
+        """What the losses of all these batches are divided by when their gradients are accumulated,
+        see `forward`. Collective."""
+        counts = [sum(len(sample["instances"]) for sample in batch) for batch in batches]
+        return mean_objects(counts, self.device)
 
     def scene(self, memory: ImageMemory, selection: Predictions) -> Tensor:
         """What the decoder's routers know of the image: [B, D], or [B, R] of a scene router"""

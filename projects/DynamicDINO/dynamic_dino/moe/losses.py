@@ -11,7 +11,15 @@ from .routing import Routing
 
 
 class RouterLoss(Protocol):
-    """What `Criterion` asks of a loss on routers."""
+    """What `Criterion` asks of a loss on routers.
+
+    It sees the tokens of one process and one micro-batch, and its gradient is the mean over them. A
+    loss that is a mean over tokens would be that of the whole batch; but these are products of
+    means, or functions of them. Of micro-batches m, `LoadBalanceLoss` is the mean of E * sum_i f_im
+    P_im, which is that of one large batch plus E * sum_i cov_m(f_im, P_im), so by at most E * sum_i
+    std_m(f_im) std_m(P_im) another: equal where all micro-batches use the experts alike, even if
+    unevenly. `SquaredBalanceLoss` is that of one large batch plus sum_i var_m(f_im).
+    """
 
     name: str  # in the log
 

@@ -21,8 +21,7 @@ class Criterion(nn.Module):
 
     Every decoder layer and the query selection are matched to the objects on their own (auxiliary
     losses, DETR); denoising queries know their object (DINO). All sums are divided by the number of
-    objects in the batch, averaged over the ranks and at least 1. Computed in float32 whatever
-    autocast says.
+    objects, see `mean_objects`. Computed in float32 whatever autocast says.
 
     Args:
         matcher: see `HungarianMatcher`.
@@ -50,8 +49,14 @@ class Criterion(nn.Module):
         self.focal_gamma = focal_gamma
         self.router_losses = tuple(router_losses)
 
-    def forward(self, output: DetectorOutput, targets: list[Target]) -> dict[str, Tensor]:
+    def forward(
+        self, output: DetectorOutput, targets: list[Target], objects: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Returns the weighted losses, scalars in float32 whose sum is to be minimised.
+
+        Args:
+            objects: what sums are divided by instead of `mean_objects` of this batch, where it is
+                one of several whose gradients are accumulated.
 
         Names: `loss_class`, `loss_bbox`, `loss_giou` for the last decoder layer; the same with
         `_0`, `_1`, ... for the earlier ones, `_selection` for the query selection, `_dn`, `_dn_0`,
@@ -62,22 +67,25 @@ class Criterion(nn.Module):
         if len(targets) != batch:
             raise ValueError(f"targets are {len(targets)}, but the batch has {batch} images")
 
-        with torch.autocast(output.layers[-1].boxes.device.type, enabled=False):
-            objects = _Objects(targets, output)
+        device = output.layers[-1].boxes.device
+        with torch.autocast(device.type, enabled=False):
+            if objects is None:
+                objects = mean_objects([sum(len(t.labels) for t in targets)], device)
+            wanted = _Objects(targets, output)
             mask = output.text.mask.unsqueeze(1)
 
             layers = _stack([*output.layers, output.selection])
             suffixes = [*_suffixes(output.layers, ""), "_selection"]
             assignment = self.matcher(layers, targets, output.text)
-            losses = self._losses(layers, suffixes, assignment, objects, mask, objects.count)
+            losses = self._losses(layers, suffixes, assignment, wanted, mask, objects)
 
             if output.denoising is not None:
                 layers = _stack(output.denoising_layers)
                 suffixes = _suffixes(output.denoising_layers, "_dn")
                 assignment = _known_assignment(output.denoising, targets, len(suffixes))
                 mask = mask & output.denoising.valid.unsqueeze(2)
-                count = objects.count * max(output.denoising.groups, 1)
-                losses |= self._losses(layers, suffixes, assignment, objects, mask, count)
+                count = objects * max(output.denoising.groups, 1)
+                losses |= self._losses(layers, suffixes, assignment, wanted, mask, count)
 
             if output.routings:
                 for router_loss in self.router_losses:
@@ -124,7 +132,7 @@ class Criterion(nn.Module):
 
 
 class _Objects:
-    """All N objects of the batch: boxes [N, 4], wanted tokens [N, L], count as the normaliser."""
+    """All N objects of the batch: boxes [N, 4], wanted tokens [N, L]."""
 
     def __init__(self, targets: list[Target], output: DetectorOutput) -> None:
         phrase_map = output.text.phrase_map
@@ -132,7 +140,6 @@ class _Objects:
         self.tokens = torch.cat(
             [(phrase_map[image] > 0)[target.labels] for image, target in enumerate(targets)]
         ).float()
-        self.count = _mean_over_ranks(self.boxes.new_full((), len(self.boxes))).clamp(min=1)
 
 
 def _stack(layers: list[Predictions]) -> Predictions:
@@ -164,8 +171,17 @@ def _known_assignment(
     return Assignment(*(index.expand(layers, -1) for index in (image, query, target)))
 
 
-def _mean_over_ranks(value: Tensor) -> Tensor:
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    dist.all_reduce(value)
-    return value / dist.get_world_size()
+def mean_objects(counts: Sequence[int], device: torch.device) -> Tensor:
+    """The objects of a batch, float32 scalar: their number in all batches of all processes, at
+    least 1, over the number of batches. So a mean of gradients over batches and processes doesn't
+    depend on how many there are. Collective.
+
+    Args:
+        counts: of the batches of this process, as many as of every other.
+    """
+    total = torch.full((), float(sum(counts)), device=device)
+    batches = len(counts)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+        batches *= dist.get_world_size()
+    return total.clamp(min=1) / batches
