@@ -227,6 +227,7 @@ def test_class_groups():
         ({"score": float("nan")}, "not finite"),
         ({"bbox": [1, 2, 3]}, "entry 1 needs"),
         ({"bbox": None}, "entry 1 needs"),
+        ({"bbox": [1, 2, 3, True]}, "entry 1 needs.*True is no number"),
     ],
 )
 def test_bad_predictions_are_named(change, message):

@@ -136,9 +136,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             raise ValueError(
                 f"checkpoint {path} holds {refused} besides weights, which could run code, so it "
                 "isn't loaded. Get it as .safetensors; or, if you trust who wrote it, store the "
-                "weights alone, where what it holds is installed:\n"
-                f"    checkpoint = torch.load({str(path)!r}, weights_only=False);\n"
-                "    torch.save(checkpoint['model'], 'weights.pth')  # or ['state_dict']"
+                "weights alone, where what it holds is installed: checkpoint = "
+                f"torch.load({str(path)!r}, weights_only=False); "
+                "torch.save(checkpoint['model'], 'weights.pth')  # or ['state_dict']"
             ) from error
         raise ValueError(f"checkpoint {path} {why_unreadable(path, error)}") from error
     check_checksums(path, state if path.suffix == ".safetensors" else None)
@@ -149,7 +149,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         averaged = state.get("ema")
         averaged = averaged.get("weights", {}) if isinstance(averaged, dict) else {}
         state = {**state["model"], **averaged}
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise ValueError(f"{path} holds no weights: it should map names to tensors")
     return state
 

@@ -78,7 +78,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()
     try:
         result = model.load_state_dict(state, strict=False)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is of another architecture than this config: {error}") from error
+        mismatches = str(error).strip().splitlines()  # of torch: a headline, a line a tensor
+        what = some([line.strip() for line in mismatches[1:] or mismatches])
+        raise ValueError(f"{path} is of another architecture than this config: {what}") from error
     missing = [k for k in result.missing_keys if k not in kept and k not in skipped]
     if missing or result.unexpected_keys:
         raise ValueError(

@@ -170,12 +170,17 @@ def _entries(path: Path) -> Iterator[Any]:
         raise ValueError(f"{error}; predictions are a list of detections (COCO results)") from None
 
 
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError(f"{value} is no number")
+    return float(value)
+
+
 def _row(entry: Any, where: str) -> tuple:
     try:
         image = read_id(entry["image_id"], "image_id")
         category = read_id(entry["category_id"], "category_id")
-        x, y, w, h = map(float, entry["bbox"])
-        score = float(entry["score"])
+        x, y, w, h, score = map(_number, (*entry["bbox"], entry["score"]))
     except (DataError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where} needs image_id, category_id, bbox [x, y, w, h] and score: {error!r}"

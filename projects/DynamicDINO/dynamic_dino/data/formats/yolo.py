@@ -88,7 +88,7 @@ def parts_of_settings(file: Path) -> dict[str, list[Path]]:
     parts = {}
     for part in ("train", "val", "test"):
         entries = settings.get(part) or (settings.get("valid") if part == "val" else None) or ()
-        entries = [entries] if isinstance(entries, str) else list(entries)
+        entries = entries if isinstance(entries, list | tuple) else [entries]
         places = [_place(file, settings, str(entry)) for entry in entries]
         there = [place for place in places if place is not None]
         if there and len(there) == len(places):
