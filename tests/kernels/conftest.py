@@ -2,12 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.interpreter import patch_language_once
+from helpers.interpreter import lighten_interpreter
 
 FOLDER = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, Triton's interpreter runs
 if DEVICE == "cpu":
-    patch_language_once()
+    lighten_interpreter()
 
 
 def pytest_collection_modifyitems(items):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import os
 import sys
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from dynamic_dino_kernels.moe.tiles import (
     run_fitting,
     shared_memory,
 )
+from helpers.compiler import leave_out_machine_code
 from helpers.processes import run_python
 from triton.runtime.errors import OutOfResources
 
@@ -97,9 +99,9 @@ COMPILED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sm_86"])  # test_aot.py compiles for sm_90
-def test_shared_memory_against_the_compiler(name):
+def test_shared_memory_against_the_compiler(name, tmp_path):
     """Never below what the compiled kernels ask for, and not much above."""
-    done = run_python(__file__, name)
+    done = run_python(__file__, name, env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     for case, needed in zip(COMPILED, json.loads(done.stdout), strict=True):
         dtype, precision, backward, way = case
@@ -251,4 +253,5 @@ def test_measured_tiles_that_do_not_fit_give_way():
 
 
 if __name__ == "__main__":
+    leave_out_machine_code(memory=True)
     print(json.dumps([compiled_shared_memory(sys.argv[1], *case) for case in COMPILED]))
