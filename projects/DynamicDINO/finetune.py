@@ -3,7 +3,7 @@
 
 import sys
 
-from dynamic_dino.finetune.cli import main
+from dynamic_dino.cli import finetune
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(finetune())

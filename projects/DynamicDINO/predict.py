@@ -3,7 +3,7 @@
 
 import sys
 
-from dynamic_dino.serving.predict import main
+from dynamic_dino.cli import predict
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(predict())

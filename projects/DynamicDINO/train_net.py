@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """Trains or evaluates a detector by a recipe; see --help and `dynamic_dino.engine.cli`."""
 
-from dynamic_dino.engine.cli import main
+import sys
+
+from dynamic_dino.cli import train
 
 if __name__ == "__main__":
-    main()
+    sys.exit(train())

@@ -126,6 +126,11 @@ def test_commands_are_understood(block, parse_only, monkeypatch):
         check(words, monkeypatch)
 
 
+def test_every_way_to_ship_has_a_page_with_a_command_that_is_looked_at():
+    pages = {block.page.stem for block in blocks("bash") if not block.marker}
+    assert pages >= {"detect", "export", "install", "label", "page", "serve", "video"}
+
+
 def test_a_wrong_command_is_found(parse_only, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     train = ["python", "projects/DynamicDINO/train_net.py", "--config-file", "CONFIG"]

@@ -16,7 +16,7 @@ from dynamic_dino.engine.checkpointing import last_checkpoint, trim_metrics
 from dynamic_dino.engine.ema import ModelEma
 from dynamic_dino.engine.evaluate import do_test, load_for_evaluation
 from dynamic_dino.engine.launch import argument_parser, launch
-from dynamic_dino.engine.setup import check_writable, resolve_device
+from dynamic_dino.engine.setup import resolve_device, sole_run
 from dynamic_dino.engine.train import check_batch, do_train
 from dynamic_dino.engine.trainer import NonFiniteLossError, amp_dtype, seed_everything
 from helpers import accumulation
@@ -248,8 +248,9 @@ def test_evaluation_needs_weights(recipe):
 
 def test_unwritable_output(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="can't write to train.output_dir=.*file/run"):
-        check_writable(tmp_path / "file/run")
+    said = "can't write to .*file/run .*: choose another with train.output_dir=FOLDER"
+    with pytest.raises(ConfigError, match=said), sole_run(tmp_path / "file/run"):
+        pass
 
 
 def test_devices(monkeypatch):
@@ -301,5 +302,5 @@ def test_trimmed_metrics(tmp_path):
     file = tmp_path / "metrics.json"
     rows = [json.dumps({"iteration": i, "loss": math.pi * i}) for i in range(5)]
     file.write_text("\n".join(rows) + '\n{"iteration": 5, "lo')
-    trim_metrics(file, 3)
+    assert trim_metrics(file, 3) == [json.loads(row) for row in rows[:3]]
     assert file.read_text().splitlines() == rows[:3]

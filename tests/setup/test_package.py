@@ -6,6 +6,8 @@ import ast
 import configparser
 import email
 import importlib
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -143,14 +145,31 @@ sys.meta_path.insert(0, Nobody)
 """
 
 
-@pytest.mark.parametrize("imported", ["dynamic_dino.evaluation", "dynamic_dino, no_such_package"])
-def test_without_detectron2_every_program_says_how_to_install_it(imported):
-    """Also where a package's own imports fail, before any of a program's lines is run."""
-    code = f"{NOT_THERE}import {imported}"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    *trace, line = run.stderr.splitlines()
-    if imported == "dynamic_dino.evaluation":
-        assert not trace and line.startswith("error: Detectron2 is not installed: `dynamic-dino i")
-        assert run.returncode == 2
-    else:
-        assert "no_such_package" in line and trace and run.returncode == 1
+REMEDY = "Detectron2 is not installed: `dynamic-dino install-detectron2`"
+USER = """
+import sys
+hook = sys.excepthook
+from dynamic_dino.console import named_remedy
+try:
+    with named_remedy():
+        import dynamic_dino.evaluation
+except ModuleNotFoundError as error:
+    print(error)
+    print(error.name, sys.excepthook is hook)
+from dynamic_dino.cli import main
+main(["evaluate"])
+"""
+
+
+@pytest.mark.parametrize("started", [["-m", "dynamic_dino.evaluation"], ["-c", USER]])
+def test_without_detectron2_programs_say_how_to_install_it(started, tmp_path, monkeypatch):
+    """Also where a package's own imports fail, before any of a program's lines is run; what uses
+    the package gets an exception, and its process stays as it was."""
+    (tmp_path / "sitecustomize.py").write_text(NOT_THERE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    run = subprocess.run([sys.executable, *started], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert re.fullmatch(f"error: {REMEDY}.*\n", run.stderr), run.stderr
+    if "-c" in started:
+        message, unchanged = run.stdout.splitlines()
+        assert message.startswith(REMEDY) and unchanged == "detectron2 True"

@@ -6,11 +6,12 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from .console import ending, named_remedy
+from .console import ending, is_looked_for, named_remedy
 from .renamed import FormerModules
 
 sys.meta_path.insert(0, FormerModules())
-sys.excepthook = ending
+if is_looked_for():  # elsewhere, how a process ends is not for an import to say
+    sys.excepthook = ending
 
 __all__ = ["detect_video", "load_detector"]
 LAZY = {"load_detector": ".serving.inference", "detect_video": ".serving.video_detection"}

@@ -92,14 +92,17 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
 
 # Commands of their own, which were there before the one for all.
+@command
 def train() -> int:
     return run("train", sys.argv[1:])
 
 
+@command
 def predict() -> int:
     return run("predict", sys.argv[1:])
 
 
+@command
 def finetune() -> int:
     return run("finetune", sys.argv[1:])
 

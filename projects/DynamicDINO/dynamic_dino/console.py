@@ -36,7 +36,8 @@ def named_remedy() -> Iterator[None]:
 def command(main: Callable[P, R]) -> Callable[P, R]:
     """Decorates what a program, or a process of it, begins with: letters that the console can't
     show (cp1252 and ASCII lack most of the world's) are printed as ``\\u9c88``, where Python's
-    standard output would raise UnicodeEncodeError. Files are in UTF-8 all the same."""
+    standard output would raise UnicodeEncodeError. Files are in UTF-8 all the same. A missing
+    Detectron2 ends it with one line."""
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -45,7 +46,12 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
             if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
                 if reconfigure := getattr(stream, "reconfigure", None):  # a notebook's has none
                     reconfigure(errors="backslashreplace")
-        return main(*args, **kwargs)
+        try:
+            return main(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            if error.name != "detectron2":
+                raise
+            raise SystemExit(fail(DETECTRON2)) from None
 
     return run
 
@@ -69,9 +75,16 @@ def program() -> str | None:
     return _called
 
 
+def is_looked_for() -> bool:
+    """Whether Python was started as ``python -m dynamic_dino.PROGRAM``, and looks for that now."""
+    words = iter(sys.orig_argv[1:])
+    module = next((word[2:] or next(words, "") for word in words if word.startswith("-m")), "")
+    return sys.argv[:1] == ["-m"] and module.startswith(f"{__package__}.")
+
+
 def ending(error: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
-    """`sys.excepthook`, which ends a program with one line where Detectron2 is missing, wherever it
-    was imported first. It is set before any other module of this package is imported."""
+    """`sys.excepthook` of such a program, whose packages are imported before `command` begins: one
+    line where Detectron2 is missing."""
     if isinstance(value, ModuleNotFoundError) and value.name == "detectron2":
         raise SystemExit(fail(DETECTRON2))
     _usual_ending(error, value, trace)

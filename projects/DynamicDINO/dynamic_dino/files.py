@@ -28,17 +28,12 @@ def writable_folder(folder: str | Path, remedy: str) -> Path:
     """Creates the folder; raises OSError with the remedy where no file can be written into it."""
     folder = Path(folder)
     try:
-        probe_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise OSError(f"can't write to {folder} ({error.strerror}): {remedy}") from None
     return folder
-
-
-def probe_folder(folder: Path) -> None:
-    """Creates the folder and tries to write into it; raises the OSError that this meets."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
 
 
 class DiskFullError(OSError):

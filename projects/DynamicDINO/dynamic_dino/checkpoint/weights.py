@@ -44,7 +44,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()
             of numbers, or doesn't match the model key by key and shape by shape; a pattern matches
             nothing.
     """
-    if is_hub_spec(path):
+    if checked := is_hub_spec(path):
         state = import_public(path).state
     else:
         path = resolve(path, "checkpoint")
@@ -63,7 +63,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, skip: Sequence[str] = ()
             raise ValueError(f"nothing of the model matches {pattern!r}, which should be skipped")
         skipped.update(matching)
         state = {k: v for k, v in state.items() if not fnmatch.fnmatchcase(k, pattern)}
-    check_tensors(state, model_state, path)
+    if not checked:
+        check_tensors(state, model_state, path)
     encoders = _encoders(model)
     brought = tuple(prefix for prefix, encoder in encoders.items() if encoder.pretrained)
     absent = [k for k in model_state if k.startswith(FROZEN_ENCODERS) and k not in state]

@@ -231,12 +231,13 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [row for line in _lines(path) if (row := _row(line))]
 
 
-def trim_metrics(path: Path, start_iter: int) -> None:
-    """Drops the rows of metrics.json that a resumed run will write again."""
+def trim_metrics(path: Path, start_iter: int) -> list[dict[str, float]]:
+    """Drops the rows of metrics.json that a resumed run will write again; returns the others."""
     lines = _lines(path)
     kept = [line for line in lines if _row(line).get("iteration", math.inf) < start_iter]
     if len(kept) < len(lines):
         write_text(path, "".join(f"{line}\n" for line in kept))
+    return [_row(line) for line in kept]
 
 
 def _lines(path: Path) -> list[str]:

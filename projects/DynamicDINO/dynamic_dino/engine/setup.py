@@ -18,7 +18,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
 from ..config import ConfigError, input_errors, save_config
-from ..files import DiskFullError, FolderInUseError, LogFile, probe_folder, sole_writer
+from ..files import FolderInUseError, LogFile, sole_writer, writable_folder
 from .allocator import keep_freed_memory
 from .changes import changes
 from .checkpointing import last_checkpoint
@@ -37,14 +37,14 @@ def sole_run(folder: str | Path, option: str = "train.output_dir=FOLDER") -> Ite
         problem = ""
         if comm.is_main_process():
             try:
-                check_writable(folder)
-                stack.enter_context(sole_writer(Path(folder)))
+                folder = writable_folder(folder, f"choose another with {option}")
+                stack.enter_context(sole_writer(folder))
             except FolderInUseError as error:
                 problem = (
                     f"{error}; wait until it has ended, or stop it, or choose another folder with "
                     f"{option}"
                 )
-            except (ConfigError, DiskFullError) as error:
+            except OSError as error:
                 problem = str(error)
         if problem := comm.all_gather(problem)[0]:
             raise ConfigError(problem)
@@ -121,14 +121,3 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
-
-
-def check_writable(folder: str | Path) -> None:
-    """Creates the folder; raises `ConfigError` where no file can be written into it."""
-    try:
-        probe_folder(Path(folder))
-    except OSError as error:
-        raise ConfigError(
-            f"can't write to train.output_dir={folder} ({error.strerror}); choose another with "
-            "train.output_dir=FOLDER"
-        ) from error

@@ -351,8 +351,8 @@ def _hooks(
         checkpointer, train.checkpointer.period, max_to_keep=train.checkpointer.max_to_keep
     )
     metrics = Path(train.output_dir) / "metrics.json"
-    trim_metrics(metrics, start_iter)
-    trainer.logged_until = max((row["iteration"] for row in read_metrics(metrics)), default=-1)
+    kept = trim_metrics(metrics, start_iter)
+    trainer.logged_until = max((row["iteration"] for row in kept), default=-1)
     # A row is the median of the iterations since the last one; with log_period=1, exact.
     rows = MetricsFile(metrics, train.log_period)
     checkpointer.before_saving = rows.settle  # a run that resumes from there won't write them

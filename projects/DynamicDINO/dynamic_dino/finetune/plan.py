@@ -10,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoint.transformers_config import detector_config, read_config
 from ..config import ConfigError, apply_overrides, input_errors, load_config
-from ..engine.checkpointing import last_checkpoint
 from ..engine.setup import resolve_device
 from ..files import configs_folder
+from ..serving.inference import find_files, find_recipe
 from ..serving.shipped import DEFAULT_DENSE, DEFAULT_MODEL, SHIPPED_MODELS
 from ..sources import is_hub_spec, model_directory
 from .rule import iterations_for
@@ -62,7 +62,7 @@ def find_start(name: str | None, device: str) -> Start:
     name = name or default_start(device)
     if name in SHIPPED_MODELS:
         shipped = SHIPPED_MODELS[name]
-        cfg = load_config(configs_folder() / shipped.config)
+        cfg = load_config(find_recipe(name))
         return Start(name, f"package:dynamic_dino/weights/{shipped.weights}", NANO, _model(cfg))
     if is_hub_spec(name):
         try:
@@ -75,10 +75,8 @@ def find_start(name: str | None, device: str) -> Start:
             ) from error
     if Path(name).is_dir():
         with input_errors():
-            weights = last_checkpoint(name)
-        if weights is None or not (Path(name) / "config.yaml").is_file():
-            raise ConfigError(f"--start {name}: a run has config.yaml and a checkpoint")
-        cfg = load_config(Path(name) / "config.yaml")
+            config, weights = find_files(name, None)
+        cfg = load_config(config)
         # Towers of nano come from packages, those of Grounding DINO from its checkpoint.
         nano = str(OmegaConf.select(cfg, "model.backbone.weights")).startswith("package:")
         return Start(name, str(weights), NANO if nano else GDINO, _model(cfg))

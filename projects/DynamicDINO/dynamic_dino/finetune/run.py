@@ -39,7 +39,7 @@ from ..engine.setup import resolve_device, setup, sole_run
 from ..engine.train import do_train
 from ..evaluation.coco import read_ground_truth
 from ..evaluation.evaluator import category_ids_of
-from ..files import writable_folder, write_text
+from ..files import write_text
 from .plan import TITLES, Start, caching_pays, find_start, recipe_for
 from .report import BEFORE, Scores, changes_sheet, gains, read_scores, table
 from .rule import iterations_for
@@ -116,10 +116,6 @@ def finetune(options: Options) -> dict[str, Scores]:
     if options.epochs is not None:
         iterations = max(1, round(options.epochs * data.photos / batch))
     configs = {kind: recipe(kind, data.photos, iterations) for kind in options.kinds}
-    try:
-        writable_folder(options.output, "choose another folder with --output")
-    except OSError as error:
-        raise ConfigError(str(error)) from None
     with sole_run(options.output, "--output FOLDER"):
         cached = options.cache and all(caching_pays(c, data.photos) for c in configs.values())
         _remember(options, start, configs)

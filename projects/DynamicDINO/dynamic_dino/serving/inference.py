@@ -35,6 +35,7 @@ from .prompts import PromptLike, prompts_of_images
 from .shipped import DEFAULT_MODEL, SHIPPED_MODELS, THRESHOLD, defaults_of
 from .suppression import unsuppressed
 
+NO_RUN = ", so it isn't the train.output_dir of a run"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -255,12 +256,9 @@ def random_model(model: str | Path) -> tuple[nn.Module, DictConfig]:
     takes as long and has the same operators as a trained one, but what it finds means nothing.
 
     Args:
-        model: a recipe, the folder of a run, or a shipped model.
+        model: see `find_recipe`, whose errors it raises.
     """
-    path = Path(model)
-    if str(model) in SHIPPED_MODELS:
-        path = configs_folder() / SHIPPED_MODELS[str(model)].config
-    cfg = _recipe(path / "config.yaml" if path.is_dir() else path)
+    cfg = _load_recipe(find_recipe(model))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         detector = instantiate(without_downloads(cfg.model))
@@ -273,10 +271,10 @@ def find_model(model: str | Path, weights: str | Path | None) -> tuple[DictConfi
     """The config and the weights of a shipped model, a run or a LazyConfig file; see
     `load_detector`, whose errors it raises."""
     config, weights = find_files(model, weights)
-    return _recipe(config), weights
+    return _load_recipe(config), weights
 
 
-def _recipe(config: Path) -> DictConfig:
+def _load_recipe(config: Path) -> DictConfig:
     cfg = load_config(config)
     if OmegaConf.select(cfg, "inference.size") is None:
         raise ValueError(
@@ -288,34 +286,43 @@ def _recipe(config: Path) -> DictConfig:
 
 def find_files(model: str | Path, weights: str | Path | None) -> tuple[Path, str | Path]:
     """The files of `find_model`: recipe, weights."""
-    weights = weights or default_weights(model)
-    if str(model) in SHIPPED_MODELS:
-        config = configs_folder() / SHIPPED_MODELS[str(model)].config
-    elif Path(model).is_dir():
-        config = Path(model) / "config.yaml"
-        if weights is None or not config.is_file():
-            raise FileNotFoundError(
-                f"{model} has no {'config.yaml' if weights else 'checkpoint'}, so it isn't the "
-                "train.output_dir of a run"
-            )
-    elif split_variant(model)[0].suffix in (".py", ".yaml", ".yml"):
-        config = Path(model)
-        if weights is None:
-            raise ValueError(
-                f"{model} is a recipe without weights: give a checkpoint of it (load_detector's "
-                "weights=, predict.py's --weights)"
-            )
-    else:
-        near = difflib.get_close_matches(str(model), SHIPPED_MODELS, n=1, cutoff=0.3)
+    config, weights = find_recipe(model), weights or default_weights(model)
+    if weights is None:
+        if Path(model).is_dir():
+            raise FileNotFoundError(f"{model} has no checkpoint{NO_RUN}")
         raise ValueError(
-            f"unknown model {str(model)!r}"
-            + (f", did you mean {near[0]!r}?" if near else ":")
-            + f" There are {', '.join(SHIPPED_MODELS)}, and public ones (hf:OWNER/NAME); any other "
-            "is given by its LazyConfig file (.py or .yaml) and weights"
+            f"{model} is a recipe without weights: give a checkpoint of it (load_detector's "
+            "weights=, predict.py's --weights)"
         )
     if not is_hub_spec(weights) and not Path(weights).is_file():
         raise FileNotFoundError(f"weights {weights} of {model} don't exist")
     return config, weights
+
+
+def find_recipe(model: str | Path) -> Path:
+    """The recipe of a shipped model or of a run, by its folder; of a LazyConfig file, that file.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder that is no run's; a name that is no model's.
+    """
+    if str(model) in SHIPPED_MODELS:
+        return configs_folder() / SHIPPED_MODELS[str(model)].config
+    if Path(model).is_dir():
+        config = Path(model) / "config.yaml"
+        if not config.is_file():
+            raise FileNotFoundError(f"{model} has no config.yaml{NO_RUN}")
+        return config
+    if split_variant(model)[0].suffix in (".py", ".yaml", ".yml"):
+        return Path(model)
+    if is_hub_spec(model):
+        raise ValueError(f"{model} are weights: give the recipe of a model instead")
+    near = difflib.get_close_matches(str(model), SHIPPED_MODELS, n=1, cutoff=0.3)
+    raise ValueError(
+        f"unknown model {str(model)!r}"
+        + (f", did you mean {near[0]!r}?" if near else ":")
+        + f" There are {', '.join(SHIPPED_MODELS)}, and public ones (hf:OWNER/NAME); any other "
+        "is given by its LazyConfig file (.py or .yaml) and weights"
+    )
 
 
 def default_weights(model: str | Path) -> Path | None:
