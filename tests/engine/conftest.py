@@ -1,10 +1,12 @@
 """The tiny recipe, ready to run in a temporary folder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from dynamic_dino.config import load_config
+from dynamic_dino.engine.train import do_train
 
 RECIPE = Path(__file__).parents[1] / "helpers/tiny_recipe.py"
 
@@ -17,6 +19,20 @@ def recipe(tmp_path):
         return load_config(RECIPE, [f"train.output_dir={tmp_path / folder}", *overrides])
 
     return load
+
+
+@pytest.fixture(scope="session")
+def _whole(tmp_path_factory):
+    output = tmp_path_factory.mktemp("tiny") / "whole"
+    do_train(load_config(RECIPE, [f"train.output_dir={output}"]))
+    return output
+
+
+@pytest.fixture
+def whole(_whole, recipe, tmp_path):
+    """The config of an uninterrupted run without overrides, which lies in the folder "whole"."""
+    shutil.copytree(_whole, tmp_path / "whole")
+    return recipe("whole")
 
 
 @pytest.fixture

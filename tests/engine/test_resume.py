@@ -57,10 +57,11 @@ def with_momentum(cfg):
     ("stop_at", "change"),
     [(2, None), (4, None), (11, None), (19, None), (11, with_momentum)],
 )
-def test_interrupted_run_equals_whole_run(recipe, metrics, stop_at, change):
-    change = change or (lambda cfg: cfg)
-    whole = change(recipe("whole"))
-    do_train(whole)
+def test_interrupted_run_equals_whole_run(recipe, metrics, stop_at, change, request):
+    if change:
+        do_train(whole := change(recipe("whole")))
+    else:
+        whole, change = request.getfixturevalue("whole"), lambda cfg: cfg
     with pytest.raises(InterruptedError):
         do_train(change(recipe("cut", f"dataloader.train.stop_at={stop_at}")))
     assert max(metrics("cut")) == stop_at - 1
@@ -98,9 +99,8 @@ def test_killed_run_equals_whole_run(recipe, metrics, tmp_path):
     [("model_0000011.pth", "model_0000009.pth"), ("last_checkpoint", "model_0000003.pth")],
 )
 def test_death_while_saving_leaves_a_good_checkpoint(
-    recipe, metrics, monkeypatch, victim, survivor
+    recipe, metrics, whole, monkeypatch, victim, survivor
 ):
-    do_train(recipe("whole"))
     written_whole = files.written_whole
 
     @contextmanager
@@ -118,7 +118,7 @@ def test_death_while_saving_leaves_a_good_checkpoint(
     assert last_checkpoint(recipe("cut").train.output_dir).name == survivor
     do_train(recipe("cut"), resume=True)
     assert metrics("cut") == metrics("whole")
-    assert same(load(recipe("cut")), load(recipe("whole")))
+    assert same(load(recipe("cut")), load(whole))
 
 
 def test_asked_to_end_it_goes_on_to_the_same_numbers(recipe, metrics, tmp_path):
@@ -143,9 +143,7 @@ def test_asked_to_end_it_goes_on_to_the_same_numbers(recipe, metrics, tmp_path):
     assert all(same(cut[key], whole[key]) for key in ("model", "ema", "best", "iteration"))
 
 
-def test_an_evaluation_that_was_killed_comes_first(recipe, metrics, tmp_path, monkeypatch):
-    do_train(recipe("whole"))
-
+def test_an_evaluation_that_was_killed_comes_first(recipe, metrics, whole, tmp_path, monkeypatch):
     def kill_at(wanted):
         def dies(*arguments, iteration, **options):
             if iteration == wanted:
@@ -168,8 +166,7 @@ def test_an_evaluation_that_was_killed_comes_first(recipe, metrics, tmp_path, mo
     assert results[0] == results[1]
 
 
-def test_full_disk(recipe, metrics, tmp_path, monkeypatch, caplog):
-    do_train(recipe("whole"))
+def test_full_disk(recipe, metrics, whole, tmp_path, monkeypatch, caplog):
     save = torch.save
 
     def fails(name):
@@ -197,10 +194,9 @@ def test_full_disk(recipe, metrics, tmp_path, monkeypatch, caplog):
     assert metrics("cut") == metrics("whole")
 
 
-def test_logs_outlive_a_full_disk(recipe, metrics, tmp_path, monkeypatch, caplog):
+def test_logs_outlive_a_full_disk(recipe, metrics, whole, tmp_path, monkeypatch, caplog):
     """Rows of metrics come when there is room again; without, no checkpoint is saved that they are
     missing from."""
-    do_train(recipe("whole"))
     room_at: set[int] = set()
 
     class Late(LogFile):
@@ -220,7 +216,7 @@ def test_logs_outlive_a_full_disk(recipe, metrics, tmp_path, monkeypatch, caplog
     do_train(recipe("late", "train.checkpointer.period=5"))
     assert caplog.text.count("TensorBoard's events in") == 1
     assert metrics("late") == metrics("whole")
-    assert same(load(recipe("late"))["model"], load(recipe("whole"))["model"])
+    assert same(load(recipe("late"))["model"], load(whole)["model"])
     room_at.clear()
     room_at.add(3)  # rows that come after the checkpoint of this iteration are left
     with pytest.raises(
@@ -311,23 +307,21 @@ def test_best_checkpoint_outlives_a_resume(recipe, metrics):
     assert best["iteration"] == 4 and best["best"] == {"val/AP": scores[4]}
 
 
-def test_overrides_count_on_resume(recipe, metrics):
+def test_overrides_count_on_resume(recipe, metrics, whole):
     with pytest.raises(InterruptedError):
         do_train(recipe("run", "dataloader.train.stop_at=12"))
-    do_train(recipe("whole"))
     do_train(recipe("run", "optimizer.lr=0.002"), resume=True)
-    changed, whole = metrics("run"), metrics("whole")
-    assert changed[11] == whole[11]
-    assert changed[13]["lr"] == pytest.approx(whole[13]["lr"] / 10)
+    changed, rows = metrics("run"), metrics("whole")
+    assert changed[11] == rows[11]
+    assert changed[13]["lr"] == pytest.approx(rows[13]["lr"] / 10)
 
 
-def test_used_folder_needs_resume(recipe, metrics):
-    do_train(recipe("run"))
+def test_used_folder_needs_resume(metrics, whole):
     with pytest.raises(ConfigError, match="already holds a run.*--resume"):
-        do_train(recipe("run"))
-    before = metrics("run")
-    do_train(recipe("run"), resume=True)
-    assert metrics("run") == before, "a complete run stays as it is"
+        do_train(whole)
+    before = metrics("whole")
+    do_train(whole, resume=True)
+    assert metrics("whole") == before, "a complete run stays as it is"
 
 
 def test_loss_scaling_resumes(recipe, metrics, monkeypatch):
@@ -388,8 +382,7 @@ def test_resume_refuses_what_does_not_fit(recipe, tmp_path):
             do_train(recipe("run"), resume=True)
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(recipe, metrics, tmp_path, caplog):
-    do_train(recipe("whole"))
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(recipe, metrics, whole, tmp_path, caplog):
     with pytest.raises(InterruptedError):
         do_train(recipe("cut", "dataloader.train.stop_at=16"))
     last = last_checkpoint(tmp_path / "cut")
@@ -399,7 +392,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(recipe, metrics, tmp_p
     assert "model_0000015.pth is corrupt or incomplete" in caplog.text
     assert "Going on from" in caplog.text and "model_0000014.pth instead" in caplog.text
     assert metrics("cut") == metrics("whole")
-    assert same(load(recipe("cut")), load(recipe("whole")))
+    assert same(load(recipe("cut")), load(whole))
 
     final = tmp_path / "cut/model_final.pth"
     content = bytearray(final.read_bytes())

@@ -135,8 +135,7 @@ def test_ema_is_what_is_evaluated(recipe, metrics):
     assert raw != logged
 
 
-def test_the_start_is_scored_too(recipe, metrics, caplog):
-    do_train(recipe("plain"))
+def test_the_start_is_scored_too(recipe, metrics, whole, caplog):
     caplog.set_level("INFO")
     cfg = recipe("run", "train.eval_first=True", "train.eval_period=0")
     do_train(cfg)
@@ -146,27 +145,26 @@ def test_the_start_is_scored_too(recipe, metrics, caplog):
     assert rows[0]["val/AP"] == pytest.approx(before, abs=0.01) != pytest.approx(after, abs=0.01)
     assert rows[20]["val/AP"] == pytest.approx(after, abs=0.01)
     # It changes nothing else.
-    plain = metrics("plain")
+    plain = metrics("whole")
     assert [r["total_loss"] for r in rows.values() if "total_loss" in r] == [
         r["total_loss"] for r in plain.values() if "total_loss" in r
     ]
 
 
-def test_metrics_reach_json_and_tensorboard(recipe, metrics, tmp_path):
+def test_metrics_reach_json_and_tensorboard(metrics, whole, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    do_train(recipe("run"))
-    rows = metrics("run")
+    rows = metrics("whole")
     row = rows[7]
     assert row["total_loss"] == pytest.approx(row["loss_square"] + row["loss_absolute"])
     assert {"moe/entropy", "grad_norm", "lr"} <= row.keys()
     assert rows[0]["lr"] == pytest.approx(0.02 * 0.1) and rows[19]["lr"] < 0.001
-    assert json.loads((tmp_path / "run/results.json").read_text()) == {
+    assert json.loads((tmp_path / "whole/results.json").read_text()) == {
         "weights": "model_final.pth",
         "iteration": 19,
         "val/AP": rows[20]["val/AP"],
     }
-    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    events = EventAccumulator(str(tmp_path / "whole")).Reload()
     logged = {e.step: e.value for e in events.Scalars("total_loss")}
     assert logged == pytest.approx({i: r["total_loss"] for i, r in rows.items() if i < 20})
 
