@@ -4,12 +4,12 @@
     python benchmarks/reliability.py                              # some minutes: a little of each
     python benchmarks/reliability.py --kills 30 --inputs 5200 --save
     python benchmarks/reliability.py --save --only images prompts # these once more
-    python benchmarks/reliability.py --only faults --match predict
+    python benchmarks/reliability.py --save --only faults --match predict
 
 Needs nothing but the package: it draws its data, and trains the smallest recipe on them. What is
 done already, by the same code, isn't done again: an interrupted run goes on; --only does some
 sections anew, and keeps the others. With --save: ``benchmarks/results/<machine>/reliability.json``,
-where ``commits`` says which code each section is of. Sections:
+where ``commits`` says which code each section is of, and each fault its own. Sections:
 
 kills     A run of 16 iterations with checkpoints and evaluations is killed, -9, up to six times:
           while it starts, at any time, while a checkpoint is being written, within an evaluation.
@@ -92,8 +92,6 @@ def main() -> int:
     warnings.simplefilter("ignore")
     about = provenance(("torch", "numpy", "pillow", "transformers"))
     asked = {key: getattr(options, key) for key in ("kills", "inputs", "seed")}
-    if options.match and options.json:
-        parser.error("--match is for trying: what is kept has all faults of one commit")
     report = about | {"settings": asked, "commits": {}} | _earlier(options, about["commit"], asked)
     with tempfile.TemporaryDirectory(prefix="reliability-") as folder:
         for section in SECTIONS:
@@ -129,7 +127,7 @@ def _section(section: str, folder: Path, report: dict, options: argparse.Namespa
     if section == "kills":
         yield from _kills(folder, report.get("kills", []), options)
     elif section == "faults":
-        yield from _faults(folder, report.get("faults", []), options)
+        yield from _faults(folder, report.get("faults", []), report["commit"], options)
     else:
         yield _inputs(section, folder, options)
 
@@ -148,7 +146,7 @@ def _kills(folder: Path, chains: list[dict], options: argparse.Namespace):
             yield chains
 
 
-def _faults(folder: Path, found: list[dict], options: argparse.Namespace):
+def _faults(folder: Path, found: list[dict], commit: str, options: argparse.Namespace):
     bench = Bench(folder)
     logging.disable(logging.NOTSET)
     wanted = [name for name in FAULTS if options.match in name]
@@ -156,7 +154,7 @@ def _faults(folder: Path, found: list[dict], options: argparse.Namespace):
     if options.only:
         results = {name: row for name, row in results.items() if name not in wanted}
     for name in tqdm([n for n in wanted if n not in results], desc="faults", disable=None):
-        results[name] = try_fault(bench, name)
+        results[name] = try_fault(bench, name) | {"commit": commit}
         yield [results[name] for name in FAULTS if name in results]
 
 

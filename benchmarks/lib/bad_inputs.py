@@ -78,7 +78,7 @@ class Layout(NamedTuple):
     root: Path
     file: Path
     kind: str
-    optional: Sequence[str] = ()
+    optional: Sequence[str | int] = ()
 
 
 BOXES = [[(0, (5, 6, 25, 36)), (1, (30, 2, 60, 44))], [(1, (40, 8, 60, 38))], []]  # x1, y1, x2, y2
@@ -120,13 +120,17 @@ def layouts(folder: Path) -> dict[str, Layout]:
     result: dict[str, Layout] = {}
 
     def add(
-        name: str, file: str, kind: str, content: Any, optional: Sequence[str] = (), **options: Any
+        name: str,
+        file: str,
+        kind: str,
+        content: Any,
+        optional: Sequence[str | int] = (),
     ) -> None:
         path = folder / name / file
         _draw(path.parent)
         text = content if isinstance(content, str) else json.dumps(content)
         path.write_text(text, encoding="utf-8")
-        result[name] = Layout(options.get("root", path), path, kind, optional)
+        result[name] = Layout(path, path, kind, optional)
 
     flags = ("iscrowd", "area", "segmentation", "frequency", "novel", "near_synonyms")
     add("COCO", "a.json", "json", _coco(captions=False), flags)
@@ -163,15 +167,17 @@ def layouts(folder: Path) -> dict[str, Layout]:
         shapes += "</image>"
         done = [{"id": i, "result": values, "was_cancelled": False, "ground_truth": False}]
         tasks.append({"id": i, "data": {"image": f"/data/upload/3/{i}.png"}, "annotations": done})
-    turned = ("rotation", "image_rotation", "was_cancelled", "ground_truth")
-    add("Label Studio", "tasks.json", "json", tasks, turned)
+    # the address of the image stands in a field that the project names
+    free = ("rotation", "image_rotation", "was_cancelled", "ground_truth", "image")
+    add("Label Studio", "tasks.json", "json", tasks, free)
     labels = "".join(f"<label><name>{name}</name></label>" for name in NAMES)
     cvat = f"<annotations><version>1.1</version><meta><task><labels>{labels}</labels></task></meta>"
-    add("CVAT", "annotations.xml", "xml", f"{cvat}{shapes}</annotations>")
+    sizes = ("width", "height")  # where there is none, it is that of the file
+    add("CVAT", "annotations.xml", "xml", f"{cvat}{shapes}</annotations>", sizes)
     rows = ["filename,width,height,class,xmin,ymin,xmax,ymax"]
     for i, boxes in enumerate(BOXES):
         rows += [",".join(map(str, (f"{i}.png", *SIZE, NAMES[c], *box))) for c, box in boxes]
-    add("CSV", "labels.csv", "csv", "\n".join(rows) + "\n")
+    add("CSV", "labels.csv", "csv", "\n".join(rows) + "\n", (1, 2))  # the columns of the size
 
     found = [
         {
@@ -193,7 +199,7 @@ def layouts(folder: Path) -> dict[str, Layout]:
         if not (home / kind).exists():
             write_labels(found, home, kind)
         root = home / (f"{kind}:train" if kind == "yolo" else kind)
-        result[name] = Layout(root, home / file, type)
+        result[name] = Layout(root, home / file, type, ("imageWidth", "imageHeight"))
     return result
 
 
@@ -232,7 +238,7 @@ def _of_format(name: str, layout: Layout, count: int, rng: random.Random) -> Ite
 
 def _checked_and_read(root: Path, reading: Reading, content: bytes) -> str:
     try:
-        result = check_dataset(str(root), images=0, tokenizer="package:none/none")
+        result = check_dataset(str(root), images=0, tokenizer="package:none/none", max_tokens=10**7)
         kinds = {kind for kind in result.counts if kind not in result.notes}
         if "failed check" in kinds:
             raise AssertionError(f"a check failed itself: {result.examples['failed check'][0]}")
@@ -460,6 +466,7 @@ def predictions(folder: Path, count: int, rng: random.Random) -> list[Trial]:
     def read(content: bytes) -> str:
         file.write_bytes(content)
         found = DatasetPredictions.read(file)
+        found.check_ids([1, 2], [1])
         arrays = (found.image_ids, found.category_ids, found.boxes, found.scores)
         return repr([array.tolist() for array in arrays])
 

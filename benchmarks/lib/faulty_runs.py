@@ -49,7 +49,7 @@ RECIPES = {
     "dense": ("pretrain/nano_drawn.py", SHORT),
     "DynMoE": (
         "dynmoe/nano_drawn.py",
-        [*SHORT, "train.init_checkpoint=''", "train.trainable=null"]
+        [*SHORT, "train.init_checkpoint=", "train.trainable=null"]
         + ["train.adaptive_experts.period=5", "train.adaptive_experts.window=4"],
     ),
 }

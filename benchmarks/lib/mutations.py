@@ -54,12 +54,17 @@ def _encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
+def _decode(content: bytes) -> str:
+    """Of UTF-8, -16 and -32, with or without a byte order mark."""
+    return content.decode(json.detect_encoding(content))
+
+
 def _read_json(content: bytes) -> Any:
     return json.loads(content)
 
 
 def _read_lines(content: bytes) -> Any:
-    lines = content.decode(json.detect_encoding(content)).splitlines()
+    lines = _decode(content).splitlines()
     return [json.loads(line) for line in lines if line.strip()]
 
 
@@ -94,7 +99,7 @@ def _write_xml(value: Any) -> bytes:
 
 def _read_csv(content: bytes) -> Any:
     try:
-        rows = csv.reader(io.StringIO(content.decode(), newline=""), strict=True)
+        rows = csv.reader(io.StringIO(_decode(content), newline=""), strict=True)
         return [row for row in rows if row]
     except csv.Error as error:
         raise ValueError(str(error)) from error
@@ -106,7 +111,7 @@ def _write_csv(value: Any) -> bytes:
 
 
 def _read_words(content: bytes) -> Any:
-    return [line.split() for line in content.decode().splitlines() if line.strip()]
+    return [line.split() for line in _decode(content).splitlines() if line.strip()]
 
 
 def _write_words(value: Any) -> bytes:
@@ -115,7 +120,7 @@ def _write_words(value: Any) -> bytes:
 
 def _read_yaml(content: bytes) -> Any:
     try:
-        return yaml.safe_load(content)
+        return yaml.safe_load(_decode(content))
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
 
@@ -158,6 +163,8 @@ def at(value: Any, path: Path) -> Any:
 
 def changed(value: Any, path: Path, new: Any) -> Any:
     """A copy with another value there, or without it (`ABSENT`)."""
+    if not path:
+        return new
     result = copy.deepcopy(value)
     *outer, last = path
     if new is ABSENT:
@@ -226,7 +233,7 @@ class Reading:
         content: bytes,
         kind: str,
         read: Callable[[bytes], Any],
-        optional: Sequence[str] = (),
+        optional: Sequence[str | int] = (),
     ) -> None:
         self.codec, self.read, self.optional = KINDS[kind], read, {*optional}
         self.good, self.wanted = self.codec.read(content), read(content)
@@ -282,9 +289,10 @@ class Reading:
         return self._effects(path) == {"refused"} and self._plausible(path, old, new)
 
     def _same(self, path: Path, old: Any, new: Any) -> bool:
-        """Whether they mean the same."""
-        if new is ABSENT or new is None or new == "":
-            return _last(path) in self.optional or old in (None, 0, False, "", [], "0")
+        """Whether they mean the same. What a list lacks was not needed, if the same is read."""
+        if _nothing(new):
+            needless = new is ABSENT and isinstance(_last(path), int)
+            return needless or _last(path) in self.optional or old in (None, 0, False, "", [], "0")
         if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
             return all(self._same(path, a, b) for a, b in zip(old, new, strict=True))
         if _flag(path) is not None:
@@ -294,13 +302,14 @@ class Reading:
 
     def _plausible(self, path: Path, old: Any, new: Any) -> bool:
         """Whether a place that held `old` may hold `new`."""
-        if new is ABSENT or new is None or new == "":
+        if _nothing(new):
             in_a_list = isinstance(_last(path), int) and not _numbers(at(self.good, path[:-1]))
             return _last(path) in self.optional or (new is ABSENT and in_a_list)
         if _flag(path) is not None:
             return str(new).strip().lower() in FLAG_WORDS
-        if str(_last(path)).endswith("id"):
-            return _number(new) is not None or isinstance(new, str)
+        if str(_last(path)).endswith(("id", "near_synonyms")):  # which may be names, too
+            ids = new if isinstance(new, list) and isinstance(old, list) else [new]
+            return all(_number(i) is not None or isinstance(i, str) for i in ids)
         if _number(old) is not None:
             return _number(new) is not None
         if isinstance(old, str):
@@ -308,6 +317,10 @@ class Reading:
         if _numbers(old):
             return _numbers(new) and len(new) == len(old)
         return old is None or type(new) is type(old)
+
+
+def _nothing(value: Any) -> bool:
+    return value is ABSENT or value is None or (isinstance(value, str) and not value.strip())
 
 
 def _last(path: Path) -> str | int:

@@ -8,6 +8,7 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.data.samplers import RepeatFactorTrainingSampler
+from dynamic_dino.config import ConfigError
 from dynamic_dino.data import (
     TestMapper,
     TrainMapper,
@@ -20,6 +21,7 @@ from dynamic_dino.data import (
 from dynamic_dino.data.balance import repeat_factors
 from dynamic_dino.data.loader import TrainBatches
 from dynamic_dino.data.synthetic.drawn import write_drawn_dataset
+from dynamic_dino.data.workers import WorkerEndedError, loading_errors
 from helpers import miniatures
 from helpers.seeds import fresh_rng
 
@@ -284,3 +286,18 @@ def test_the_mixture_is_the_same_for_any_workers_and_after_resuming(mixture):
     assert len({sample["prompt"].text for batch in reference for sample in batch}) > 20
     assert_equal(mixed_batches(mixture, 10, num_workers=3), reference)
     assert_equal(mixed_batches(mixture, 6, num_workers=2, start_iter=4), reference[4:])
+
+
+def test_what_a_loader_raises_is_one_line():
+    """As torch words it, of a worker or of this process."""
+    of_a_worker = "Caught ValueError in DataLoader worker process 0.\nTraceback\nValueError: a.png"
+    for error in (ValueError(of_a_worker), ValueError("a.png"), FileNotFoundError("a.png")):
+        with pytest.raises(ConfigError, match=r"^a\.png; go on$"):
+            with loading_errors(lambda: "go on"):
+                raise error
+    killed = "DataLoader worker (pid 7) is killed by signal: Killed. \nDetails are lost"
+    with pytest.raises(WorkerEndedError, match=r"pid 7.*num_workers.*; go on$"):
+        with loading_errors(lambda: "go on"):
+            raise RuntimeError(killed)
+    with pytest.raises(RuntimeError, match="^a bug$"), loading_errors(str):
+        raise RuntimeError("a bug")

@@ -280,7 +280,7 @@ def test_bad_records_give_way_to_others(recipe, metrics, caplog, monkeypatch):
     assert "40.png" not in caplog.text, "it was said when it was met"
     with pytest.raises(ConfigError, match=r"3 bad records, more than .*max_bad.* of 64: .*17.png"):
         run("few", 0.04)
-    with pytest.raises(ValueError, match="png can't be read"):
+    with pytest.raises(ConfigError, match=r"png can't be read; mend .*--resume .*max_bad"):
         run("none", 0.0)
     run("few", 0.05, records=63)
     assert "had 64 records when this run was interrupted, and has 63" in caplog.text

@@ -124,6 +124,21 @@ CASES = [
         "task 1: 'result' is 3, no list",
     ),
     (
+        "label studio",
+        "*.json",
+        content(lambda d: d[0]["annotations"][0]["result"].append(3)),
+        r"task 1: result\[2\] is 3, no object",
+    ),
+    (
+        "label studio",
+        "*.json",
+        content(lambda d: d[0]["annotations"][0].update(was_cancelled="maybe")),
+        "task 1: 'was_cancelled' is 'maybe': write 0 or 1",
+    ),
+    ("label studio", "*.json", value(y=True), "task 1, result 1.*per cent"),
+    ("labelme", "a.json", shape(points=[[1, True], [2, 3]]), r"shapes\[0\].*of a rectangle"),
+    ("csv", "labels.csv", replace("panda,10,5,30,25", "panda,10"), "line 2: it has 5 of 8 col"),
+    (
         "roboflow",
         "train/*.json",
         content(lambda d: d["images"][0].update(file_name=7)),

@@ -68,11 +68,11 @@ def check_checksums(path: Path, state: Mapping[str, Tensor] | None = None) -> No
         if wanted and digest(state) != wanted:
             raise ValueError(f"checkpoint {path} has another checksum than it says: {remedy}")
     elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            try:
+        try:
+            with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
-            except (zipfile.BadZipFile, OSError, EOFError) as error:
-                raise ValueError(f"checkpoint {path} is damaged ({error}): {remedy}") from error
+        except Exception as error:  # of many types, such as that of a name that is no UTF-8
+            raise ValueError(f"checkpoint {path} is damaged ({error}): {remedy}") from error
         if damaged:
             raise ValueError(f"checkpoint {path} has another checksum in {damaged!r}: {remedy}")
 

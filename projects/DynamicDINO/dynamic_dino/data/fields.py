@@ -51,6 +51,14 @@ def read_number(value: Any) -> float:
         return math.nan
 
 
+def read_finite(value: Any) -> float:
+    """`read_number`; raises ValueError for what is no finite number."""
+    number = read_number(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{brief(value)} is no number")
+    return number
+
+
 def read_path(item: dict, field: str) -> str:
     """The name of a file."""
     value = item[field]
@@ -61,7 +69,7 @@ def read_path(item: dict, field: str) -> str:
 
 def read_name(value: Any, what: str) -> str:
     """A name that a text encoder can read; `what` stands before it in the message."""
-    if not is_text(value) or not any(map(str.isalnum, value)):
+    if not is_text(value) or not any(map(str.isalnum, value)) or "\0" in value:
         what = f"{what} {brief(value)}: write what it is in plain words, the detector reads it"
         raise DataError("category without a name", what)
     return value

@@ -142,6 +142,12 @@ class TrainMapper:
             else:
                 present = [annotation["category_id"] for annotation in record["annotations"]]
                 phrases = sampler(classes.tolist(), present, rng)
+                if not len(phrases):
+                    raise ValueError(
+                        f"image {record['file_name']}: none of its boxes is left at the size of "
+                        "the network, and no name is known to be absent from it: remove it, or "
+                        "train at a larger size"
+                    )
                 sample["prompt"] = Prompt.from_phrases([sampler.names[i] for i in phrases])
             position = {c: i for i, c in enumerate(phrases)}
         sample["instances"] = _instances(boxes, classes, position, sample["image_size"])

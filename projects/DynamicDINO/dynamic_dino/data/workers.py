@@ -7,10 +7,40 @@ iteration then, for which it needs its workers; PyTorch's heed SIGTERM, whoever 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ..config import ConfigError
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # that ask a run to end
+
+
+class WorkerEndedError(RuntimeError):
+    """A worker of a loader was ended from outside."""
+
+
+@contextmanager
+def loading_errors(what_next: Callable[[], str]) -> Iterator[None]:
+    """What a loader raises within it, also in a worker, becomes an error of one line, which
+    `what_next` ends: `ConfigError` for a record that can't be read, `WorkerEndedError` for a worker
+    that is gone."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        # of a worker's, torch makes a text that ends with "ValueError: ..."
+        line = re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])
+        raise ConfigError(f"{line}; {what_next()}") from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise WorkerEndedError(
+            f"a worker of the data loader was ended from outside ({str(error).splitlines()[0]}), "
+            "by the system where memory was short: take fewer (dataloader.*.num_workers), or a "
+            f"machine with more memory; {what_next()}"
+        ) from error
 
 
 def heed_loader_only(worker: int = 0) -> None:

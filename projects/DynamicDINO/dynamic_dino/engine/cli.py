@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ..config import ConfigError, load_config, variants_table
 from ..console import command
+from ..data.workers import WorkerEndedError
 from ..files import DiskFullError, configs_folder
 from .evaluate import evaluate_weights
 from .launch import argument_parser, launch
@@ -20,8 +21,9 @@ DEFAULT_RECIPE = "moe_tuning/dynamic_dino_x16_top2.py"
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Exits with status 2 and one line for a mistake in the recipe, 1 for a loss that diverged or a
-    full disk, and `preemption.EXIT_CODE` where a signal ended it in good order."""
+    """Exits with status 2 and one line for a mistake in the recipe or the data, 1 for a loss that
+    diverged, a full disk or a worker that was killed, and `preemption.EXIT_CODE` where a signal
+    ended it in good order."""
     parser = argument_parser(configs_folder() / DEFAULT_RECIPE)
     args = parser.parse_args(argv)
     if args.variants:
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         launch(run, args)
     except ConfigError as error:
         parser.error(str(error))
-    except (NonFiniteLossError, DiskFullError) as error:
+    except (NonFiniteLossError, DiskFullError, WorkerEndedError) as error:
         raise SystemExit(f"{parser.prog}: error: {error}") from None
 
 

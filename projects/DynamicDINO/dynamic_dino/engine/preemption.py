@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing import active_children
 from types import FrameType
 
-from ..data.workers import SIGNALS
+from ..data.workers import SIGNALS, loading_errors
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,12 @@ class Stoppable:
         return len(self.loader)
 
     def __iter__(self) -> Iterator:
-        for batch in self.loader:
+        batches = iter(self.loader)
+        while True:
+            with loading_errors(lambda: "then start it again: what it found is kept"):
+                batch = next(batches, None)
+            if batch is None:
+                return
             if name := requested():
                 logger.warning("%s: the evaluation ends here (status %d)", name, EXIT_CODE)
                 raise Preempted

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config import ConfigError
 from ..console import some
+from ..data.workers import WorkerEndedError, loading_errors
 from ..files import DiskFullError
 from ..moe.routing import Routing
 from .ema import ModelEma
@@ -39,7 +40,7 @@ class NonFiniteLossError(FloatingPointError):
 
 
 # The command says these in one line; Detectron2's loop would log their traceback before.
-_SAID_ELSEWHERE = (NonFiniteLossError, DiskFullError, ConfigError)
+_SAID_ELSEWHERE = (NonFiniteLossError, DiskFullError, ConfigError, WorkerEndedError)
 logging.getLogger("detectron2.engine.train_loop").addFilter(
     lambda record: not (record.exc_info and isinstance(record.exc_info[1], _SAID_ELSEWHERE))
 )
@@ -116,7 +117,8 @@ class Trainer(SimpleTrainer):
     def run_step(self) -> None:
         start = time.perf_counter()
         seed_everything(self.seed, self.iter, comm.get_rank())
-        batch = next(self._data_loader_iter)
+        with loading_errors(self._after_a_bad_record):
+            batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         bad = {i: why for s in batch for i, why in s.pop("bad_records", {}).items()}
         bad = {i: why for i, why in bad.items() if i not in self.bad_records}
@@ -288,6 +290,13 @@ class Trainer(SimpleTrainer):
                 f"of {self.num_records:,}: {some(list(self.bad_records.values()))}; mend them, or "
                 f"allow more, and go on with --resume (last checkpoint: {self.last_checkpoint()})"
             )
+
+    def _after_a_bad_record(self) -> str:
+        return (
+            "mend what is wrong, and go on with --resume (last checkpoint: "
+            f"{self.last_checkpoint()}); dataloader.train.max_bad lets others take the place of "
+            "some bad records"
+        )
 
     def _clip_gradients(self) -> Tensor:
         """Returns the norm of all gradients before clipping."""

@@ -125,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.data = given["data.train_json"]  # for the name of the output; both are overridden
     # Imported late, so that --help and wrong arguments answer at once.
     from ..config import ConfigError
+    from ..data.workers import WorkerEndedError
     from ..engine.allocator import keep_freed_memory
     from ..engine.trainer import NonFiniteLossError
     from .run import Options, finetune
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         finetune(options)
-    except (ConfigError, NonFiniteLossError, DiskFullError) as error:
+    except (ConfigError, NonFiniteLossError, DiskFullError, WorkerEndedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:

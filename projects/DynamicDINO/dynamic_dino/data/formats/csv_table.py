@@ -68,7 +68,12 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
         for row in reader:
             if (reader.line_num == 1 and header) or not any(row):
                 continue
-            pairs = zip(columns or RETINANET, row, strict=False)
+            wanted = columns or RETINANET
+            needed = max(i for i, key in enumerate(wanted) if key) + 1
+            if any(row[1:]) and len(row) < needed:  # more than a path: an object
+                what = f"it has {len(row)} of {needed} columns: complete it; is the file truncated?"
+                raise DataError("unreadable file", what, f"{file}, line {reader.line_num}")
+            pairs = zip(wanted, row, strict=False)
             yield reader.line_num, {key: v.strip() for key, v in pairs if key is not None}
     except csv.Error as error:
         what = f"not valid CSV ({error}): correct or remove the line"

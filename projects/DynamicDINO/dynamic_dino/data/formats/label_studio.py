@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from ..fields import brief, read_finite, read_flag
 from ..image_files import SUFFIXES, UNREAD_SUFFIXES
-from ..problems import DataError
+from ..problems import DataError, require_fields
 from .collector import Collector
 from .cvat import rotate
 from .recognise import LABEL_STUDIO_NAMES, Recognised
@@ -71,15 +72,20 @@ def _results(task: dict, into: Collector) -> list[tuple[dict, dict]] | None:
     if "data" not in task:  # JSON-MIN has the values of all results in lists by their name
         lists = [v for v in task.values() if isinstance(v, list)]
         return [(item, item) for items in lists for item in items if isinstance(item, dict)]
-    annotations = _list(task, "annotations") or _list(task, "completions")
-    good = [a for a in annotations if isinstance(a, dict) and not a.get("was_cancelled")]
+    annotations = _objects(task, "annotations") or _objects(task, "completions")
+    good = [a for a in annotations if not read_flag(a.get("was_cancelled"), "was_cancelled")]
     if not good:
         return None
     if len(good) > 1:
         into.notes["{n} tasks have several annotations, of which one was taken"] += 1
-    chosen = next((a for a in good if a.get("ground_truth")), good[0])
-    results = [r for r in _list(chosen, "result") if isinstance(r, dict)]
-    shapes = [(r, r["value"]) for r in results if isinstance(r.get("value"), dict)]
+    true = (a for a in good if read_flag(a.get("ground_truth"), "ground_truth"))
+    chosen = next(true, good[0])
+    require_fields(chosen, "result")
+    results = [r for r in _objects(chosen, "result") if r.get("type") != "relation"]
+    shapes = [(r, r.get("value")) for r in results]
+    for _, value in shapes:
+        if not isinstance(value, dict):
+            raise DataError("missing field", f"'value' is {brief(value)}: export it again")
     # <Rectangle> with <Labels> writes a shape twice, without and with its label
     named = {str(r.get("id")) for r, value in shapes if value.keys() & set(LABEL_STUDIO_NAMES)}
     return [
@@ -89,13 +95,17 @@ def _results(task: dict, into: Collector) -> list[tuple[dict, dict]] | None:
     ]
 
 
-def _list(item: dict, field: str) -> list:
-    """Raises DataError for what is there but no list."""
-    value = item.get(field) or []
+def _objects(item: dict, field: str) -> list[dict]:
+    """Raises DataError for what is there but no list of objects."""
+    value = item.get(field)
+    if value is None:
+        return []
     if not isinstance(value, list):
-        raise DataError(
-            "missing field", f"{field!r} is {str(value)[:40]}, no list: export it again"
-        )
+        raise DataError("missing field", f"{field!r} is {brief(value)}, no list: export it again")
+    for i, entry in enumerate(value):
+        if not isinstance(entry, dict):
+            what = f"{field}[{i}] is {brief(entry)}, no object: export it again"
+            raise DataError("missing field", what)
     return value
 
 
@@ -139,19 +149,19 @@ def _size(item: dict) -> tuple[Any, Any] | None:
 def _outline(value: dict, size: tuple[Any, Any]) -> list[tuple[float, float]] | None:
     """Points in pixels around which the box lies, None for what has none; raises DataError."""
     try:
-        width, height = (float(side) / 100 for side in size)
+        width, height = (read_finite(side) / 100 for side in size)
         if "points" in value:
-            return [(float(x) * width, float(y) * height) for x, y in value["points"]]
-        turn = math.radians(value.get("rotation") or 0)
+            return [(read_finite(x) * width, read_finite(y) * height) for x, y in value["points"]]
+        turn = math.radians(read_finite(0 if value.get("rotation") is None else value["rotation"]))
         if "radiusX" in value:
-            x, y = value["x"] * width, value["y"] * height
-            a, b = value["radiusX"] * width, value["radiusY"] * height
+            x, y = read_finite(value["x"]) * width, read_finite(value["y"]) * height
+            a, b = read_finite(value["radiusX"]) * width, read_finite(value["radiusY"]) * height
             w = math.hypot(a * math.cos(turn), b * math.sin(turn))
             h = math.hypot(a * math.sin(turn), b * math.cos(turn))
             return [(x - w, y - h), (x + w, y + h)]
         if not {"x", "y", "width", "height"} <= value.keys():
             return None
-        x, y, w, h = (float(value[key]) for key in ("x", "y", "width", "height"))
+        x, y, w, h = (read_finite(value[key]) for key in ("x", "y", "width", "height"))
         left, top, right, bottom = x * width, y * height, (x + w) * width, (y + h) * height
         corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
         return rotate(corners, (left, top), turn)

@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..fields import read_finite
 from ..problems import DataError, require_fields
 from .collector import Collector
 from .recognise import Recognised
@@ -65,10 +66,10 @@ def _outline(shape: dict) -> Any:
     points = shape["points"]
     try:
         if shape.get("shape_type") == "circle":
-            (x, y), (a, b) = points
+            (x, y), (a, b) = ([read_finite(v) for v in point] for point in points)
             radius = math.hypot(a - x, b - y)
             return [(x - radius, y - radius), (x + radius, y + radius)]
-        return [(float(x), float(y)) for x, y in points]
+        return [(read_finite(x), read_finite(y)) for x, y in points]
     except (TypeError, ValueError):
         what = f"points {str(points)[:60]} of a {shape.get('shape_type')}: write [[x, y], ...]"
         raise DataError("malformed box", what) from None
