@@ -3,6 +3,7 @@
 They are environment variables where they can be, so that processes which tests start have them too.
 """
 
+import gc
 import os
 import random
 import tempfile
@@ -38,6 +39,12 @@ else:
     hypothesis.settings.register_profile("gate", derandomize=True)
     hypothesis.settings.register_profile("fuzz", max_examples=examples(100), deadline=None)
     hypothesis.settings.load_profile("fuzz" if SEED in os.environ else "gate")
+
+
+def pytest_collection_finish():
+    """Half a million objects of the imported packages live as long as the process does: a search
+    for garbage that looks at each takes a third of a second."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

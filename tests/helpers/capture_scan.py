@@ -15,8 +15,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -106,12 +108,11 @@ def scan(function: Callable, *args) -> list[str]:
 
 def faked(module: nn.Module) -> nn.Module:
     """A module on the meta device, with fake tensors on a GPU for its parameters and buffers."""
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                fake = torch.empty_like(parameter, device=CUDA)
-                part._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = torch.empty_like(buffer, device=CUDA)
+    mode = detect_fake_mode()
+    with no_dispatch():
+        for part in module.modules():
+            for tensors_of in (part._parameters, part._buffers):
+                for name, tensor in tensors_of.items():
+                    if tensor is not None:
+                        tensors_of[name] = FakeTensor(mode, tensor, torch.device(CUDA, 0))
     return module

@@ -28,6 +28,7 @@ from torch import nn
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TOWERS = {"backbone", "neck"}
+MIXTURES = (".decoder.layer.ffn", ".enhancer.layer.image.ffn", ".criterion.router_losses")
 BATCH, TOKENS, OBJECTS = 2, 12, (3, 2)  # images, tokens of their prompts, objects in them
 
 # What the losses can't do without, once in a step.
@@ -114,30 +115,49 @@ def test_scan_lets_pass():
 
 @pytest.fixture(scope="module")
 def recipes():
-    """{name: config} of all that describe a model, and of their variants."""
+    """{name: config} of all that describe a model, and of their variants, of these the model."""
     found = {
         str(path.relative_to(CONFIGS).with_suffix("")): load_config(path)
         for path in sorted(CONFIGS.rglob("*.py"))
         if path.relative_to(CONFIGS).parts[0] not in ("common", "eval", "variants.py")
     }
     for name, (_, overrides) in variants(CONFIGS).items():
-        found[name] = apply_overrides(copy.deepcopy(found[name.partition(":")[0]]), overrides)
+        of_model = [override for override in overrides if override.startswith("model.")]
+        found[name] = apply_overrides(model_of(found[name.partition(":")[0]]), of_model)
     return found
 
 
-def covering(recipes, wanted):
-    """A few recipes that have, between them, every module of all recipes with all its options but
-    numbers, which change no operator."""
-    parts = {}
-    for name, cfg in recipes.items():
-        model = OmegaConf.to_container(cfg.model)
-        parts[name] = set(modules({key: model[key] for key in model if wanted(key)}))
-    left, chosen = set().union(*parts.values()), {}
+def model_of(cfg):
+    return OmegaConf.create({"model": cfg.model.copy()}, flags={"allow_objects": True})
+
+
+def is_searched(key):
+    return key not in (*TOWERS, "text_encoder")
+
+
+def parts_of(cfg, wanted):
+    model = OmegaConf.to_container(cfg.model)
+    return set(modules({key: model[key] for key in model if wanted(key)}))
+
+
+def covering(parts):
+    """A few names, whose sets have between them what all have."""
+    left, chosen = set().union(*parts.values()), []
     while left:
-        name = max(parts, key=lambda name: len(parts[name] & left))
-        chosen[name] = recipes[name]
-        left -= parts[name]
+        chosen.append(max(parts, key=lambda name: len(parts[name] & left)))
+        left -= parts[chosen[-1]]
     return chosen
+
+
+def covering_detectors(recipes):
+    """A few recipes that have, between them, every module of all recipes with all its options but
+    numbers, which change no operator; and of the mixtures that differ from theirs, and of their
+    losses, another few."""
+    parts = {name: parts_of(cfg, is_searched) for name, cfg in recipes.items()}
+    mixtures = {n: {p for p in found if p[0].startswith(MIXTURES)} for n, found in parts.items()}
+    detectors = covering({name: parts[name] - mixtures[name] for name in parts})
+    seen = set().union(*(parts[name] for name in detectors))
+    return detectors, covering({name: found - seen for name, found in mixtures.items()})
 
 
 def modules(node, path=""):
@@ -164,7 +184,7 @@ def option(value):
 def build(cfg, towers=False):
     """The model of a recipe on the meta device, with Triton for a back-end, without a text encoder,
     and with as few layers as have all operators."""
-    cfg = OmegaConf.create({"model": cfg.model.copy()}, flags={"allow_objects": True})
+    cfg = model_of(cfg)
     cfg.model.text_encoder._target_ = "torch.nn.Identity"
     if towers:
         cfg.model.backbone.weights = None
@@ -172,7 +192,10 @@ def build(cfg, towers=False):
         cfg.model.backbone = cfg.model.neck = None
     cfg.model.enhancer.num_layers, cfg.model.decoder.num_layers = 1, 2
     with torch.device("meta"):
-        model = instantiate(cfg.model)
+        return on_triton(instantiate(cfg.model))
+
+
+def on_triton(model):
     for module in model.modules():
         if isinstance(module, Experts):
             module.backend = "triton"
@@ -219,11 +242,11 @@ def losses(model, maps, masks, text):
 def test_no_recipe_stops_the_host(recipes):
     """In inference, and in training but for `ALLOWED_IN_TRAINING`."""
     expected = {"inference": Counter(), "training": Counter(ALLOWED_IN_TRAINING.keys())}
-    chosen = covering(recipes, lambda key: key not in (*TOWERS, "text_encoder"))
-    assert len(chosen) > 10
+    chosen, _ = covering_detectors(recipes)
+    assert len(chosen) > 7
     wrong = {}
-    for name, cfg in chosen.items():
-        model = build(cfg)
+    for name in chosen:
+        model = build(recipes[name])
         served = copy.deepcopy(model).eval().half()
         with fake_gpu(), patched(torch.Tensor, "numpy", lambda t: np.zeros(t.shape)):
             faults = {}
@@ -239,11 +262,47 @@ def test_no_recipe_stops_the_host(recipes):
 
 
 @pytest.mark.slow
+def test_no_mixture_stops_the_host(recipes):
+    """Where it differs from those of the detectors above: in the place of an FFN, and its losses
+    of two layers."""
+    _, chosen = covering_detectors(recipes)
+    scanned, wrong = 0, {}
+    for name in chosen:
+        model = recipes[name].model
+        for node in (model.decoder.layer.ffn, model.enhancer.layer.image.ffn):
+            if "router" not in node:
+                continue
+            with torch.device("meta"):
+                ffn, norm = on_triton(instantiate(node)), nn.LayerNorm(node.dim)
+                router_losses = instantiate(model.criterion.router_losses)
+            for training in (False, True):
+                layer = copy.deepcopy(nn.ModuleList((ffn, norm)).train(training))
+                with fake_gpu(), torch.set_grad_enabled(training):
+                    layer = faked(layer if training else layer.half())
+                    x, scene = (
+                        torch.empty(*shape, dtype=layer[1].weight.dtype, device=CUDA)
+                        for shape in ((BATCH, TOKENS, node.dim), (BATCH, node.dim))
+                    )
+
+                    def step():
+                        routings = 2 * [layer[0](x, scene, layer[1])[1]]  # noqa: B023
+                        if training:  # noqa: B023
+                            [loss(routings) for loss in router_losses]  # noqa: B023
+                            training_metrics(routings)
+
+                    scanned += 1
+                    if found := scan(step):
+                        wrong[name, training] = found
+    assert scanned > 10 and not wrong
+
+
+@pytest.mark.slow
 def test_no_tower_stops_the_host(recipes):
     """Backbone and neck as `load_detector` serves them, in half precision."""
     wrong = {}
-    for name, cfg in covering(recipes, lambda key: key in TOWERS).items():
-        model = optimize_for_inference(build(cfg, towers=True), torch.float16)
+    parts = {name: parts_of(cfg, lambda key: key in TOWERS) for name, cfg in recipes.items()}
+    for name in covering(parts):
+        model = optimize_for_inference(build(recipes[name], towers=True), torch.float16)
         with fake_gpu(), torch.no_grad():
             backbone, neck = (faked(m or nn.Identity()) for m in (model.backbone, model.neck))
             image = torch.empty(BATCH, 3, 96, 64, dtype=torch.float16, device=CUDA)
