@@ -356,11 +356,13 @@ class TextEncoder(nn.Module):
             return np.eye(len(prompt.spans), dtype=np.float32)
         offsets = [self._tokenize(block.text).offsets + block.start for block in blocks]
         starts, ends = np.concatenate([[[-1, -1]], *offsets]).T  # those of [CLS] overlap nothing
-        counts = [len(phrase) for phrase in prompt.spans]
+        counts = np.array([len(phrase) for phrase in prompt.spans])
         spans = np.array([span for phrase in prompt.spans for span in phrase]).reshape(-1, 2)
         overlaps = (starts < spans[:, 1:]) & (ends > spans[:, :1])  # [spans, T]
         result = np.zeros((len(counts), len(starts)), np.float32)
-        np.maximum.at(result, np.repeat(np.arange(len(counts)), counts), overlaps)
+        if len(spans):  # the spans of a phrase follow each other
+            first = (counts.cumsum() - counts)[counts > 0]
+            result[counts > 0] = np.logical_or.reduceat(overlaps, first)
         return result / result.sum(-1, keepdims=True).clip(min=1)
 
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
