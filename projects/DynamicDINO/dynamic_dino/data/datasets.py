@@ -21,8 +21,10 @@ from .coco_json import load_coco_json
 from .formats import load_recognised
 from .formats.recognise import TITLES
 from .grounding import load_mdetr_json, load_odvg_jsonl
+from .label_map import NAME as LABEL_MAP
 from .places import Place, locate_dataset
 from .problems import BadBoxes, DataError
+from .record_cache import kept_records
 from .records import Records
 from .split import VAL, split_rows
 from .whereabouts import with_found_images
@@ -42,8 +44,7 @@ def load_file(place: Place, **options: Any) -> Records:
     entry = place.entry
     built_in = {**entry.options, "remedy": entry.remedy} if entry else {}
     if place.found is None:
-        reader = LOADERS[place.format]
-        records = reader(place.file, place.image_root, place.name, **{**built_in, **options})
+        records = _read(place, {**built_in, **options})
     else:
         records = load_recognised(place.found, place.image_root, place.name, place.part, **options)
     if entry is None:
@@ -59,6 +60,20 @@ def load_file(place: Place, **options: Any) -> Records:
     if entry is None:
         logger.info("%s: %s", place.name, describe(place, records))
     return records
+
+
+def _read(place: Place, options: dict[str, Any]) -> Records:
+    """What lies in one file, from the cache of records if nothing else is asked for."""
+
+    def read() -> Records:
+        return LOADERS[place.format](place.file, place.image_root, place.name, **options)
+
+    if options.get("report") or options.get("sizes_of_images"):
+        return read()
+    names = place.file.with_name(LABEL_MAP)
+    beside = [names] if place.format == "odvg" and names.is_file() else []
+    where = {"name": place.name, "format": place.format, "image_root": str(place.image_root)}
+    return kept_records([place.file, *beside], where | options, read)
 
 
 def describe(place: Place, records: Records) -> str:

@@ -224,9 +224,13 @@ class Mixture(Sequence[Record]):
 def share_on_machine(records: Records) -> Records:
     """One copy for all processes of a machine: that of its first one, which the others map.
 
-    Collective: every process must call it with the same records.
+    Collective: every process must call it with the same records. Those that all have mapped from a
+    file already stay as they are.
     """
     if comm.get_world_size() == 1:
+        return records
+    arrays = records.buffers().values()
+    if all(comm.all_gather(all(isinstance(array, np.memmap) for array in arrays))):
         return records
     first = comm.get_local_rank() == 0
     folder = _folder_for(records.nbytes) if first else None
