@@ -62,6 +62,7 @@ CASES = [
     ("labelimg", "a.xml", empty, r"a\.xml: not valid XML"),
     ("labelme", "a.json", empty, r"a\.json: not valid JSON"),
     ("labelimg", "a.xml", truncate, "not valid XML.*truncated"),
+    ("labelimg", "a.xml", replace("<annotation>", "<annotatiom>"), "not valid XML"),
     ("labelimg", "a.xml", replace("<annotation>", BOMB), "DOCTYPE.*remove"),
     ("labelimg", "a.xml", replace("<xmin>11<", "<xmin>left<"), "object 1.*<xmin> is 'left'"),
     ("labelimg", "a.xml", replace("<xmin>11</xmin>", ""), "object 1.*no <bndbox/xmin>: add"),

@@ -16,7 +16,8 @@ from ..builtin import Format
 from ..catalog import format_of_file
 from ..image_files import files_under
 from ..json_stream import JsonError, keys_of, require_json, stream_json_list
-from .xml import root_tag
+from ..problems import DataError
+from .xml import read_xml, root_tag
 
 TITLES: dict[Format, str] = {
     "coco": "COCO JSON",
@@ -144,7 +145,7 @@ def kind_of_file(path: Path) -> Format | None:
 def _broken(files: list[Path], ending: str) -> list[Path]:
     """Of files that aren't known, the XML or JSON files that can't be parsed. Among files of a
     format they are taken for such, so that the reader reports them."""
-    whole = _is_json if ending == ".json" else root_tag
+    whole = _is_json if ending == ".json" else _is_xml
     return [path for path in files if path.suffix.lower() == ending and not whole(path)]
 
 
@@ -152,6 +153,14 @@ def _is_json(path: Path) -> bool:
     try:
         require_json(path)
     except JsonError:
+        return False
+    return True
+
+
+def _is_xml(path: Path) -> bool:
+    try:
+        read_xml(path)
+    except DataError:
         return False
     return True
 
