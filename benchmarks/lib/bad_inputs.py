@@ -476,7 +476,8 @@ def predictions(folder: Path, count: int, rng: random.Random) -> list[Trial]:
         return reading.misreading(content, read(content))
 
     found = mutants(good, "json", count, rng)
-    return [Trial(what, partial(run, content), (file.name,)) for what, content in found]
+    mentions = (file.name, "the predictions' entry")
+    return [Trial(what, partial(run, content), mentions) for what, content in found]
 
 
 # ---- prompts ------------------------------------------------------------------------------------

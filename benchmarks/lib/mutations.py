@@ -302,17 +302,20 @@ class Reading:
 
     def _plausible(self, path: Path, old: Any, new: Any) -> bool:
         """Whether a place that held `old` may hold `new`."""
-        if _nothing(new):
+        an_id = str(_last(path)).endswith(("id", "near_synonyms"))  # which may be names, too
+        if _nothing(new) and not (an_id and isinstance(new, str)):
             in_a_list = isinstance(_last(path), int) and not _numbers(at(self.good, path[:-1]))
             return _last(path) in self.optional or (new is ABSENT and in_a_list)
         if _flag(path) is not None:
             return str(new).strip().lower() in FLAG_WORDS
-        if str(_last(path)).endswith(("id", "near_synonyms")):  # which may be names, too
+        if an_id:
             ids = new if isinstance(new, list) and isinstance(old, list) else [new]
             return all(_number(i) is not None or isinstance(i, str) for i in ids)
         if _number(old) is not None:
             return _number(new) is not None
         if isinstance(old, str):
+            if self.codec is KINDS["yaml"] and type(new) is int:
+                return True  # a name of digits, which YAML has without quotes
             return isinstance(new, str) and any(map(str.isalnum, new)) and "\0" not in new
         if _numbers(old):
             return _numbers(new) and len(new) == len(old)

@@ -224,6 +224,7 @@ def test_class_groups():
     [
         ({"image_id": 12345}, "image_id 12345 is not in the ground truth"),
         ({"category_id": -4}, "category_id -4 is not in the ground truth"),
+        ({"category_id": "cat"}, "category_id 'cat' is not in the ground truth"),
         ({"score": float("nan")}, "not finite"),
         ({"bbox": [1, 2, 3]}, "entry 1 needs"),
         ({"bbox": None}, "entry 1 needs"),

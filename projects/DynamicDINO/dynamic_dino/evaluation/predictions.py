@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.fields import id_array, read_id
+from ..data.fields import Id, id_array, read_id
 from ..data.json_stream import stream_json_list
 from ..data.problems import DataError
 from ..files import written_whole
@@ -126,9 +126,8 @@ class DatasetPredictions:
         """Raises ValueError for a detection of an image or a class that there isn't."""
         for field, known in (("image_id", image_ids), ("category_id", category_ids)):
             found = getattr(self, f"{field}s")
-            unique, first = np.unique(found, return_index=True)
             known = set(known)
-            for value, entry in zip(unique.tolist(), first.tolist(), strict=True):
+            for value, entry in _firsts(found):
                 if value not in known:
                     raise ValueError(
                         f"the predictions' entry {entry}: {field} {value!r} is not in the ground "
@@ -151,6 +150,15 @@ class DatasetPredictions:
         )
         groups = images * (classes.max(initial=0) + 1) + classes
         return self[np.sort(_best(groups, self, most))]
+
+
+def _firsts(ids: np.ndarray) -> Iterator[tuple[Id, int]]:
+    """Each id and where it stands first."""
+    if ids.dtype == object:  # numbers beside texts have no order
+        yield from {value: i for i, value in reversed([*enumerate(ids.tolist())])}.items()
+        return
+    unique, first = np.unique(ids, return_index=True)
+    yield from zip(unique.tolist(), first.tolist(), strict=True)
 
 
 def _best(groups: np.ndarray, predictions: DatasetPredictions, most: int) -> np.ndarray:

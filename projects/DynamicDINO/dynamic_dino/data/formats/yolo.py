@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from ..fields import brief
 from ..image_files import files_under, is_picture
 from ..problems import DataError
 from ..whereabouts import find_path
@@ -87,9 +88,14 @@ def parts_of_settings(file: Path) -> dict[str, list[Path]]:
     settings = read_settings(file)
     parts = {}
     for part in ("train", "val", "test"):
-        entries = settings.get(part) or (settings.get("valid") if part == "val" else None) or ()
-        entries = entries if isinstance(entries, list | tuple) else [entries]
-        places = [_place(file, settings, str(entry)) for entry in entries]
+        entries = settings.get(part) or None
+        if entries is None and part == "val":
+            entries = settings.get("valid") or None
+        entries = entries if isinstance(entries, list) else [] if entries is None else [entries]
+        if not all(isinstance(entry, str) for entry in entries):
+            what = f"{part!r} is {brief(settings.get(part))}: write a folder, or a list of them"
+            raise DataError("missing field", what, str(file))
+        places = [_place(file, settings, entry) for entry in entries]
         there = [place for place in places if place is not None]
         if there and len(there) == len(places):
             parts[part] = there
