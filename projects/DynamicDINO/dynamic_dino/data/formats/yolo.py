@@ -88,10 +88,11 @@ def parts_of_settings(file: Path) -> dict[str, list[Path]]:
     settings = read_settings(file)
     parts = {}
     for part in ("train", "val", "test"):
-        entries = settings.get(part) or None
-        if entries is None and part == "val":
-            entries = settings.get("valid") or None
-        entries = entries if isinstance(entries, list) else [] if entries is None else [entries]
+        entries = settings.get(part)
+        if entries in (None, "") and part == "val":
+            entries = settings.get("valid")
+        if not isinstance(entries, list):
+            entries = [] if entries in (None, "") else [entries]
         if not all(isinstance(entry, str) for entry in entries):
             what = f"{part!r} is {brief(settings.get(part))}: write a folder, or a list of them"
             raise DataError("missing field", what, str(file))
