@@ -1,9 +1,11 @@
 """Whether two lists of detections are the same within what is allowed."""
 
+import copy
+
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
-from dynamic_dino.export.check import TOLERANCES, Difference, difference
+from dynamic_dino.export.check import TOLERANCES, Difference, compare, difference
 from helpers.seeds import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,6 +70,33 @@ def test_the_lost_are_counted(precision, sure, lost, seed, how):
     assert (back.compared, back.missing, back.extra) == (sure, lost, lost)
     same = difference(ours, ours, allowed)
     assert same.within(allowed) and (same.missing, same.scores, same.boxes) == (0, 0.0, 0.0)
+
+
+@settings(max_examples=examples(20), deadline=None)
+@given(st.integers(1, 40), st.integers(0, 40), st.integers(0, 40), st.integers(0, 999))
+def test_close_calls_are_measured_and_excuse_no_more(sure, close, lost, seed):
+    """What PyTorch alone doesn't find again when pixels are rounded otherwise."""
+    allowed, close, lost = TOLERANCES["float32"], min(close, sure), min(lost, sure)
+    ours = sure_and_doubtful(sure, allowed, torch.Generator().manual_seed(seed))
+    model = torch.nn.Module()
+    model.pixel_std = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
+    std = model.pixel_std.clone()
+
+    def without(count):
+        other = copy.deepcopy(ours)
+        other.pred_classes[:count] = 7  # a name that none has
+        return other
+
+    def reference(image, prompt, **options):
+        moved = (model.pixel_std / std - 1).abs()
+        assert moved.max() == 0 or (moved > 0).all() and moved.max() < 1e-6
+        return without(close if moved.max() else 0)
+
+    reference.model = model
+    found = compare(reference, lambda *_, **__: without(lost), ["a", "b"], None, allowed)
+    assert (found.close, found.missing, found.extra) == (2 * close, 2 * lost, 2 * lost)
+    assert found.within(allowed) == (lost <= allowed.lost * sure + 2 * close)
+    assert torch.equal(model.pixel_std, std)
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)

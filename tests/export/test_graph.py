@@ -96,7 +96,7 @@ def test_more_names_than_fit_and_several_images_at_once(nano):
     ours, theirs = source.detector()(images, list(NAMES)), exported(images)
     for a, b in zip(ours, theirs, strict=True):
         assert difference(a, b, ALLOWED).within(ALLOWED)
-        # Which names a random network finds among 70 depends on the tests before.
+        # Which names a random network finds among 70 depends on the seed.
         assert len(b) == 70 and set(b.phrases) == set(a.phrases) and set(b.phrases) & set(NAMES[5:])
     # `serve` sends what these say to its clients: the file's name alone is in it.
     with pytest.raises(ValueError, match="^x.onnx finds the 12.*'red circle'.*not 'dog'.*text-in"):

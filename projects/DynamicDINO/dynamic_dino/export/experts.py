@@ -134,10 +134,10 @@ class StaticHierarchy(nn.Module):
         self.variant, self.top_k = router.variant, router.top_k
         self.rows = nn.Buffer(router.weight.detach().float().T / router.temperature)
         if self.variant != "instance":
-            self.scene_rows, self.routes = None, router.active_routes
+            self.routes, scene_rows = router.active_routes, None
             if not router.shared_scene:
                 scene_rows = router.scene_weight.detach().float().T / router.scene_temperature
-                self.scene_rows = nn.Buffer(scene_rows)
+            self.register_buffer("scene_rows", scene_rows)
             self.pools = nn.Buffer(router.pools.float())  # [R, E]
 
     def forward(self, x: Tensor, scene: Tensor | None) -> Slots:
