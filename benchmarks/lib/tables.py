@@ -25,6 +25,7 @@ DOCUMENTS = [
     PROJECT / "docs/accuracy.md",
     PROJECT / "docs/speed.md",
     PROJECT / "docs/video.md",
+    PROJECT / "docs/reliability.md",
 ]
 PAGE = BENCHMARKS / "RESULTS.md"
 MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.S)
