@@ -99,6 +99,7 @@ CASES = [
         r"data\.yaml: it names no folder",
     ),
     ("ultralytics", "data.yaml", replace("train: images/train", "train: 7"), "write a folder"),
+    ("ultralytics", "data.yaml", replace("0: red panda", "0: true"), r"'names' is \{0: True"),
     ("labelimg yolo", "classes.txt", Path.unlink, "add a data.yaml with 'names', or a classes"),
     ("labelme", "a.json", replace('"red panda"', "null"), r"a\.json: shapes\[0\].*no 'label'"),
     ("labelme", "a.json", shape(points=[[1, 2], ["x", 3]]), r"shapes\[0\].*of a rectangle"),

@@ -159,7 +159,9 @@ def _names_of(file: Path, settings: dict) -> list[str]:
         except ValueError:
             names = {}
         names = [names.get(i) for i in range(len(names))]
-    if not isinstance(names, list) or not names or None in names:
+    # digits have no quotes in YAML; true, a list or NaN are no name
+    named = isinstance(names, list) and all(isinstance(n, str) or type(n) is int for n in names)
+    if not named or not names:
         what = f"'names' is {str(settings.get('names'))[:60]}: list the name of every class, from 0"
         raise DataError("missing field", what, str(file))
     return [str(name).strip() for name in names]
