@@ -63,8 +63,9 @@ class SoftmaxRouter(Router):
     - ``renormalized``: the softmax over the k chosen logits, times k.
     - ``straight_through``: 1 in the forward pass, the gradient of ``renormalized`` backward.
 
-    With the latter two siblings part, many tokens take the same part of two copies, and lose by it
-    (benchmarks/ABLATIONS.md); `PartRouter` learns from the detection loss without that.
+    With the latter two siblings can part, and a token may take the same part of two copies and lack
+    another: rarely where rows are drawn with N(0, 1), mostly where they start small
+    (benchmarks/ABLATIONS.md). `PartRouter` learns from the detection loss without that.
 
     Args:
         num_experts, top_k: E and k, the "xE-TopK" of the paper's Table 8: E / k copies of the dense
