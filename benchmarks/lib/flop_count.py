@@ -124,7 +124,17 @@ NOT_COUNTED = {
     ),
     *("sort", "topk", "where"),
     # look-ups, constants, layouts
-    *("embedding", "expand_as", "eye", "fill", "masked_fill", "movedim", "new_ones", "numel"),
+    *(
+        "embedding",
+        "expand_as",
+        "eye",
+        "fill",
+        "lift_fresh",
+        "masked_fill",
+        "movedim",
+        "new_ones",
+        "numel",
+    ),
     *("numpy_T", "one_hot", "ones_like", "pad", "pad_sequence", "repeat", "repeat_interleave"),
     *("unflatten", "view_as"),
 }

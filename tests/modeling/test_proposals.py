@@ -130,7 +130,7 @@ def test_one_scene_router_sees_all_levels_and_decides_for_all_layers():
     model.scene_router = None
     with pytest.raises(ValueError, match="not the probabilities of 4 routes, as shared_scene"):
         model.decoder.layers[0].ffn.router(torch.randn(1, 3, 256), model.scene(memory, None))
-    with pytest.raises(ValueError, match='scene_levels=.finest.: choose "coarsest" or "all"'):
+    with pytest.raises(ValueError, match="scene_levels needs coarsest or all, not 'finest'"):
         drawn_detector("model.scene_levels=finest")
     with pytest.raises(ValueError, match="2 route_names for num_routes=4 routes"):
         HierarchicalRouter(6, 8, route_names=["in", "out"])

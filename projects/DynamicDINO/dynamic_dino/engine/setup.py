@@ -71,10 +71,10 @@ def _setup(cfg: DictConfig, resume: bool) -> None:
         setup_logger(str(train.output_dir), distributed_rank=comm.get_rank(), name=name)
         for handler in logging.getLogger(name).handlers:
             stream = handler.stream  # Detectron2's, of log.txt or log.txt.rank1; or a console
-            if isinstance(stream, TextIOWrapper):
-                file = Path(str(stream.name))  # a console may have a number for its name
-                if file.name.startswith("log.txt"):
-                    handler.setStream(_log_file(file))
+            # A console may have a number for its name, or none.
+            file = Path(str(getattr(stream, "name", "")))
+            if isinstance(stream, TextIOWrapper) and file.name.startswith("log.txt"):
+                handler.setStream(_log_file(file))
     _open_more_files()
     if train.num_threads:
         torch.set_num_threads(train.num_threads)

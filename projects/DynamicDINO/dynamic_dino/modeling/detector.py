@@ -113,8 +113,6 @@ class OpenVocabularyDetector(nn.Module):
         super().__init__()
         self.backbone, self.neck, self.text_encoder = backbone, neck, text_encoder
         self.enhancer, self.query_selection, self.decoder = enhancer, query_selection, decoder
-        if scene_levels not in ("coarsest", "all"):
-            raise ValueError(f'scene_levels={scene_levels!r}: choose "coarsest" or "all"')
         self.scene_levels = scene_levels
         self.proposal_statistics, self.scene_router = proposal_statistics, scene_router
         self.criterion, self.denoising = criterion, denoising
