@@ -199,7 +199,8 @@ def layouts(folder: Path) -> dict[str, Layout]:
         if not (home / kind).exists():
             write_labels(found, home, kind)
         root = home / (f"{kind}:train" if kind == "yolo" else kind)
-        result[name] = Layout(root, home / file, type, ("imageWidth", "imageHeight"))
+        optional = ("imageWidth", "imageHeight", "val")  # without val, a part of train is drawn
+        result[name] = Layout(root, home / file, type, optional)
     return result
 
 
@@ -617,7 +618,7 @@ def overrides(folder: Path, count: int, rng: random.Random) -> list[Trial]:
     cfg = load_config(recipe, small)
     fields = [
         ".".join(map(str, path))
-        for path in places(json.loads(json.dumps(_plain(cfg))))
+        for path in places(json.loads(json.dumps(_plain(cfg), default=str)))
         if all(isinstance(step, str) and not step.startswith("_") for step in path)
         and path[0] in ("train", "optimizer", "dataloader", "inference", "lr_multiplier")
         and not ".".join(map(str, path)).startswith(LEFT)
