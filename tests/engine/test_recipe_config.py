@@ -62,6 +62,12 @@ def test_parameters_of_the_callable_can_be_set(write):
         ("optimizer.weight_decoy=3", "unknown config key 'optimizer.weight_decoy'"),
         ("train.max_iter", "not of the form key=value"),
         ("--resume", "flags such as --resume stand before"),
+        (
+            "train.ema={dekay:0.9}",
+            "unknown config key 'train.ema.dekay'; did you mean train.ema.de",
+        ),
+        ("train.max_iter={a:1}", "unknown config key 'train.max_iter.a'"),
+        ("optimizer={lr:0.2,betta:1}", "unknown config key 'optimizer.betta'"),
         ("train.ema=true", "train.ema is a section.*train.ema.enabled, train.ema.decay"),
         ("train.max_iter=many", "train.max_iter needs a number.*'many'"),
         ("train.ema.enabled=yes_please", "train.ema.enabled needs true or false"),

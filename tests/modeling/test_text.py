@@ -265,6 +265,17 @@ def test_an_encoder_that_a_recipe_freezes_runs_once_per_phrase(fresh):
     assert calls.take() and cached.body.embeddings.word_embeddings.weight.grad.any()
 
 
+def test_caches_of_no_size_keep_nothing_and_change_nothing(fresh):
+    prompts = [Prompt.from_phrases(random_phrases(5)) for _ in range(2)]
+    kept, plain = fresh().eval(), fresh().eval()
+    for cache in (plain._prompts, plain._chunks, plain._phrases, plain._tokens, plain._readings):
+        cache.size = 0
+    with torch.no_grad():
+        assert torch.equal(plain(prompts).tokens, kept(prompts).tokens)
+    assert plain.chunks(prompts[0], 2) == kept.chunks(prompts[0], 2)
+    assert not any((plain._prompts, plain._chunks, plain._phrases, plain._tokens, plain._readings))
+
+
 def changed_by_optimizer(encoder):
     step(encoder, torch.optim.SGD)
 

@@ -208,6 +208,8 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str], to_build: bool = 
             new = read_value(cfg, key, value, TRAIN_TYPES.get(key))
             if value.startswith(CALLABLE):  # else the former callable's arguments stay
                 OmegaConf.update(cfg, key, None, merge=False)
+            elif isinstance(new, Mapping):
+                _check_section(cfg, key, new)
             OmegaConf.update(cfg, key, new, merge=True)
             _check_value(key, before, OmegaConf.select(cfg, key), value)
         except (ValueError, OmegaConfBaseException) as error:
@@ -363,6 +365,18 @@ def _check_key(cfg: DictConfig, key: str) -> None:
     near = nearest(key, same_name, 3) or same_name[:3] or nearest(key, known)
     hint = f"; did you mean {' or '.join(near)}?" if near else "; see config.yaml of a run"
     raise ConfigError(f"unknown config key {key!r}{hint}")
+
+
+def _check_section(cfg: DictConfig, key: str, new: Mapping) -> None:
+    """The keys of a section that is given as a whole, ``train.ema={decay:0.9}``: those of `train`
+    and of a callable are known, others, such as patterns on names, are free."""
+    section = OmegaConf.select(cfg, key, throw_on_missing=False)
+    known = f"{key}.".startswith("train.") or isinstance(section, Mapping) and "_target_" in section
+    for name, value in new.items():
+        if known:
+            _check_key(cfg, f"{key}.{name}")
+        if isinstance(value, Mapping):
+            _check_section(cfg, f"{key}.{name}", value)
 
 
 def _check_value(key: str, before: Any, after: Any, text: str) -> None:

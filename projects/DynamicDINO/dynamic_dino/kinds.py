@@ -28,25 +28,36 @@ _SAID = {
 def of_wrong_kind(content: Any, prefix: str = "") -> str | None:
     """What is wrong with the first value in a recipe's content, plain dicts and lists, that isn't
     of the kind that the callable of its node declares; None where all are. What declares nothing,
-    or a kind that isn't known here, isn't judged, nor are texts that refer to other keys."""
+    or a kind that isn't known here, isn't judged, nor are texts that refer to other keys. Numbers
+    that callables of this package take count, weigh or measure something: they are 0 or more."""
     items = content.items() if isinstance(content, Mapping) else enumerate(content)
-    declared = _declared(content.get(NODE)) if isinstance(content, Mapping) else {}
+    target = _target(content)
+    declared = _declared(target)
+    ours = getattr(target, "__module__", "").startswith(f"{__package__}.")
     for name, value in items:
         hint = declared.get(name, Any)
         if not _fits(value, hint):
             return f"{prefix}{name} needs {_said(hint)}, not {str(value)[:80]!r}"
+        if ours and isinstance(value, int | float) and value < 0:
+            return f"{prefix}{name} needs a number of at least 0, not '{value}'"
         if isinstance(value, Mapping | list):
             if wrong := of_wrong_kind(value, f"{prefix}{name}."):
                 return wrong
     return None
 
 
-def _declared(target: Any) -> Mapping[str, Any]:
+def _target(content: Any) -> Any:
+    """The callable of a node; None where it is none, or can't be imported."""
+    target = content.get(NODE) if isinstance(content, Mapping) else None
     if isinstance(target, str):
         try:
-            target = locate(target)
+            return locate(target)
         except Exception:  # whoever builds it says that it isn't there
-            return {}
+            return None
+    return target
+
+
+def _declared(target: Any) -> Mapping[str, Any]:
     try:
         return _hints(target) if callable(target) else {}
     except TypeError:  # it can't be hashed

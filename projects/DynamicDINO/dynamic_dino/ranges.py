@@ -45,6 +45,11 @@ def either(*ranges: Range) -> Range:
     return Range(" or ".join(r.said for r in ranges), lambda v: any(r.holds(v) for r in ranges))
 
 
+def below(high: float) -> Range:
+    """Numbers from 0 on, not `high` itself."""
+    return Range(f"a number from 0 to below {high:g}", lambda v: _number(v) and 0 <= v < high)
+
+
 NONE = Range("null", lambda v: v is None)
 FLAG = Range("true or false", lambda v: isinstance(v, bool))
 TEXT = Range("a text", lambda v: isinstance(v, str))
@@ -78,6 +83,20 @@ RANGES: dict[str, Range] = {
     "model.canvas": either(COUNT, NONE),
     "model.decoder.num_layers": COUNT,
     "model.*.num_layers": whole(0),
+    "model.size_divisor": COUNT,
+    "model.max_phrases": either(COUNT, NONE),
+    "model.max_detections": COUNT,
+    "model.chunk_batch": COUNT,
+    "model.*.dropout": number(0, 1),
+    "model.*.drop_path": below(1),
+    "model.*.embed_dim": COUNT,
+    "model.*.value_dim": either(COUNT, NONE),
+    "model.*.levels": COUNT,
+    "model.*.temperature": number(0, above=True),
+    "model.*.scene_temperature": number(0, above=True),
+    "model.*.focal_alpha": number(0, 1),
+    "model.*.label_noise": number(0, 1),
+    "model.*.base_size": number(0, 1),
     "model.query_selection.num_queries": COUNT,
     "model.text_encoder.max_tokens": COUNT,
     "model.*.dim": COUNT,
@@ -94,6 +113,8 @@ RANGES: dict[str, Range] = {
     "dataloader.*.max_phrases": either(COUNT, NONE),
     "dataloader.*.min_phrases": either(COUNT, NONE),
     "dataloader.*.flip": number(0, 1),
+    "dataloader.*.phrase_prompts": number(0, 1),
+    "dataloader.*.phrase_dropout": number(0, 1),
     "dataloader.*.max_dets": either(COUNT, NONE),
 }
 

@@ -19,6 +19,7 @@ from .problems import BadBoxes, DataError, Dropped, Reporter, refuse, require_fi
 from .records import Records
 
 Spans = tuple[tuple[int, int], ...]
+EXACT = 1 << 53  # numbers as large as this may have been rounded
 
 
 def load_odvg_jsonl(
@@ -223,20 +224,27 @@ def read_caption(item: dict) -> str:
 
 def read_spans(tokens_positive: Any) -> Spans:
     """The spans of "tokens_positive"; raises DataError where they can't be spans of any caption."""
-    spans = tokens_positive if isinstance(tokens_positive, list | tuple) else ()
-    pairs = [list(map(read_number, s)) if isinstance(s, list | tuple) else [] for s in spans]
-    if not pairs or not all(map(_is_span, pairs)):
+    given = tokens_positive if isinstance(tokens_positive, list | tuple) else ()
+    spans = tuple([_read_span(span) for span in given])
+    if not spans or None in spans:
         raise DataError(
             "phrase outside the caption",
             f"tokens_positive {brief(tokens_positive)} are no spans: give [[start, end], ...], "
             "characters of the caption with start < end",
         )
-    return tuple((int(start), int(end)) for start, end in pairs)
+    return spans
 
 
-def _is_span(pair: list[float]) -> bool:
-    whole = len(pair) == 2 and all(v.is_integer() for v in pair)  # neither infinite nor NaN is
-    return whole and 0 <= pair[0] < pair[1]
+def _read_span(span: Any) -> tuple[int, int] | None:
+    """Start and end of a span, None for what is none. A file has millions of them."""
+    if type(span) not in (list, tuple) or len(span) != 2:
+        return None
+    start, end = span
+    if type(start) is not int or type(end) is not int:  # text, 1.0
+        start, end = read_number(start), read_number(end)
+        if not (start.is_integer() and end.is_integer()):  # neither infinite nor NaN is
+            return None
+    return (int(start), int(end)) if 0 <= start < end < EXACT else None
 
 
 def outside_caption(spans: Spans, caption: str) -> DataError:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..checkpoint.weights import load_checkpoint
 from ..config import ConfigError, accepts, input_errors, require
+from ..console import some
 from ..data.feature_cache import check_feature_caches
 from ..files import DiskFullError
 from ..moe.parameters import count_parameters
@@ -335,6 +336,13 @@ def _hooks(
         return {key: value for key, value in scores.items() if value == value}  # no NaN in logs
 
     has_tests = bool(cfg.dataloader.get("test"))
+    if has_tests and train.best_metric:
+        sets = [*cfg.dataloader.test, *(cfg.dataloader.get("means") or {})]
+        if not train.best_metric.startswith(tuple(f"{name}/" for name in sets)):
+            raise ConfigError(
+                f"train.best_metric={train.best_metric!r} is of no test set: give {sets[0]}/AP, "
+                f"say (there are {some(sets)}), or null"
+            )
     common = [
         hooks.IterationTimer(),
         LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),

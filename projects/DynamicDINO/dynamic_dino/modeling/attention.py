@@ -95,8 +95,8 @@ class BiAttention(nn.Module):
         self.text_value = nn.Linear(dim, embed_dim)
         self.image_out = nn.Linear(embed_dim, dim)
         self.text_out = nn.Linear(embed_dim, dim)
-        self.image_scale = nn.Parameter(torch.full((dim,), init_scale))
-        self.text_scale = nn.Parameter(torch.full((dim,), init_scale))
+        self.image_scale = nn.Parameter(torch.full((dim,), float(init_scale)))
+        self.text_scale = nn.Parameter(torch.full((dim,), float(init_scale)))
         self.drop_path = DropPath(drop_path)
 
     def reset_parameters(self) -> None:

@@ -69,6 +69,9 @@ class Cache(OrderedDict):
         self.move_to_end(key)
         return super().__getitem__(key)
 
+    def get(self, key: Hashable, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
     def __setitem__(self, key: Hashable, value: object) -> None:
         self._held += self._weight(value) - (self._weight(self[key]) if key in self else 0)
         super().__setitem__(key, value)
@@ -272,15 +275,16 @@ class TextEncoder(nn.Module):
         none that is known, see `name_tokens`. Raises ValueError for a name without any token.
         """
         key = (prompt, max_phrases)
-        if key not in self._chunks:
+        chunks = self._chunks.get(key)
+        if chunks is None:
             if prompt.names is not None:  # a caption may say a word twice, of two objects
                 self._look_at_names(prompt)
             parts = self.split(prompt, max_phrases)
             whole = len(parts) == 1
-            self._chunks[key] = [
+            self._chunks[key] = chunks = [
                 PromptChunk(prompt if whole else prompt.select(part), part[0]) for part in parts
             ]
-        return self._chunks[key]
+        return chunks
 
     def _look_at_names(self, prompt: Prompt) -> None:
         texts, names = prompt.texts, prompt.phrases
@@ -319,9 +323,10 @@ class TextEncoder(nn.Module):
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         key = (*prompts, autocast)
         self._prompts.drop_if_changed(self.parameters())
-        if key not in self._prompts:
-            self._prompts[key] = self._features(prompts).padded(self.pad_to)
-        return self._prompts[key]
+        found = self._prompts.get(key)
+        if found is None:  # of a size of 0 nothing is kept
+            self._prompts[key] = found = self._features(prompts).padded(self.pad_to)
+        return found
 
     def _features(self, prompts: list[Prompt]) -> TextFeatures:
         blocks = [self.blocks(p) for p in prompts]

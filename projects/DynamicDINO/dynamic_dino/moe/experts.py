@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from dynamic_dino_kernels.backend import BACKENDS
 from dynamic_dino_kernels.moe import expert_ffn, moe_block
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ class Experts(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}: choose one of {', '.join(BACKENDS)}")
         self.w1 = nn.Parameter(torch.empty(num_experts, hidden, dim))
         self.b1 = nn.Parameter(torch.empty(num_experts, hidden))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden))
