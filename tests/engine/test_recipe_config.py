@@ -68,6 +68,7 @@ def test_parameters_of_the_callable_can_be_set(write):
         ),
         ("train.max_iter={a:1}", "unknown config key 'train.max_iter.a'"),
         ("optimizer={lr:0.2,betta:1}", "unknown config key 'optimizer.betta'"),
+        ("train.checkpointer=null", "train.checkpointer is a section, it can't be set to 'null'"),
         ("train.ema=true", "train.ema is a section.*train.ema.enabled, train.ema.decay"),
         ("train.max_iter=many", "train.max_iter needs a number.*'many'"),
         ("train.ema.enabled=yes_please", "train.ema.enabled needs true or false"),

@@ -380,7 +380,9 @@ def _check_section(cfg: DictConfig, key: str, new: Mapping) -> None:
 
 
 def _check_value(key: str, before: Any, after: Any, text: str) -> None:
-    if isinstance(before, DictConfig) and not isinstance(after, DictConfig | None):
+    # Others may be left out, such as model.denoising; those of train are read.
+    kinds = DictConfig if key.startswith("train.") else DictConfig | None
+    if isinstance(before, DictConfig) and not isinstance(after, kinds):
         names = ", ".join(f"{key}.{name}" for name in before)
         raise ConfigError(f"{key} is a section, it can't be set to {text!r}; set one of {names}")
     if key.endswith("_target_") or (isinstance(after, DictConfig) and "_target_" in after):

@@ -33,7 +33,7 @@ def of_wrong_kind(content: Any, prefix: str = "") -> str | None:
     items = content.items() if isinstance(content, Mapping) else enumerate(content)
     target = _target(content)
     declared = _declared(target)
-    ours = getattr(target, "__module__", "").startswith(f"{__package__}.")
+    ours = str(getattr(target, "__module__", None)).startswith(f"{__package__}.")
     for name, value in items:
         hint = declared.get(name, Any)
         if not _fits(value, hint):

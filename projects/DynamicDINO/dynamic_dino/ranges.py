@@ -54,7 +54,8 @@ NONE = Range("null", lambda v: v is None)
 FLAG = Range("true or false", lambda v: isinstance(v, bool))
 TEXT = Range("a text", lambda v: isinstance(v, str))
 COUNT = whole(1)
-SIZE = either(COUNT, several(2, COUNT), NONE)
+SIDE = whole(1, 100_000)  # pixels
+SIZE = either(SIDE, several(2, SIDE), NONE)
 
 # fnmatch pattern on dotted keys -> range; the first that matches.
 RANGES: dict[str, Range] = {
@@ -79,6 +80,7 @@ RANGES: dict[str, Range] = {
     "optimizer.lr": number(0, 1e6),
     "optimizer.weight_decay": number(0, 1e6),
     "optimizer.betas": several(2, number(0, 1)),
+    "lr_multiplier.warmup_factor": number(0, 1e6),
     "inference.size": SIZE,
     "model.canvas": either(COUNT, NONE),
     "model.decoder.num_layers": COUNT,
