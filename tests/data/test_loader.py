@@ -299,5 +299,8 @@ def test_what_a_loader_raises_is_one_line():
     with pytest.raises(WorkerEndedError, match=r"pid 7.*num_workers.*; go on$"):
         with loading_errors(lambda: "go on"):
             raise RuntimeError(killed)
+    for noticed in (ConnectionResetError(104, "Connection reset by peer"), EOFError()):
+        with pytest.raises(WorkerEndedError, match="was ended from outside"), loading_errors(str):
+            raise noticed
     with pytest.raises(RuntimeError, match="^a bug$"), loading_errors(str):
         raise RuntimeError("a bug")

@@ -189,9 +189,20 @@ def test_full_disk(recipe, metrics, whole, tmp_path, monkeypatch, caplog):
     )
     assert "\n" not in str(error.value) and "Traceback" not in caplog.text
     assert not list((tmp_path / "cut").glob("*.partial"))
+    fails("model_final")
+    with pytest.raises(DiskFullError):
+        do_train(recipe("end"))
     monkeypatch.undo()
-    do_train(recipe("cut"), resume=True)
-    assert metrics("cut") == metrics("whole")
+    for name in ("cut", "end"):
+        do_train(recipe(name), resume=True)
+        assert metrics(name) == metrics("whole")
+        assert (tmp_path / name / "last_checkpoint").read_text() == "model_final.pth"
+        final, same = (
+            torch.load(tmp_path / run / "model_final.pth", weights_only=False)
+            for run in (name, "whole")
+        )
+        assert final["iteration"] == same["iteration"]
+        assert all(torch.equal(v, same["model"][k]) for k, v in final["model"].items())
 
 
 def test_logs_outlive_a_full_disk(recipe, metrics, whole, tmp_path, monkeypatch, caplog):

@@ -33,13 +33,14 @@ def loading_errors(what_next: Callable[[], str]) -> Iterator[None]:
         # of a worker's, torch makes a text that ends with "ValueError: ..."
         line = re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])
         raise ConfigError(f"{line}; {what_next()}") from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # a pipe may notice it first
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
+        said = (str(error) or repr(error)).splitlines()[0]
         raise WorkerEndedError(
-            f"a worker of the data loader was ended from outside ({str(error).splitlines()[0]}), "
-            "by the system where memory was short: take fewer (dataloader.*.num_workers), or a "
-            f"machine with more memory; {what_next()}"
+            f"a worker of the data loader was ended from outside ({said}), by the system where "
+            "memory was short: take fewer (dataloader.*.num_workers), or a machine with more "
+            f"memory; {what_next()}"
         ) from error
 
 

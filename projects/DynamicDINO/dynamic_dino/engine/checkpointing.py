@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..files import DiskFullError, disk_full, write_text, written_whole
 
 logger = logging.getLogger(__name__)
 
-BEST = "model_best"
+BEST, FINAL = "model_best", "model_final"
 
 
 class Checkpointer(_Checkpointer):
@@ -62,6 +63,17 @@ class Checkpointer(_Checkpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
+
+    def keep_final(self) -> None:
+        """model_final.pth, of a run that ended before it was written: as the checkpoint of its last
+        iteration, which is there. Raises `DiskFullError`."""
+        final, last = Path(self.save_dir) / f"{FINAL}.pth", last_checkpoint(self.save_dir)
+        if not self.save_to_disk or final.is_file() or last is None:
+            return
+        with last.open("rb") as source, written_whole(final, binary=True) as file:
+            shutil.copyfileobj(source, file)
+        self.tag_last_checkpoint(final.name)
+        logger.info("Saved %s, which is %s", final, last.name)
 
     def resume(self) -> int:
         """Restores the last checkpoint, if there is one; returns the iteration to go on with. Where

@@ -236,6 +236,7 @@ def _do_train(cfg: DictConfig, resume: bool) -> nn.Module:
         start_iter = checkpointer.resume() if resume else 0
     scored_until = _scored_until(cfg)
     if start_iter >= train.max_iter:
+        checkpointer.keep_final()
         if not cfg.dataloader.get("test") or scored_until >= start_iter:
             logger.info("This run is complete; evaluate it again with --eval-only --resume")
             return model
