@@ -59,9 +59,29 @@ def _run_file(*command: str) -> None:
 FORK = "spawn" if torch.cuda.is_available() else "fork"
 
 
+def way_to_start() -> str:
+    """A fork, unless it couldn't compute gradients: not after this process has done so for a device
+    with threads of its own, as a pretended one has (PyTorch's wiki, Autograd-and-Fork)."""
+    if FORK == "fork":
+        trial = multiprocessing.get_context("fork").Process(target=_try_gradients)
+        trial.start()
+        trial.join()
+        return "spawn" if trial.exitcode else "fork"
+    return FORK
+
+
+def _try_gradients() -> None:
+    try:
+        torch.ones(1, requires_grad=True).sum().backward()
+    except RuntimeError:
+        os._exit(1)
+    os._exit(0)
+
+
 def start_file(*command: object) -> multiprocessing.Process:
-    """``python FILE ARGUMENTS...``, under way; it has all that this process has imported."""
-    context = multiprocessing.get_context(FORK)
+    """``python FILE ARGUMENTS...``, under way; it has all that this process has imported, if it can
+    be forked."""
+    context = multiprocessing.get_context(way_to_start())
     process = context.Process(target=_run_file, args=[str(part) for part in command])
     process.start()
     return process

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dynamic_dino.engine.launch import launch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from .processes import FORK
+from .processes import way_to_start
 
 
 def run_ranks(
@@ -32,7 +32,7 @@ def run_ranks(
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=max_restarts,
-        start_method=FORK,
+        start_method=way_to_start(),
     )
     handled = config.signals_to_handle.split(",")
     before = {name: signal.getsignal(getattr(signal, name)) for name in handled}
