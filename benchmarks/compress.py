@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What is kept of the gain where a tuned mixture gets fewer copies, or is made dense again.
 
-    python benchmarks/ablations.py glyphs_table8 --seeds 0 1 2   # trains what is compressed here
+    python benchmarks/ablations.py grid --seeds 0 1 2   # trains what is compressed here
     python benchmarks/compress.py --save
     python benchmarks/compress.py output/my_x16 --control output/my_control --copies 4 1
 

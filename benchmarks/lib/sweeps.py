@@ -15,8 +15,7 @@ from pathlib import Path
 from dynamic_dino.config import variants
 
 VARIANTS = variants(Path(__file__).parents[2] / "configs")
-ROUTER = "model.decoder.layer.ffn.router"
-STD = f"{ROUTER}.std"
+STD = "model.decoder.layer.ffn.router.std"
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,6 @@ def variant(title: str, name: str, *overrides: str) -> Row:
     return Row(title, name.partition(":")[0], (*VARIANTS[name][1], *overrides))
 
 
-def sizes(num_experts: int, top_k: int) -> tuple[str, str]:
-    return f"{ROUTER}.num_experts={num_experts}", f"{ROUTER}.top_k={top_k}"
-
-
 def dynamic(setting: str) -> dict[str, Row]:
     """Dynamic-DINO and what varies of it, with its control."""
     recipe = f"moe_tuning/nano_x16_{setting}"
@@ -96,8 +91,8 @@ def dynamic(setting: str) -> dict[str, Row]:
         "parts": Row("x16, each part once (ours)", f"moe_tuning/nano_x16_parts_{setting}"),
         "renormalized": renormalized,
         # With the paper's gate all k are one and the same model.
-        "top1_x8": changed(renormalized, *sizes(8, 1), title="x8-Top1"),
-        "top4_x32": changed(renormalized, *sizes(32, 4), title="x32-Top4"),
+        "top1_x8": changed(renormalized, *VARIANTS[f"{recipe}:top1_x8"][1], title="x8-Top1"),
+        "top4_x32": changed(renormalized, *VARIANTS[f"{recipe}:top4_x32"][1], title="x32-Top4"),
         "straight_through": of("x16, straight-through gate", "gate_straight_through"),
         "without_init": of("... random experts, too", "without_init"),
         "untied": of("... router rows apart", "untied"),
