@@ -15,7 +15,9 @@ from pathlib import Path
 from dynamic_dino.config import variants
 
 VARIANTS = variants(Path(__file__).parents[2] / "configs")
-STD = "model.decoder.layer.ffn.router.std"
+FFN = "model.decoder.layer.ffn"
+STD = f"{FFN}.router.std"
+ALL_TRAINS = "train.trainable=null"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class Sweep:
 def changed(row: Row, *overrides: str, **fields: str | None) -> Row:
     """A row with more overrides, and other fields where they are given."""
     return replace(row, overrides=(*row.overrides, *overrides), **fields)
+
+
+def widened(units: int) -> tuple[str, str]:
+    """Overrides: the decoder's dense FFN with so many units, of which the base brings the first."""
+    return f"{FFN}.hidden={units}", f"{FFN}.widen=true"
 
 
 def variant(title: str, name: str, *overrides: str) -> Row:
@@ -170,8 +177,7 @@ SETTINGS_OF_GRID = {
 def glyph_rows() -> dict[str, Row]:
     rows = dynamic("glyphs")
     control = rows["control"]
-    wide = ("model.decoder.layer.ffn.hidden=512", "model.decoder.layer.ffn.widen=true")
-    rows["wide"] = changed(control, *wide, title="dense, as many parameters (512 units)")
+    rows["wide"] = changed(control, *widened(512), title="dense, as many parameters (512 units)")
     rows["parts"] = changed(rows["parts"], f"{STD}=1.0")
     rows["longer"] = changed(control, "train.max_iter=1200", title="dense, three times as long")
     for name in ROUTED:
@@ -180,7 +186,7 @@ def glyph_rows() -> dict[str, Row]:
     rows = {name: replace(row, base="ffn_64") for name, row in rows.items()}
     for tag in SETTINGS_OF_GRID:
         base = "ffn_64_whole" if "_whole" in tag else "ffn_64"
-        free = ["train.trainable=null"] if tag.endswith("_all") else []
+        free = [ALL_TRAINS] if tag.endswith("_all") else []
         for name in GRID:
             rows[name + tag] = changed(rows[name], *free, base=base)
     return rows
@@ -204,7 +210,7 @@ GLYPHS = Setting(
         "ffn_64_whole": Row(
             "FFN of 64 units, all trains",
             "pretrain/nano_glyphs",
-            ("model.decoder.layer.ffn.hidden=64", "train.trainable=null"),
+            ("model.decoder.layer.ffn.hidden=64", ALL_TRAINS),
             base="described",
         ),
         **glyph_rows(),
@@ -212,13 +218,21 @@ GLYPHS = Setting(
     features={"train": "datasets/glyphs/features/train", "test": "datasets/glyphs/features/test"},
 )
 
+PHOTO_CONTROL = variant("dense", "pretrain/nano_photos:control")
 PHOTOS = Setting(
     "photos",
     "nano on photos and Stamps, MoE-Tuning of the shipped nano-photos",
     ("coco", "coco_present", "val", "val_real"),
     {
-        "control": variant("dense", "pretrain/nano_photos:control"),
+        "control": PHOTO_CONTROL,
+        "control_all": changed(PHOTO_CONTROL, ALL_TRAINS, title="dense, everything trains"),
+        "wide": changed(
+            PHOTO_CONTROL,
+            *widened(4096),
+            title="dense, as many parameters (4096 units)",
+        ),
         "x16": Row("x16-Top2", "moe_tuning/nano_x16_photos"),
+        "parts": Row("x16, each part once (ours)", "moe_tuning/nano_x16_parts_photos"),
     },
     photos=("coco", "coco_present", "val_real"),
 )
@@ -316,10 +330,10 @@ SWEEPS = {
         ),
         Sweep(
             "photos",
-            "16 experts against their control, on photos",
+            "16 experts against their controls, on photos",
             "photos",
             "control",
-            ("control", "x16"),
+            ("control", "x16", "wide", "parts", "control_all"),
             NOTES["photos"],
         ),
         Sweep(

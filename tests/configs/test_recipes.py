@@ -53,7 +53,10 @@ IN_DECODER = {
         moe_tuning/nano_x16_custom moe_tuning/nano_x16_drawn moe_tuning/nano_x16_glyphs
         moe_tuning/nano_x16_photos moe_tuning/nano_x16_stamps demo/nano_x16
     """.split(),
-    PartRouter: ["moe_tuning/nano_x16_parts_glyphs", "moe_tuning/nano_x16_parts_stamps"],
+    PartRouter: """
+        moe_tuning/nano_x16_parts_glyphs moe_tuning/nano_x16_parts_photos
+        moe_tuning/nano_x16_parts_stamps
+    """.split(),
     HierarchicalRouter: """
         himoe/dino himoe/dino_12ep himoe/dino_nano_drawn himoe/dino_one_scene_router
         himoe/dino_proposal_statistics himoe/dino_tuning himoe/edge himoe/nano_x16_drawn
