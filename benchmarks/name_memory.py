@@ -3,6 +3,7 @@
 
     python -m dynamic_dino.data.synthetic.glyphs   # its features are cached by this script
     python benchmarks/name_memory.py --seeds 0 1 2 3 4
+    python benchmarks/name_memory.py --search      # more ways to learn the routing
     python benchmarks/name_memory.py --tuning 1500 --rows control x16 alpha_0 \\
         --json benchmarks/results/cpu/name_memory_long.json
 
@@ -15,7 +16,9 @@ first, in percent, on pictures of `glyphs_val`, where all names are equally freq
 `width`: dense FFNs of several widths, from scratch. `tuning`: MoE-Tuning of the dense one of 64
 units: only experts and routers train on, in the control only the dense FFNs, for as many steps on
 the same data in the same order. Each seed has a base of its own; what is done is kept, and left
-out another time. Results and tables: benchmarks/results/cpu/name_memory.json, ABLATIONS.md.
+out another time. `--search` are other rows, kept in name_memory_search.json: does any way to learn
+the paper's routing end above a router that stays as it was drawn? Results and tables:
+benchmarks/results/cpu/name_memory.json, ABLATIONS.md.
 """
 
 from __future__ import annotations
@@ -43,7 +46,12 @@ from dynamic_dino.modeling.text import TextEncoder
 from dynamic_dino.moe.adaptive import AdaptiveExperts
 from dynamic_dino.moe.hierarchical import HierarchicalRouter
 from dynamic_dino.moe.layer import MoEFeedForward
-from dynamic_dino.moe.losses import LoadBalanceLoss, SparseGatingLoss, SquaredBalanceLoss
+from dynamic_dino.moe.losses import (
+    LayerLoss,
+    LoadBalanceLoss,
+    SparseGatingLoss,
+    SquaredBalanceLoss,
+)
 from dynamic_dino.moe.part_router import PartRouter
 from dynamic_dino.moe.routers import SoftmaxRouter
 from dynamic_dino.moe.routing import Routing
@@ -52,6 +60,7 @@ from dynamic_dino.moe.top_any import TopAnyRouter
 from lib import ablations_page
 from lib.detectors import ROOT
 from lib.provenance import provenance, results_folder, write_json
+from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -163,14 +172,42 @@ def part_by_part(experts: int, parts: int, std: float) -> Callable[[], nn.Module
     return by_router(lambda: PartRouter(DIM, experts, parts, std))
 
 
+class RecordingRouter(SoftmaxRouter):
+    """Its routings say from what they were made, for `ZLoss`."""
+
+    def forward(self, tokens: Tensor, scene: Tensor | None = None) -> Routing:
+        routing = super().forward(tokens, scene)
+        routing.keys, routing.tokens = self.weight, tokens.flatten(0, 1).detach()
+        return routing
+
+
+class ZLoss(LayerLoss):
+    """The mean square of log sum exp of the logits, which keeps them small (ST-MoE,
+    arXiv 2202.08906, equation 5)."""
+
+    name = "loss_router_z"
+
+    def of_layer(self, routing: Routing) -> Tensor:
+        return (routing.tokens @ routing.keys.T).logsumexp(1).square().mean()
+
+
 @dataclass
 class Row:
-    """A mixture and its router losses; adaptive: DynMoE's experts come and go."""
+    """A mixture, its router losses, and how it trains.
+
+    adaptive   DynMoE's experts come and go
+    router_lr  of the routers, over that of the experts
+    drop       whether a copy of each layer, another one each step, is left out in training
+    clusters   whether routers start from the centres of the base's tokens
+    """
 
     title: str
     ffn: Callable[[], nn.Module | None]
     losses: list = field(default_factory=lambda: [LoadBalanceLoss(0.01)])
     adaptive: bool = False
+    router_lr: float = 1.0
+    drop: bool = False
+    clusters: bool = False
 
 
 def tuning_rows() -> dict[str, Row]:
@@ -218,6 +255,35 @@ def tuning_rows() -> dict[str, Row]:
     return rows
 
 
+def search_rows() -> dict[str, Row]:
+    """What might make routing that is learnt better than routing that is random: what others do to
+    train routers, or to start them. All cost a token what the dense FFN costs it."""
+    known = tuning_rows()
+    gate = "renormalized"
+    taught = known[gate]
+    parts = known["parts_std_0.02"]
+    z_loss = by_router(lambda: RecordingRouter(DIM, gate=gate))
+    return {name: known[name] for name in ("control", "wide", "alpha_0", "x16", gate)} | {
+        "lr_10": replace(taught, title="its router's lr x 10", router_lr=10.0),
+        "lr_0.1": replace(taught, title="its router's lr x 0.1", router_lr=0.1),
+        "sharp": Row("its temperature 1/4 (std 4)", softmax(gate=gate, std=4.0)),
+        "soft": Row("its temperature 5 (std 0.2)", softmax(gate=gate, std=0.2)),
+        "z_loss": Row("it with z-loss 0.001", z_loss, [LoadBalanceLoss(0.01), ZLoss(0.001)]),
+        "drop": replace(taught, title="it, a copy left out each step", drop=True),
+        "clusters_taught": replace(taught, title="it, from k-means", clusters=True),
+        "clusters": replace(known["x16"], title="x16-Top2, from k-means", clusters=True),
+        "clusters_stay": replace(
+            known["alpha_0"], title="x16, router of k-means that stays (alpha 0)", clusters=True
+        ),
+        "parts": parts,
+        "parts_lr_10": replace(parts, title=f"{parts.title}, router's lr x 10", router_lr=10.0),
+        "parts_lr_0.1": replace(parts, title=f"{parts.title}, router's lr x 0.1", router_lr=0.1),
+        "parts_clusters": replace(
+            known["parts"], title="x16, each part once, from k-means", clusters=True
+        ),
+    }
+
+
 # ---- training -----------------------------------------------------------------------------------
 
 
@@ -225,17 +291,27 @@ def train(
     model: Memory, data: Glyphs, steps: int, lr: float, seed: int, row: Row | None = None
 ) -> None:
     """AdamW, cosine; which objects a step sees follows from the seed alone."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=1e-4)
+    row = row or Row("", dense(BASE), [])
+    free = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = list(free.values())
+    groups = [
+        {"params": [p for n, p in free.items() if (".router." in n) == router], "lr": rate}
+        for router, rate in ((False, lr), (True, lr * row.router_lr))
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.Generator().manual_seed(seed)
-    adaptive = AdaptiveExperts(model) if row and row.adaptive else None
+    adaptive = AdaptiveExperts(model) if row.adaptive else None
+    routers = [m.router for m in model.modules() if isinstance(m, MoEFeedForward)]
     model.train()
     for step in range(steps):
         batch = torch.randint(len(data.y), (BATCH,), generator=order)
+        for router in routers if row.drop else ():
+            copy_of = torch.randint(router.num_experts // router.parts, (), generator=order)
+            router.drop(*range(copy_of * router.parts, (copy_of + 1) * router.parts))
         logits, routings = model(data.x[batch])
         loss = F.cross_entropy(logits, data.y[batch])
-        loss = loss + sum(term(routings) for term in (row.losses if row else []))
+        loss = loss + sum(term(routings) for term in row.losses)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -245,6 +321,8 @@ def train(
             adaptive.record(routings)
             if (step + 1) % 100 == 0 and step + 1 < steps:
                 adaptive.adapt(optimizer)
+    for router in routers:
+        router.drop()
 
 
 @torch.no_grad()
@@ -262,11 +340,34 @@ def score(model: Memory, data: Glyphs, frequency: list[str]) -> dict:
     return {"scores": found, "routing": statistics.summary()}
 
 
+@torch.no_grad()
+def start_from_clusters(model: Memory, base: Memory, data: Glyphs, seed: int) -> None:
+    """A router's row points at the centre of a cluster of the tokens that reach its layer in the
+    base: k-means of their directions. Rows are as long as those of N(0, 1), and the parts of a copy
+    share theirs."""
+    tokens: list[Tensor] = []
+    hooks = [
+        ffn.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0][0]))
+        for ffn in base.ffn
+    ]
+    base.eval()(data.x[:4096])
+    for hook in hooks:
+        hook.remove()
+    for ffn, x in zip(model.ffn, tokens, strict=True):
+        router = ffn.router
+        copies = router.num_experts // router.parts
+        centres, _ = kmeans2(F.normalize(x).numpy(), copies, minit="++", seed=seed)
+        rows = DIM**0.5 * F.normalize(torch.from_numpy(centres).float())
+        router.weight.copy_(rows.repeat_interleave(router.parts, 0))
+
+
 def tuned(base: Memory, row: Row, channels: int, data: Glyphs, steps: int, seed: int) -> Memory:
     """The base with its FFNs replaced by the row's, which alone train on."""
     torch.manual_seed(seed)
     model = Memory(channels, base.names, row.ffn)
     model.load_state_dict(copy.deepcopy(base.state_dict()))
+    if row.clusters:
+        start_from_clusters(model, base, data, seed)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("ffn."))
     train(model, data, steps, 1e-3, seed, row)
@@ -279,8 +380,9 @@ def run(
     """{"width", "tuning"} -> row -> its scores and routing with this seed."""
     frequency, channels = get_metadata("glyphs_train").frequency, data.x.shape[1]
     found: dict[str, dict] = {"width": {}, "tuning": {}}
-    rows = {name: row for name, row in tuning_rows().items() if name in options.rows}
-    widths = WIDTHS if len(rows) == len(tuning_rows()) else [BASE]
+    known = search_rows() if options.search else tuning_rows()
+    rows = {name: row for name, row in known.items() if name in options.rows}
+    widths = WIDTHS if rows.keys() == tuning_rows().keys() else [BASE]
     with tqdm(total=len(widths) + len(rows), desc=f"seed {seed}", unit="run") as progress:
         for width in widths:
             torch.manual_seed(seed)
@@ -308,16 +410,20 @@ def main() -> None:
     parser.add_argument(
         "--rows",
         nargs="+",
-        choices=tuning_rows(),
-        default=list(tuning_rows()),
+        choices=tuning_rows() | search_rows(),
         help="of the tuning, the control among them; with less than all no widths are trained",
     )
+    parser.add_argument("--search", action="store_true", help="the rows of the search instead")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, default=results_folder() / "name_memory.json")
+    parser.add_argument("--json", type=Path, help="default: in benchmarks/results/cpu")
     options = parser.parse_args()
+    everything = list(search_rows() if options.search else tuning_rows())
+    options.rows = options.rows or everything
+    name = "name_memory_search" if options.search else "name_memory"
+    options.json = options.json or results_folder() / f"{name}.json"
     torch.set_num_threads(options.threads)
     settings = {"steps": options.steps, "tuning": options.tuning, "batch": BATCH}
-    if len(options.rows) < len(tuning_rows()):
+    if options.search or len(options.rows) < len(everything):
         settings["rows"] = options.rows
     report = provenance(("torch", "timm", "transformers", "scipy")) | {"settings": settings}
     report["seeds"] = {}

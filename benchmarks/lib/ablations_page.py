@@ -235,6 +235,9 @@ def memory_tables(path: Path) -> str:
     )
 
 
+RANDOM = "x16, random router that stays (alpha 0)"  # a row of name_memory.py
+
+
 def memory_table(report: dict, kind: str, control: str, title: str) -> str:
     seeds = report["seeds"]
     routed = kind == "tuning"
@@ -249,10 +252,14 @@ def memory_table(report: dict, kind: str, control: str, title: str) -> str:
         if row != control
     }
     bold = dict(zip(pairs, holm(list(pairs.values())), strict=True))
+    random = {seed: run["scores"]["all"] for seed, run in rows.get(RANDOM, {}).items()}
     lines = []
     for row, found in rows.items():
         cells = "" if row == control else difference(pairs[row], bold[row])
         line = [row, str(len(found)), cells]
+        if random:
+            scores = {seed: run["scores"]["all"] for seed, run in found.items()}
+            line.append("" if row == RANDOM else difference(paired(scores, random), False))
         for name in ("all", "rare", "common", "frequent"):
             line.append(cell(run["scores"][name] for run in found.values()))
         for name in ("load_entropy", "siblings", "same_part", "experts_per_token") * routed:
@@ -260,7 +267,8 @@ def memory_table(report: dict, kind: str, control: str, title: str) -> str:
             means = [estimate([layer[name] for layer in same]).mean for same in layers]
             line.append(" ".join("-" if m < 0 else f"{m:.2f}" for m in means))
         lines.append(line)
-    head = [title, "seeds", "Δ", "all", "rare", "common", "frequent"]
+    head = [title, "seeds", "Δ", *["over the random router"] * bool(random), "all"]
+    head += ["rare", "common", "frequent"]
     if routed:
         head += ["load entropy by layer", "siblings", "same part", "experts per token"]
     return table(head, lines)
