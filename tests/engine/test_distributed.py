@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from dynamic_dino.config import ConfigError, load_config
-from dynamic_dino.engine.launch import (
-    Placement,
-    first_host,
-    launch,
-    meeting_point,
-    placement_from_environment,
-)
+from dynamic_dino.config import load_config
+from dynamic_dino.engine.launch import launch
 from dynamic_dino.engine.train import do_train
 from helpers import accumulation
 from helpers.ranks import run_ranks
@@ -112,53 +106,6 @@ def test_ranks_agree_on_running_statistics(metrics, two_ranks):
     whole, cut = (torch.load(two_ranks / n / "model_final.pth") for n in ("norms", "norms_cut"))
     assert all(torch.equal(whole["model"][k], cut["model"][k]) for k in whole["model"])
     assert "ends after iteration 6, which is saved" in (two_ranks / "norms_cut/log.txt").read_text()
-
-
-def test_placement_from_torchrun():
-    env = dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4")
-    assert placement_from_environment(env) is None
-    env |= dict(MASTER_ADDR="a", MASTER_PORT="1")
-    assert placement_from_environment(env) == Placement(5, 8, 1, 4, "env://")
-
-
-def test_restarts_on_several_machines_need_torchruns_help():
-    env = dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4")
-    env |= dict(MASTER_ADDR="a", MASTER_PORT="1", TORCHELASTIC_USE_AGENT_STORE="True")
-    env |= dict(TORCHELASTIC_MAX_RESTARTS="3")
-    with pytest.raises(ConfigError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its env"):
-        meeting_point(placement_from_environment(env), env)
-    env["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    assert meeting_point(placement_from_environment(env), env) == {"init_method": "env://"}
-
-
-def test_placement_from_slurm():
-    batch_script = dict(SLURM_NTASKS="16", SLURM_PROCID="0", SLURM_JOB_ID="20123")
-    assert placement_from_environment(batch_script) is None
-    step = batch_script | dict(
-        SLURM_STEP_NUM_TASKS="16",
-        SLURM_STEP_TASKS_PER_NODE="8(x2)",
-        SLURM_STEP_NODELIST="gpu[07,11-12]",
-        SLURM_PROCID="9",
-        SLURM_LOCALID="1",
-    )
-    assert placement_from_environment(step) == Placement(9, 16, 1, 8, "tcp://gpu07:20123")
-    step["MASTER_ADDR"], step["MASTER_PORT"] = "head", "123"
-    assert placement_from_environment(step).url == "tcp://head:123"
-    with pytest.raises(ConfigError, match="8,4.*--ntasks-per-node"):
-        placement_from_environment(step | dict(SLURM_STEP_TASKS_PER_NODE="8,4"))
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("gpu[03-05,9],cpu1", "gpu03"),
-        ("alpha", "alpha"),
-        ("alpha,beta[1-2]", "alpha"),
-        ("rack1-n[2]-ib", "rack1-n2-ib"),
-    ],
-)
-def test_first_host(nodes, first):
-    assert first_host(nodes) == first
 
 
 # DynMoE ------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def run_ranks(
     )
     handled = config.signals_to_handle.split(",")
     before = {name: signal.getsignal(getattr(signal, name)) for name in handled}
-    args = argparse.Namespace(num_gpus=0, opts=[], **arguments)
+    args = argparse.Namespace(num_gpus=0, num_machines=1, opts=[], **arguments)
     try:
         elastic_launch(config, start)(main, args)
     finally:  # which torchrun, whose process ends here, leaves changed

@@ -1,20 +1,16 @@
-"""The command line of train_net.py, and the start of its processes.
-
-Slurm's variables are read here, although `srun torchrun` would do: with one task a GPU, plain srun
-needs no port, no number of nodes and no second launcher in the job script.
-"""
+"""The command line of train_net.py, and the start of its processes."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
-import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -26,7 +22,10 @@ from torch.multiprocessing import ProcessExitedException
 
 from ..config import ConfigError
 from ..console import program
+from .placement import COMMANDS, Placement, placement_from_environment
 from .preemption import EXIT_CODE, Preempted, passed_on_signals
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = """
 examples:
@@ -61,6 +60,8 @@ examples:
     %(prog)s --num-gpus 2 train.accumulate=4
   Slurm, one task a GPU
     srun --ntasks-per-node 8 --gpus-per-node 8 train_net.py --config-file CONFIG --resume
+  mpirun
+    mpirun -n 16 -x MASTER_ADDR=HOST -x MASTER_PORT=29500 train_net.py --config-file CONFIG
 
 SIGTERM, SIGINT, SIGUSR1 or SIGHUP: the iteration is finished, a checkpoint saved, and the exit
 status is 75, "go on with --resume"; a second one, a second later or more, ends the run at once.
@@ -68,17 +69,6 @@ status is 75, "go on with --resume"; a second one, a second later or more, ends 
 A run writes to train.output_dir: config.yaml, log.txt, metrics.json, TensorBoard events,
 model_*.pth, model_best.pth, results.json, evaluation/.
 """
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where an already started process stands among its peers."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_size: int
-    url: str
 
 
 def argument_parser(default_config: str | Path) -> argparse.ArgumentParser:
@@ -106,7 +96,8 @@ def argument_parser(default_config: str | Path) -> argparse.ArgumentParser:
         "config_file": "the recipe (default: %(default)s)",
         "resume": "go on from the last checkpoint of train.output_dir, if there is one",
         "eval_only": "evaluate, don't train",
-        "num_gpus": "GPUs of each machine; 0 trains on CPU (default: 1 where there is one)",
+        "num_gpus": "GPUs of each machine; 0 trains on CPU (default: 1 where there is one; under "
+        "torchrun, srun and mpirun, one for each process)",
         "dist_url": "where the processes meet (default: %(default)s)",
         "opts": "overrides of the recipe, key=value",
     }
@@ -116,56 +107,108 @@ def argument_parser(default_config: str | Path) -> argparse.ArgumentParser:
 
 
 def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Calls ``main(args)`` in every process: in this one, if torchrun or Slurm started it or one
-    is enough, or in one process per GPU.
+    """Calls ``main(args)`` in every process: in this one, if torchrun, Slurm or mpirun started it
+    or one is enough, or in one process per GPU.
 
-    Raises `ConfigError` where there are fewer GPUs than asked for.
+    Raises `ConfigError` where there are fewer GPUs than asked for, or the options and the launcher
+    say different things.
     """
-    available = torch.cuda.device_count()
     placement = placement_from_environment(os.environ)
-    if placement is not None:
-        gpus = placement.local_size if args.num_gpus != 0 and available else 0
+    if placement is None:
+        start_processes(main, args)
     else:
-        gpus = min(1, available) if args.num_gpus is None else args.num_gpus
+        join_processes(main, args, placement)
+
+
+def start_processes(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    available = torch.cuda.device_count()
+    gpus = min(1, available) if args.num_gpus is None else args.num_gpus
     if gpus > available:
         raise ConfigError(
             f"{gpus} processes with one GPU each were asked for, but this machine has {available} "
             "GPUs; use fewer, or --num-gpus 0 for CPU (several CPU processes: torchrun)"
         )
+    if args.num_machines > 1:
+        if gpus == 0:
+            raise ConfigError("several machines without GPUs: start the processes with torchrun")
+        host = urlsplit(args.dist_url).hostname
+        if args.dist_url == "auto" or host in ("127.0.0.1", "localhost"):
+            raise ConfigError(
+                f"--num-machines {args.num_machines} with --dist-url {args.dist_url}: they meet at "
+                "the first one, --dist-url tcp://HOST:29500 with its name on each"
+            )
+    _tell_of_idle_gpus(args.num_gpus, gpus, available, "--num-gpus {}")
     if gpus == 0:
         args.opts = [*args.opts, "train.device=cpu"]
-    if placement is None:
-        if gpus == 0 and args.num_machines > 1:
-            raise ConfigError("several machines without GPUs: start the processes with torchrun")
-        several = gpus * args.num_machines > 1
-        try:
-            with passed_on_signals() if several else nullcontext():
-                spawn(
-                    main,
-                    gpus,
-                    num_machines=args.num_machines,
-                    machine_rank=args.machine_rank,
-                    dist_url=args.dist_url,
-                    args=(args,),
-                )
-        except ProcessExitedException as error:
-            if error.exit_code != EXIT_CODE:
-                raise
-            raise Preempted from None
-        return
+    several = gpus * args.num_machines > 1
+    try:
+        with passed_on_signals() if several else nullcontext():
+            spawn(
+                main,
+                gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+            )
+    except ProcessExitedException as error:
+        if error.exit_code != EXIT_CODE:
+            raise
+        raise Preempted from None
 
-    if gpus:
-        torch.cuda.set_device(placement.local_rank)
+
+def join_processes(
+    main: Callable[[argparse.Namespace], None], args: argparse.Namespace, placement: Placement
+) -> None:
+    available = torch.cuda.device_count()
+    placement.check(args.num_gpus, args.num_machines)
+    gpu = None
+    if available if args.num_gpus is None else args.num_gpus:
+        gpu = placement.gpu(available)
+        torch.cuda.set_device(gpu)
+        if placement.local_rank == 0 and available > 1:
+            remedy = COMMANDS[placement.launcher]
+            _tell_of_idle_gpus(args.num_gpus, placement.local_size, available, remedy)
+    else:
+        args.opts = [*args.opts, "train.device=cpu"]
     dist.init_process_group(
-        "nccl" if gpus else "gloo",
+        "gloo" if gpu is None else "nccl",
         **meeting_point(placement, os.environ),
         rank=placement.rank,
         world_size=placement.world_size,
         timeout=DEFAULT_TIMEOUT,
     )
+    check_peers(placement, gpu)
     comm.create_local_process_group(placement.local_size)
     main(args)
     dist.destroy_process_group()
+
+
+def check_peers(placement: Placement, gpu: int | None) -> None:
+    """Collective. Raises `ConfigError`, in all processes, for what none of them can see by itself:
+    two have the same GPU, or a machine has more processes than another."""
+    mine = None if gpu is None else str(torch.cuda.get_device_properties(gpu).uuid)
+    told = comm.all_gather((placement.local_size, mine))
+    sizes, gpus = ({*values} for values in zip(*told, strict=True))
+    if len(sizes) > 1:
+        raise ConfigError(f"machines have {sorted(sizes)} processes: start as many on each")
+    if gpus != {None} and len(gpus) < len(told):
+        twice = next(u for _, u in told if sum(u == other for _, other in told) > 1)
+        ranks = [rank for rank, (_, uuid) in enumerate(told) if uuid == twice]
+        raise ConfigError(
+            f"processes {', '.join(map(str, ranks))} have the same GPU: give each one of its own "
+            f"({COMMANDS[placement.launcher].format(placement.local_size)})"
+        )
+
+
+def _tell_of_idle_gpus(asked: int | None, used: int, available: int, remedy: str) -> None:
+    if asked is None and 0 < used < available:
+        logger.warning(
+            "%d of the %d GPUs of this machine are used; for all of them: %s",
+            used,
+            available,
+            remedy.format(available),
+        )
 
 
 def meeting_point(placement: Placement, env: Mapping[str, str]) -> dict[str, Any]:
@@ -192,41 +235,3 @@ def meeting_point(placement: Placement, env: Mapping[str, str]) -> dict[str, Any
     store = dist.TCPStore(address, port, is_master=False, timeout=DEFAULT_TIMEOUT)
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")
     return {"store": dist.PrefixStore(f"attempt{attempt}", store)}
-
-
-def placement_from_environment(env: Mapping[str, str]) -> Placement | None:
-    """Reads what torchrun, or else srun, tells its processes; None if neither started this one."""
-    if {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-        world_size = int(env["WORLD_SIZE"])
-        local_size = int(env.get("LOCAL_WORLD_SIZE", world_size))
-        return Placement(int(env["RANK"]), world_size, int(env["LOCAL_RANK"]), local_size, "env://")
-    # Set for the processes of a job step; in a batch script, SLURM_NTASKS and _PROCID are too.
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        world_size = int(env["SLURM_STEP_NUM_TASKS"])
-        per_node = env["SLURM_STEP_TASKS_PER_NODE"]
-        counts = [
-            int(count)
-            for part in per_node.split(",")
-            for count in [re.match(r"\d+", part)[0]] * int((re.findall(r"x(\d+)", part) or [1])[0])
-        ]
-        if len(set(counts)) > 1:
-            raise ConfigError(
-                f"Slurm placed {per_node} tasks on its nodes; use the same number on each "
-                "(--ntasks-per-node)"
-            )
-        host = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
-        port = env.get("MASTER_PORT") or 20000 + int(env["SLURM_JOB_ID"]) % 20000
-        return Placement(
-            rank=int(env["SLURM_PROCID"]),
-            world_size=world_size,
-            local_rank=int(env["SLURM_LOCALID"]),
-            local_size=counts[0],
-            url=f"tcp://{host}:{port}",
-        )
-    return None
-
-
-def first_host(nodelist: str) -> str:
-    """The first host of Slurm's notation: ``"gpu[03-05,9],cpu1"`` -> ``"gpu03"``."""
-    prefix, number, suffix = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodelist).groups()
-    return prefix + (number or "") + (suffix or "")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from detectron2.config import instantiate
 from detectron2.engine import create_ddp_model, hooks
 from detectron2.utils import comm
@@ -256,8 +257,9 @@ def _do_train(cfg: DictConfig, resume: bool) -> nn.Module:
 
 
 def _distribute(model: nn.Module, train: DictConfig) -> nn.Module:
-    # Detectron2 passes device_ids unless told otherwise, which CPU modules don't allow.
-    ids = {"device_ids": None} if train.device == "cpu" else {}
+    # Detectron2 passes the local rank unless told otherwise: CPU modules allow none, and the only
+    # GPU that a process sees is its first.
+    ids = {"device_ids": None if train.device == "cpu" else [torch.cuda.current_device()]}
     given = {name: value for name, value in train.ddp.items() if value is not None}
     return create_ddp_model(model, **given, **ids)
 
