@@ -121,10 +121,11 @@ setup(
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "openvino": ["onnx>=1.18", "onnxscript>=0.5", "openvino>=2025.0"],
         "int8": ["onnx>=1.18", "onnxscript>=0.5", "openvino>=2025.0", "nncf>=2.19"],
+        "slurm": ["submitit>=1.5"],  # `dynamic-dino slurm`
         "dev": ["pytest>=8", "hypothesis>=6.100", "pytest-xdist>=3"]
         + ["ruff>=0.9", "mypy>=2", "import-linter>=2.7", "pillow-heif>=0.16"]
         + ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus_client>=0.20"]
-        + ["httpx>=0.27"]
+        + ["httpx>=0.27", "submitit>=1.5"]
         # 300 MB installed: openvino 180, onnxruntime 78, onnx 31, onnxscript 8
         + ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20", "openvino>=2025.0"]
         + ["supervision>=0.31", "av>=14.2", "rich>=13"],  # 115 MB, nearly all of it FFmpeg

@@ -70,7 +70,7 @@ def _preempted(
     return bench.resumed(out)
 
 
-for _name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+for _name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"):
 
     @fault(f"{_name} while training", getattr(signal, _name))
     def _signalled(number: int, bench: Bench) -> str:

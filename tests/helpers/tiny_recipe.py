@@ -62,10 +62,19 @@ class Stream(IterableDataset):
     torchrun hasn't started it again."""
 
     def __init__(
-        self, total_batch_size: int, seed: int, start_iter: int, stop_at, ask_at, kill_at, delay
+        self,
+        total_batch_size: int,
+        seed: int,
+        start_iter: int,
+        stop_at,
+        ask_at,
+        ask_by,
+        kill_at,
+        delay,
     ) -> None:
         self.size, self.seed, self.start_iter = total_batch_size, seed, start_iter
         self.stop_at, self.ask_at, self.kill_at, self.delay = stop_at, ask_at, kill_at, delay
+        self.ask_by = getattr(signal, ask_by)
 
     def __iter__(self):
         for i in count(self.start_iter):
@@ -73,7 +82,7 @@ class Stream(IterableDataset):
             if i == self.stop_at:
                 raise InterruptedError
             if i == self.ask_at and comm.get_rank() == comm.get_world_size() - 1:
-                os.kill(os.getpid(), signal.SIGUSR1)
+                os.kill(os.getpid(), self.ask_by)
             if i == self.kill_at and comm.get_rank() == 0:
                 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -121,7 +130,14 @@ lr_multiplier = L(WarmupParamScheduler)(
 )
 dataloader = dict(
     train=L(train_loader)(
-        total_batch_size=8, seed=3, start_iter=0, stop_at=None, ask_at=None, kill_at=None, delay=0.0
+        total_batch_size=8,
+        seed=3,
+        start_iter=0,
+        stop_at=None,
+        ask_at=None,
+        ask_by="SIGUSR1",
+        kill_at=None,
+        delay=0.0,
     ),
     test=dict(val=L(test_loader)(first=100)),
     evaluator=dict(val=L(Evaluator)(sign=-1.0)),

@@ -33,6 +33,7 @@ PROGRAMS = {
     "export": Program("export.cli", "export a detector to ONNX, OpenVINO, PyTorch or TensorRT"),
     "finetune": Program("finetune.cli", "fine-tune a detector on your own boxes"),
     "train": Program("engine.cli", "train or evaluate by a recipe"),
+    "slurm": Program("engine.slurm", "submit that to Slurm, requeued until it is done"),
     "evaluate": Program("evaluation.cli", "score detections that are in a file"),
     "report": Program("analysis.cli", "report what the experts of a model do"),
     "list": Program("data.__main__", "list the built-in data sets", ("list",)),

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from ..config import ConfigError
 
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # that ask a run to end
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")  # that ask a run to end
 
 
 class WorkerEndedError(RuntimeError):

@@ -24,11 +24,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Exits with status 2 and one line for a mistake in the recipe or the data, 1 for a loss that
     diverged, a full disk or a worker that was killed, and `preemption.EXIT_CODE` where a signal
     ended it in good order."""
-    parser = argument_parser(configs_folder() / DEFAULT_RECIPE)
-    args = parser.parse_args(argv)
+    parser, args = parse(argv)
     if args.variants:
         print(variants_table(configs_folder()), end="")
         return
+    try:
+        # Loaded here as well, so that a mistake is reported once, not by every process.
+        load_config(args.config_file, args.opts, args.model)
+        launch(run, args)
+    except ConfigError as error:
+        parser.error(str(error))
+    except (NonFiniteLossError, DiskFullError, WorkerEndedError) as error:
+        raise SystemExit(f"{parser.prog}: error: {error}") from None
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The command line, checked, with the variant in its `config_file`."""
+    parser = argument_parser(configs_folder() / DEFAULT_RECIPE)
+    args = parser.parse_args(argv)
     if args.model and not args.eval_only:
         parser.error(
             "--model goes with --eval-only; to train a model on other data, write a recipe"
@@ -39,14 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--variant {args.variant} names its recipe: leave out --config-file")
         file = configs_folder() / f"{recipe}.py" if colon else args.config_file
         args.config_file = f"{file}:{name}"
-    try:
-        # Loaded here as well, so that a mistake is reported once, not by every process.
-        load_config(args.config_file, args.opts, args.model)
-        launch(run, args)
-    except ConfigError as error:
-        parser.error(str(error))
-    except (NonFiniteLossError, DiskFullError, WorkerEndedError) as error:
-        raise SystemExit(f"{parser.prog}: error: {error}") from None
+    return parser, args
 
 
 @command

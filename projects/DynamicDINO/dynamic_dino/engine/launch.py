@@ -60,11 +60,14 @@ examples:
     %(prog)s --num-gpus 2 train.accumulate=4
   Slurm, one task a GPU
     srun --ntasks-per-node 8 --gpus-per-node 8 train_net.py --config-file CONFIG --resume
+  Slurm, from the login node, requeued when its time is over (extra: slurm)
+    dynamic-dino slurm --nodes 2 --gpus 8 --time 24:00:00 --config-file CONFIG
   mpirun
     mpirun -n 16 -x MASTER_ADDR=HOST -x MASTER_PORT=29500 train_net.py --config-file CONFIG
 
-SIGTERM, SIGINT, SIGUSR1 or SIGHUP: the iteration is finished, a checkpoint saved, and the exit
-status is 75, "go on with --resume"; a second one, a second later or more, ends the run at once.
+SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or SIGHUP: the iteration is finished, a checkpoint saved, and
+the exit status is 75, "go on with --resume"; a second one, a second later or more, ends the run at
+once.
 
 A run writes to train.output_dir: config.yaml, log.txt, metrics.json, TensorBoard events,
 model_*.pth, model_best.pth, results.json, evaluation/.

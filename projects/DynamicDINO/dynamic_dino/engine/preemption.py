@@ -27,10 +27,15 @@ AT_ONCE = 1.0  # seconds: one request may come twice, from Slurm and from a laun
 
 
 class Preempted(SystemExit):
-    """The run was asked to end and did, in good order; it ends the process with `EXIT_CODE`."""
+    """The run was asked to end and did, in good order; it ends the process with `EXIT_CODE`.
+
+    Attributes:
+        signal: the name of what asked this process; empty if another one of the run was asked.
+    """
 
     def __init__(self) -> None:
         super().__init__(EXIT_CODE)
+        self.signal = requested()
 
 
 @dataclass

@@ -200,14 +200,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
 def _do_train(cfg: DictConfig, resume: bool) -> nn.Module:
     train = cfg.train
     output_dir = Path(train.output_dir)
-    with input_errors():
-        resumable = last_checkpoint(output_dir)
-    if resumable and not resume:
-        raise ConfigError(
-            f"{output_dir} already holds a run ({resumable.name}); continue it with --resume, or "
-            "choose another folder with train.output_dir=FOLDER"
-        )
-
+    resumable = find_run(output_dir, resume)
     check_batch(cfg)
     seed_everything(train.seed)
     with input_errors():
@@ -254,6 +247,18 @@ def _do_train(cfg: DictConfig, resume: bool) -> nn.Module:
         trainer.register_hooks(_hooks(cfg, trainer, checkpointer, start_iter, scored_until))
     trainer.train(start_iter, train.max_iter)
     return model
+
+
+def find_run(output_dir: Path, resume: bool) -> Path | None:
+    """The last checkpoint there, if any. Raises `ConfigError` for one that isn't to be resumed."""
+    with input_errors():
+        resumable = last_checkpoint(output_dir)
+    if resumable and not resume:
+        raise ConfigError(
+            f"{output_dir} already holds a run ({resumable.name}); continue it with --resume, or "
+            "choose another folder with train.output_dir=FOLDER"
+        )
+    return resumable
 
 
 def _distribute(model: nn.Module, train: DictConfig) -> nn.Module:
