@@ -117,6 +117,51 @@ def compress(report: dict) -> str:
     return table(["copies", "FFNs, M parameters", key, "over control", "over all copies"], rows)
 
 
+def language(report: dict) -> str:
+    """Means over seeds with 95 % intervals; differences to the dense row of the same seed, and of
+    a fixed k at test time to the trained top-any model itself."""
+    seeds = report["seeds"]
+    dense = {seed: run["dense"]["accuracy"] for seed, run in seeds.items()}
+    work = {s: run["dense"]["curve"][-1]["gmacs"] for s, run in seeds.items()}
+    titles = {"dense": "dense", "dynmoe": "DynMoE, top-any"}
+    rows = []
+    for name in next(iter(seeds.values())):
+        found = {seed: run[name] for seed, run in seeds.items()}
+        values = {seed: row["accuracy"] for seed, row in found.items()}
+        layers = list(zip(*(row["routing"] for row in found.values()), strict=True))
+        counts = [
+            " / ".join(f"{estimate([layer[key] for layer in same]).mean:.1f}" for same in layers)
+            for key in ("experts_per_token", "active_experts")
+        ]
+        training = estimate([row["train_experts_per_token"] for row in found.values()]).mean
+        cost = estimate([row["curve"][-1]["gmacs"] / work[s] for s, row in found.items()]).mean
+        rows.append(
+            [
+                titles.get(name, name.replace("top", "8 experts, k = ")),
+                _mean(estimate(list(values.values()))),
+                "" if name == "dense" else _mean(paired(values, dense), "+"),
+                f"{training:.1f}",
+                *(cell or "-" for cell in counts),
+                f"{cost:.2f}",
+            ]
+        )
+    head = ["FFN", "accuracy", "over dense", "experts a token, training", "test, by layer"]
+    text = (
+        f"Docstrings, percent; {report['texts']['training']:,} texts, "
+        f"{report['texts']['test']:,} for the test; ± is a 95 % interval over seeds.\n\n"
+    )
+    text += table([*head, "active experts", "operations of training"], rows)
+    forced = {seed: run["dynmoe"] for seed, run in seeds.items()}
+    whole = {seed: row["accuracy"] for seed, row in forced.items()}
+    rows = []
+    for k in next(iter(forced.values()))["forced"]:
+        values = {seed: row["forced"][k] for seed, row in forced.items()}
+        difference = _mean(paired(values, whole), "+")
+        rows.append([k, _mean(estimate(list(values.values()))), difference])
+    text += "\nDynMoE's Table 3: the trained top-any model, each token with its k best experts:\n\n"
+    return text + table(["k", "accuracy", "over top-any"], rows)
+
+
 def _mean(found: Estimate, sign: str = "") -> str:
     margin = "" if math.isnan(found.margin) else f" ± {found.margin:.1f}"
     return f"{found.mean:{sign}.1f}{margin}"
@@ -639,6 +684,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
         "few_shot",
         few_shot,
     ),
+    "language": ("DynMoE in MiniLM, a language task", "language", language),
     "compress": ("x16-Top2 on glyphs with fewer copies, percent", "compress", compress),
     "fps": ("Images per second of the whole model", "fps", fps),
     "width_nano": ("The same of nano, and an FFN as wide as all experts", "width_nano", fps),

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 EXAMPLE = Path(__file__).parents[2] / "projects/DynamicDINO/docs/examples/dynmoe_bert.py"
 example = runpy.run_path(str(EXAMPLE))
-DynMoEBert, DynMoEFeedForward = example["DynMoEBert"], example["DynMoEFeedForward"]
+MoEBert, from_linear = example["MoEBert"], example["from_linear"]
 
 ANIMALS = (
     "dog cat horse sheep cow goat wolf tiger lion rabbit deer camel mouse duck owl eagle".split()
@@ -46,7 +46,7 @@ def test_starts_as_the_dense_encoder(minilm):
     bert, tokenize = minilm
     batch = tokenize(["a dog", "an old steam engine on a bridge", "windmill"])
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    moe = DynMoEBert(copy.deepcopy(bert)).eval()
+    moe = MoEBert(copy.deepcopy(bert)).eval()
     with torch.no_grad():
         want = bert(input_ids=ids, attention_mask=mask).last_hidden_state
         hidden, routings = moe(ids, mask)
@@ -59,7 +59,7 @@ def test_starts_as_the_dense_encoder(minilm):
 @pytest.mark.slow
 def test_learns_a_small_task_with_experts_that_come_and_go(minilm):
     bert, tokenize = minilm
-    encoder = DynMoEBert(copy.deepcopy(bert)).train()
+    encoder = MoEBert(copy.deepcopy(bert)).train()
     head = nn.Linear(384, 2)
     # An expert that is never taken, and thresholds that some tokens don't reach
     for ffn in encoder.ffns:
@@ -106,7 +106,6 @@ def test_errors(minilm):
     bert.config = copy.copy(bert.config)
     bert.config.hidden_act = "tanh"
     with pytest.raises(ValueError, match="no activation 'tanh'"):
-        DynMoEBert(bert)
-    other = DynMoEFeedForward.from_linear(nn.Linear(4, 6), nn.Linear(6, 4), num_experts=3,
-                                          initial_experts=None)  # fmt: skip
-    assert other.experts.w1.shape == (3, 6, 4) and other.router.active.all()
+        MoEBert(bert)
+    dense = from_linear(nn.Linear(4, 6), nn.Linear(6, 4), router=None)
+    assert dense.linear1.weight.shape == (6, 4)
