@@ -5,6 +5,7 @@
     python benchmarks/moe_layer.py --save                # ... kept in benchmarks/results/<machine>/
     python benchmarks/moe_layer.py --tokens 900 3600 --dtypes bfloat16 --device cuda
     python benchmarks/moe_layer.py --experts 4 8 16 --top-k 1 2 --save --name moe_experts
+    python benchmarks/moe_layer.py --routers --save      # those of the three papers, moe_routers
 
 Every candidate computes the same: k experts of hidden / k units, the arithmetic of the dense FFN.
 Measured are the FFN alone, given the routing ("ffn"), and the end of a decoder layer: router, FFN,
@@ -24,6 +25,11 @@ itself, look at the ratios.
 phases: the router; dispatch, which finds out whose slots are whose and gathers their rows; the
 experts' products (with ours, they gather too on CUDA); combine, the weighted sum with residual and
 norm. They come from a profile, which slows everything that is short down: look at their shares.
+
+With `--routers` a layer of each paper takes part in the place of back-ends and libraries: Dynamic-
+DINO's, HI-MoE's (scene and instance router, k whole experts), and DynMoE's as it starts (its Table
+4). They don't compute the same: "operations" are a layer's multiply-adds over the dense FFN's, what
+its tokens really took.
 """
 
 from __future__ import annotations
@@ -39,7 +45,7 @@ from dynamic_dino.console import command
 from dynamic_dino_kernels import route
 from dynamic_dino_kernels.timing import captured, seconds
 from lib.interleaved import interleave, quartiles, timed
-from lib.moe_peers import BenchedExperts, Dense, Grouped, candidates
+from lib.moe_peers import ROUTERS, BenchedExperts, Dense, Grouped, RoutedLayer, candidates
 from lib.options import add_machine, add_output, new_parser, place_output, use_threads
 from lib.phases import ROUTING, peak_bytes, time_by_phase
 from lib.provenance import machine_name, provenance, settings, write_json
@@ -111,6 +117,9 @@ class Benchmark:
 
     def build(self, kind: type[nn.Module], ffn_only: bool = False) -> nn.Module:
         o, case = self.options, self.case
+        if issubclass(kind, RoutedLayer):
+            layer = kind(o.dim, o.hidden, case.experts, case.top_k).train(case.train)
+            return layer.to(o.device, case.dtype)
         hidden = o.hidden if kind is Dense else o.hidden // case.top_k
         ffn = kind(o.dim, hidden) if kind is Dense else kind(o.dim, hidden, case.experts)
         if case.part == "layer" and not ffn_only:
@@ -164,6 +173,8 @@ class Benchmark:
         """{"peak_mib"}, and {"phases_us"} of the forward pass of a layer."""
         cuda, layer = self.options.device == "cuda", self.build(kind)
         found = {"peak_mib": peak_bytes(lambda: self.run(layer), cuda) / 2**20}
+        if isinstance(layer, RoutedLayer):
+            found["operations"] = layer.operations(self.x)
         if self.case.part == "layer" and not self.case.train:
             times = time_by_phase(lambda: self.run(layer), 5, cuda)
             found["phases_us"] = {phase: time * 1e6 for phase, time in times.items()}
@@ -174,14 +185,15 @@ def measure(case: Case, options: argparse.Namespace) -> dict:
     """One row of the report: the errors and times of all candidates."""
     bench = Benchmark(case, options)
     errors, steps, profiles, failed = {}, {}, {}, {}
-    for name, kind in candidates(options.device, case.dtype, case.tokens).items():
+    kinds = ROUTERS if options.routers else candidates(options.device, case.dtype, case.tokens)
+    for name, kind in kinds.items():
         try:
             if case.part == "ffn" and not case.train:
                 errors[name] = bench.error(kind)
             steps[name], ran = bench.prepare(kind)
             profiles[name] = bench.profile(kind) | {"ran": ran}
         except Exception as error:
-            if name in ("dense", *OURS):
+            if name in ("dense", *OURS, *ROUTERS):
                 raise
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     limit = 30 * torch.finfo(case.dtype).eps
@@ -237,6 +249,7 @@ def print_row(row: dict) -> None:
         line += f"  {t['median_us'] / dense:5.2f} x dense"
         line += f"  {t['roofline']:4.0%} of roofline" if "roofline" in t else ""
         line += f"  error {t['error']:.1e}" if "error" in t else ""
+        line += f"  {t['operations']:.2f} x the operations" if "operations" in t else ""
         print(f"{line}  {t['peak_mib']:.1f} MiB  {t['ran']}")
         phases = t.get("phases_us", {})
         if whole := sum(phases.values()):  # 0 where the profiler sees no kernels
@@ -311,6 +324,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--routing", nargs="+", choices=both, help="default: both on CUDA, uniform on a CPU"
     )
     parser.add_argument("--measure", nargs="+", default=["ffn", "layer"], choices=("ffn", "layer"))
+    parser.add_argument("--routers", action="store_true", help="of the papers; whole layers only")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=2048, help="of the dense FFN")
     parser.add_argument("--experts", type=int, nargs="+", default=[16], help="(default: 16)")
@@ -318,8 +332,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=6, help="sets of weights that take turns")
     parser.add_argument("--repeats", type=int, help="default: 50 on CUDA, 21 on a CPU")
     add_output(parser, plot=True)
-    parser.add_argument("--name", default="moe_layer", help="of the files of --save")
+    parser.add_argument("--name", help="of the files of --save (default: moe_layer, moe_routers)")
     options = parser.parse_args(arguments)
+    options.name = options.name or ("moe_routers" if options.routers else "moe_layer")
+    options.measure = ["layer"] if options.routers else options.measure
     cuda = options.device == "cuda"
     options.dtypes = options.dtypes or (["float16", "bfloat16"] if cuda else ["float32"])
     options.tokens = options.tokens or ([900, 1800, 3600, 7200, 14400] if cuda else [900])

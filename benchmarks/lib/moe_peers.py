@@ -12,9 +12,16 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from dynamic_dino.moe.hierarchical import HierarchicalRouter
+from dynamic_dino.moe.layer import MoEFeedForward
+from dynamic_dino.moe.routers import Router, SoftmaxRouter
+from dynamic_dino.moe.top_any import TopAnyRouter
 from dynamic_dino_kernels import expert_ffn
 from dynamic_dino_kernels.backend import obstacle_of
 from torch import Tensor, nn
+from torch.profiler import record_function
+
+from lib.phases import ROUTING
 
 
 class Dense(nn.Module):
@@ -192,6 +199,60 @@ class MoEOps(BenchedExperts):
         hidden = F.relu(grouped_gemm(rows, self.w1, offsets, trans_b=True) + self.b1[owner])
         rows = grouped_gemm(hidden, self.w2, offsets, trans_b=True) + self.b2[owner]
         return unpermute(rows, places, gates, *ids.shape)
+
+
+class RoutedLayer(nn.Module):
+    """The end of a decoder layer with a router of the project: router, experts, residual, norm.
+
+    Unlike the candidates above these don't compute the same: whole copies of the FFN, of which a
+    token takes two or more, cost as many FFNs.
+    """
+
+    def __init__(self, dim: int, hidden: int, experts: int, top_k: int) -> None:
+        super().__init__()
+        self.ffn = MoEFeedForward(dim, hidden, self.router(dim, experts, top_k))
+        self.norm = nn.LayerNorm(dim)
+
+    @staticmethod
+    def router(dim: int, experts: int, top_k: int) -> Router:
+        return SoftmaxRouter(dim, experts, top_k)
+
+    def forward(self, x: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
+        with record_function(ROUTING):
+            routing = self.ffn.router(x[None], x.mean(0, keepdim=True))
+        return self.ffn.experts(x, routing, self.norm)
+
+    @torch.no_grad()
+    def operations(self, x: Tensor) -> float:
+        """Multiply-adds of router and experts, over those of the dense FFN."""
+        ids = self.ffn.router(x[None], x.mean(0, keepdim=True)).expert_ids
+        slots = int((ids >= 0).sum()) / self.ffn.parts
+        rows = sum(p.numel() for p in self.ffn.router.parameters() if p.dim() == 2)
+        return (slots + len(x) * rows / (2 * x.shape[1] * self.ffn.hidden)) / len(x)
+
+
+class HiMoELayer(RoutedLayer):
+    """A scene router, then k whole experts for each token."""
+
+    @staticmethod
+    def router(dim: int, experts: int, top_k: int) -> Router:
+        return HierarchicalRouter(dim, experts, top_k)
+
+
+class DynMoELayer(RoutedLayer):
+    """As many whole experts as exceed their thresholds; as it starts, with 6 of 8 experts."""
+
+    @staticmethod
+    def router(dim: int, experts: int, top_k: int) -> Router:
+        return TopAnyRouter(dim, num_experts=8, initial_experts=6)
+
+
+ROUTERS = {
+    "dense": Dense,
+    "Dynamic-DINO": RoutedLayer,
+    "HI-MoE": HiMoELayer,
+    "DynMoE": DynMoELayer,
+}
 
 
 def candidates(device: str, dtype: torch.dtype, tokens: int) -> dict[str, Callable[..., nn.Module]]:

@@ -302,12 +302,17 @@ def model_zoo_thresholds(report: dict) -> str:
 def moe_layer(report: dict) -> str:
     names = list(dict.fromkeys(n for row in report["rows"] for n in row["times"]))
     head = ["T", "experts", "dtype", "routing", "what", "pass", "dense, µs", *names[1:]]
-    rows = []
+    rows, unlike = [], False
     for row in report["rows"]:
         times = {name: t["median_us"] for name, t in row["times"].items()}
         ratios = [f"{times[n] / times['dense']:.2f}" if n in times else "" for n in names[1:]]
+        for i, name in enumerate(names[1:]):
+            if operations := row["times"].get(name, {}).get("operations"):
+                ratios[i] += f" ({operations:.2f})"
+                unlike = True
         rows.append([*_case(row), row["part"], row["pass"], f"{times['dense']:.0f}", *ratios])
-    return "Time over that of the dense FFN.\n\n" + table(head, rows)
+    operations = "; in brackets its multiply-adds" if unlike else ""
+    return f"Time over that of the dense FFN{operations}.\n\n" + table(head, rows)
 
 
 def moe_phases(report: dict) -> str:
@@ -693,6 +698,8 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "profile": ("Where one forward pass spends its time", "profile_detector", profile_detector),
     "moe_layer": ("One FFN of the decoder", "moe_layer", moe_layer),
     "moe_phases": ("Phases and memory of the same", "moe_layer", moe_phases),
+    "moe_routers": ("One FFN of the decoder with each paper's router", "moe_routers", moe_layer),
+    "moe_routers_phases": ("Phases and memory of the same", "moe_routers", moe_phases),
     "moe_scaling": ("The same over tokens and experts", "moe_scaling", moe_layer),
     "packing": ("Weights packed for oneDNN, on a CPU", "packing", packing),
     "export": ("Exported detectors against PyTorch", "export", export),

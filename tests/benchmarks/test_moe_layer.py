@@ -6,6 +6,7 @@ import moe_layer
 import pytest
 import torch
 from helpers.scripts import run_script
+from lib import tables
 from lib.phases import ROUTING, peak_bytes, time_by_phase
 from torch.profiler import record_function
 
@@ -55,6 +56,28 @@ def test_splits_a_layer_into_phases(result):
                 assert all(phases[p] > 0 for p in ("routing", "dispatch", "experts", "combine"))
             if name == "dense" and phases:
                 assert phases["routing"] == phases["dispatch"] == 0 < phases["experts"]
+
+
+def test_papers_routers_compute_what_their_tokens_take(tmp_path):
+    small = "--tokens 40 --dim 16 --hidden 32 --experts 8 --top-k 2 --layers 1 --repeats 2".split()
+    file = tmp_path / "routers.json"
+    text = run_script(moe_layer.main, "--device", "cpu", "--routers", *small, "--json", file)
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["part"], row["pass"]) for row in rows] == [
+        ("layer", "forward"),
+        ("layer", "train"),
+    ]
+    for row in rows:
+        times = row["times"]
+        assert list(times) == ["dense", "Dynamic-DINO", "HI-MoE", "DynMoE"] and not row["failed"]
+        assert "operations" not in times["dense"]
+        ours = 1 + 8 / 64  # the router's rows over two matrices of 32 units
+        assert times["Dynamic-DINO"]["operations"] == pytest.approx(ours)
+        scene = 4 * 16 / (2 * 16 * 32)
+        assert times["HI-MoE"]["operations"] == pytest.approx(2 + 8 * 20 / 1024 + scene)
+        assert 8 / 64 < times["DynMoE"]["operations"] < 6 + 8 / 64
+    assert "x the operations" in text
+    assert "(1.12)" in tables.moe_layer({"rows": rows})
 
 
 def test_memory_is_that_of_the_tensors():
