@@ -9,6 +9,8 @@ import pytest
 from dynamic_dino.data import file_kinds
 from dynamic_dino.data.image_files import FORMATS, find_images
 from dynamic_dino.data.images import as_array, image_size, open_bytes
+from dynamic_dino.data.jpeg import pixels_of_jpeg
+from dynamic_dino.data.pixels import pixels_of_image
 from helpers.seeds import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -160,6 +162,52 @@ def test_other_colour_spaces_are_read_as_the_colours_that_they_mean(mode):
     assert np.abs(seen - flags).max() <= 10, "a rounding in 8 bits"
     if mode in ("CMYK", "YCbCr", "LAB"):
         assert np.array_equal(as_array(reopened(image, "TIFF")), seen)
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(
+    mode=st.sampled_from(["RGB", "RGB", "L", "CMYK"]),
+    size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    seed=seeds,
+    options=st.fixed_dictionaries(
+        {"quality": st.integers(5, 100)},
+        optional={
+            "progressive": st.just(True),
+            "subsampling": st.integers(0, 2),
+            "restart_marker_rows": st.just(1),
+        },
+    ),
+    damage=st.sampled_from([None, "cut", "changed"]),
+)
+def test_a_jpeg_file_is_what_pillow_decodes(mode, size, seed, options, damage):
+    """To the bit, and with its errors, although it is decoded by torchvision."""
+    rng = np.random.default_rng(seed)
+    smooth = rng.integers(0, 256, (3, 4, 4 if mode == "CMYK" else 3), dtype=np.uint8)
+    image = Image.fromarray(smooth, "CMYK" if mode == "CMYK" else None).resize(size).convert(mode)
+    buffer = io.BytesIO()
+    keep_rgb = mode == "RGB" and "subsampling" not in options and bool(rng.integers(2))
+    image.save(buffer, "JPEG", keep_rgb=keep_rgb, **options)
+    content = bytearray(buffer.getvalue())
+    if damage == "cut":
+        del content[int(rng.integers(4, len(content))) :]
+    elif damage == "changed":
+        content[int(rng.integers(2, len(content)))] = int(rng.integers(256))
+
+    def read(decode):
+        try:
+            return decode(open_bytes(bytes(content), "it"))
+        except (ValueError, OSError, SyntaxError) as error:
+            return str(error).partition("(")[2].partition(")")[0] or str(error)
+
+    seen, expected = read(as_array), read(pixels_of_image)
+    assert type(seen) is type(expected)
+    if isinstance(seen, np.ndarray):
+        assert np.array_equal(seen, expected) and seen.flags.c_contiguous and seen.flags.writeable
+        if damage is None:
+            opened = open_bytes(bytes(content), "it")
+            assert (pixels_of_jpeg(opened) is None) == (mode == "CMYK")
+            opened.load()
+            assert pixels_of_jpeg(opened) is None and np.array_equal(as_array(opened), expected)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])

@@ -16,7 +16,8 @@ from PIL import Image, UnidentifiedImageError
 
 from .file_kinds import what_it_is
 from .image_files import FORMATS, MAX_PIXELS, is_address, most_pixels, shorten
-from .pixels import orientation, pixels_of_array, pixels_of_image, seen_size
+from .jpeg import pixels_of_jpeg
+from .pixels import orientation, pixels_of_array, pixels_of_image, seen_size, turned
 from .whereabouts import why_missing
 
 Record = dict[str, Any]
@@ -128,6 +129,9 @@ def _open(file: Path | io.BytesIO, name: str, most: int | None = None) -> Image.
 
 
 def _decoded(image: Image.Image, name: str) -> np.ndarray:
+    pixels = pixels_of_jpeg(image)
+    if pixels is not None:
+        return turned(pixels, orientation(image))
     try:
         image.load()
     except DAMAGES as error:
@@ -181,7 +185,11 @@ def _wrong_size(path: str, size: tuple[int, int], stated: tuple[int, int]) -> st
 
 
 def resize_transform(height: int, width: int, size: Size) -> T.ResizeTransform:
-    """The resizing that `size` asks for, see `TrainMapper`; never to less than one pixel."""
+    """The resizing that `size` asks for, see `TrainMapper`; never to less than one pixel.
+
+    By Pillow. PyTorch's resizing takes a third of the time, but has weights of 15 bits, not 22: of
+    1200 pictures 7 had a value that was 2 off, and AP of nano-x16 on 90 photos was 5.27, not 5.32.
+    """
     if size is None or isinstance(size, int):
         scale = 1.0 if size is None else size / max(height, width)
         new_height, new_width = (max(int(edge * scale + 0.5), 1) for edge in (height, width))

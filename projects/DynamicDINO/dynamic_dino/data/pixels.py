@@ -15,14 +15,14 @@ import numpy as np
 from PIL import Image, ImageCms
 
 ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_TURNS = {  # the order in which rows are taken, that of columns; then, whether they are exchanged
+    2: (1, -1, False),
+    3: (-1, -1, False),
+    4: (-1, 1, False),
+    5: (1, 1, True),
+    6: (-1, 1, True),
+    7: (-1, -1, True),
+    8: (1, -1, True),
 }
 _CHANNELS = {1: "gray", 2: "gray and alpha", 3: "RGB", 4: "RGB and alpha"}
 
@@ -34,9 +34,8 @@ def pixels_of_image(image: Image.Image, turn: bool = True) -> np.ndarray:
     data are damaged.
     """
     image.load()  # TIFF files are turned by this, and lose their tag
-    shown = _as_rgb(image)
-    method = _TURNS.get(orientation(image)) if turn else None
-    return np.array(shown if method is None else shown.transpose(method))
+    pixels = np.array(_as_rgb(image))
+    return turned(pixels, orientation(image)) if turn else pixels
 
 
 def pixels_of_array(array: np.ndarray) -> np.ndarray:
@@ -67,6 +66,15 @@ def orientation(image: Image.Image) -> int:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # whatever a damaged tag makes Pillow raise: the picture itself may be good
         return 1
+
+
+def turned(pixels: np.ndarray, tag: int) -> np.ndarray:
+    """[H, W, 3] as `orientation` says that a picture is seen."""
+    if tag not in _TURNS:
+        return pixels
+    rows, columns, exchanged = _TURNS[tag]
+    pixels = pixels[::rows, ::columns]
+    return np.ascontiguousarray(pixels.transpose(1, 0, 2) if exchanged else pixels)
 
 
 def seen_size(image: Image.Image) -> tuple[int, int]:
