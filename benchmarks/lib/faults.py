@@ -381,7 +381,7 @@ def _worker_killed(bench: Bench) -> str:
 @fault("a learning rate at which the loss diverges")
 def _diverged(bench: Bench) -> str:
     """An error, without a traceback, that names the images of the batch; the checkpoints stay."""
-    more = ("optimizer.lr=1e30", "train.clip_grad.enabled=false", "train.checkpointer.period=1")
+    more = ("optimizer.lr=1e6", "train.clip_grad.enabled=false", "train.checkpointer.period=1")
     end = bench.trained(bench.fresh(), *more)
     clear = end.status == 1 and "infinite or NaN" in end.said and ".png" in end.said
     return "" if clear and "Traceback" not in end.said else f"{end.status}: {end.said[-300:]}"
@@ -624,9 +624,11 @@ def _predict_full(bench: Bench) -> str:
         files[2]
     )
 
+    asked = _predict(bench, out, files)
+
     def look() -> int:
-        small_files(200_000)()
-        return predict_command(_predict(bench, out, files))
+        small_files(900_000)()
+        return predict_command(asked)
 
     end = bench.do(out, look)
     return end.one_line() or ("" if _entries(out) >= 2 else f"{_entries(out)} entries")

@@ -142,9 +142,7 @@ def write_ultralytics(root: Path, photos: Sequence[Photo], polygons: bool = Fals
     draw(root / "images/train", photos)
     write_yolo_labels(root / "labels/train", photos, polygons)
     names = "\n".join(f"  {i}: {name}" for i, name in enumerate(NAMES))
-    yaml = (
-        f"# comment\npath: {root}\ntrain: images/train\nval: images/val\ntest:\n\nnames:\n{names}\n"
-    )
+    yaml = f"# comment\npath: {root}\ntrain: images/train\nval:\ntest:\n\nnames:\n{names}\n"
     (root / "data.yaml").write_text(yaml)
     return root
 

@@ -96,7 +96,7 @@ CASES = [
         "ultralytics",
         "data.yaml",
         replace("train: images/train", "train: gone"),
-        r"data\.yaml: it names no folder",
+        r"data\.yaml: 'train' names 'gone'.*correct it",
     ),
     ("ultralytics", "data.yaml", replace("train: images/train", "train: 7"), "write a folder"),
     ("ultralytics", "data.yaml", replace("0: red panda", "0: true"), r"'names' is \{0: True"),
@@ -234,6 +234,14 @@ def test_images_that_nobody_annotated_are_said(tmp_path, capsys):
     assert "left out 1 images without an XML file" in report
     assert "left out 1 images without a JSON file" in report
     assert "3 images, 3 boxes, 3 names; 1 images without a label file, taken as empty" in report
+
+
+def test_a_part_that_is_named_is_never_drawn_from_another(tmp_path):
+    path = formats.write_ultralytics(tmp_path / "mine", GOOD)
+    replace("\nval:", "\nval: gone")(path / "data.yaml")
+    assert len(datasets.load_datasets(f"{path}:train").boxes) == 3
+    with pytest.raises(ValueError, match=r"data\.yaml: 'val' names 'gone'.*or remove it"):
+        datasets.load_datasets(f"{path}:val")
 
 
 def test_settings_of_yolo_that_windows_wrote(tmp_path):

@@ -173,7 +173,7 @@ def test_lists_of_images_in_a_data_yaml(tmp_path, rng):
     (tmp_path / "a.txt").write_text("\n".join(lines[:3]))
     (tmp_path / "b.txt").write_text("\n".join(lines[3:]))
     text = (tmp_path / "data.yaml").read_text()
-    text = text.replace("train: images/train", "train: a.txt").replace("images/val", "b.txt")
+    text = text.replace("train: images/train", "train: a.txt").replace("val:", "val: b.txt")
     (tmp_path / "data.yaml").write_text(text)
     for part, these in (("train", photos[:3]), ("val", photos[3:])):
         records = datasets.load_datasets(f"{path}:{part}")

@@ -29,7 +29,7 @@ def parts_of(found: Recognised) -> list[str]:
     first = found.files[0][1]
     if found.format == "yolo" and first.suffix in (".yaml", ".yml"):
         try:
-            return list(yolo.parts_of_settings(first))
+            return list(yolo.parts_of_settings(first, yolo.read_settings(first)))
         except DataError:  # the reader says it
             return []
     if found.format == "voc" and (sets := voc.image_sets(found.path)):

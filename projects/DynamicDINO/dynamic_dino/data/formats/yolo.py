@@ -36,10 +36,9 @@ def read(found: Recognised, into: Collector) -> None:
     if file.suffix in (".yaml", ".yml"):
         settings = read_settings(file)
         names = _names_of(file, settings)
-        if settings.keys() & {"train", "val", "valid", "test"}:
-            images = list(_listed_images(file, settings, into))
-        else:
-            images = into.pictures.all
+        parts = parts_of_settings(file, settings)
+        listed = _listed_images(file, settings, parts, into)
+        images = list(listed) if parts else into.pictures.all
     else:
         settings = {}
         file, names = _find_names(found)
@@ -83,9 +82,8 @@ def read_settings(file: Path) -> dict[str, Any]:
     return settings
 
 
-def parts_of_settings(file: Path) -> dict[str, list[Path]]:
-    """Part -> folders or lists of images that exist, of those that a data.yaml names."""
-    settings = read_settings(file)
+def parts_of_settings(file: Path, settings: dict[str, Any]) -> dict[str, list[str]]:
+    """Part -> the folders, or lists of images, that a data.yaml names for it; raises DataError."""
     parts = {}
     for part in ("train", "val", "test"):
         entries = settings.get(part)
@@ -96,10 +94,8 @@ def parts_of_settings(file: Path) -> dict[str, list[Path]]:
         if not all(isinstance(entry, str) for entry in entries):
             what = f"{part!r} is {brief(settings.get(part))}: write a folder, or a list of them"
             raise DataError("missing field", what, str(file))
-        places = [_place(file, settings, entry) for entry in entries]
-        there = [place for place in places if place is not None]
-        if there and len(there) == len(places):
-            parts[part] = there
+        if entries:
+            parts[part] = entries
     return parts
 
 
@@ -114,29 +110,31 @@ def label_file(image: Path) -> Path:
     return image.with_suffix(".txt")
 
 
-def _place(file: Path, settings: dict, entry: str) -> Path | None:
-    """Where an entry of a data.yaml lies. Roboflow writes ../train/images for train/images."""
+def _place(file: Path, settings: dict, part: str, entry: str) -> Path:
+    """Where an entry of a data.yaml lies; raises DataError where nothing is. Roboflow writes
+    ../train/images for train/images."""
     root = str(settings.get("path") or "")
     plain = re.sub(r"^(\.\./)+", "", entry)
     here = file.parent
     tried = (here / root / entry, here / entry, here / plain, Path(root, entry))
     there = next((path for path in tried if path.exists()), None) or find_path(entry, here)
-    return Path(os.path.normpath(there)) if there else None
-
-
-def _listed_images(file: Path, settings: dict, into: Collector) -> Iterator[Path]:
-    parts = parts_of_settings(file)
-    if not parts:
-        given = {key: settings[key] for key in ("path", "train", "val", "test") if key in settings}
+    if there is None:
+        below = f" below {brief(root)} (path)" if root else ""
         what = (
-            f"it names no folder of images that exists ({given}): correct its 'path', 'train' and "
-            f"'val', which are relative to {file.parent}"
+            f"{part!r} names {brief(entry)}, and nothing is there{below}: correct it, or remove it "
+            f"where there is no such part; what is relative is looked for in {here}"
         )
         raise DataError("missing image", what, str(file))
+    return Path(os.path.normpath(there))
+
+
+def _listed_images(
+    file: Path, settings: dict, parts: dict[str, list[str]], into: Collector
+) -> Iterator[Path]:
     seen = set()
-    for part, places in parts.items():
-        for place in places if into.wants(part) else ():
-            for image in _images_at(place):
+    for part, entries in parts.items():
+        for entry in entries if into.wants(part) else ():
+            for image in _images_at(_place(file, settings, part, entry)):
                 if image not in seen:
                     seen.add(image)
                     yield image
