@@ -68,9 +68,12 @@ def test_a_shared_parameter_is_grouped_once():
 )
 def test_pattern_without_a_match(pattern, near):
     with pytest.raises(
-        ValueError, match=f"{pattern!r} matches no parameter.*{near}".replace("*'", r"\*'")
+        ValueError,
+        match=f"train.trainable: pattern {pattern!r} matches no parameter.*{near}".replace(
+            "*'", r"\*'"
+        ),
     ):
-        match_parameters(build(), pattern)
+        match_parameters(build(), pattern, "train.trainable")
     with pytest.raises(ValueError, match="matches no parameter"):
         get_param_groups(build(), 1.0, {pattern: 0.1})
     with pytest.raises(ValueError, match="matches no parameter"):

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from dynamic_dino.config import TRAIN_DEFAULTS, ConfigError, load_config, require
+from dynamic_dino.config import TRAIN_DEFAULTS, ConfigError, build, load_config, require
 from dynamic_dino.kinds import of_wrong_kind
 from dynamic_dino.ranges import RANGES, out_of_range
 from helpers.seeds import examples
@@ -113,6 +113,32 @@ def test_out_of_range(write, override, message):
     with pytest.raises(ConfigError, match=pattern) as error:
         load_config(write(), [override])
     assert "\n" not in str(error.value)
+
+
+def fails(error: type[Exception] | None, part=None):
+    if error:
+        raise error("what is wrong")
+    return part
+
+
+def test_what_can_not_be_built_names_its_node():
+    def node(inner: dict) -> dict:
+        return {"_target_": fails, "error": None, "part": {"_target_": fails, **inner}}
+
+    assert build(node({"error": None, "part": {"rate": 1}}), "model") == {"rate": 1}
+    for error in (ValueError, FileNotFoundError):
+        with pytest.raises(ConfigError, match="^model.part: what is wrong$"):
+            build(node({"error": error}), "model")
+    for inner in ({"error": None, "width": 3}, {}):  # a key too many, one too few
+        with pytest.raises(ConfigError, match="^model.part: .*argument"):
+            build(node(inner), "model")
+    with pytest.raises(ConfigError, match="^optimizer: .*argument"):
+        build({"_target_": "os.system", "lr": 0.1}, "optimizer")
+    for error in (TypeError, RuntimeError):  # of the code itself
+        with pytest.raises(error, match="^what is wrong$"):
+            build(node({"error": error}), "model")
+    with pytest.raises(ConfigError, match="^what is wrong$"):  # says where by itself
+        build(node({"error": ConfigError}), "model")
 
 
 def test_a_recipe_is_held_to_the_ranges_too(write):

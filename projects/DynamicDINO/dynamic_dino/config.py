@@ -13,13 +13,14 @@ import inspect
 import os
 import re
 import runpy
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from detectron2.config import LazyConfig
+from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.registry import _convert_target_to_string, locate
 from omegaconf import DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
@@ -87,6 +88,28 @@ def input_errors() -> Iterator[None]:
         yield
     except (ValueError, FileNotFoundError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+
+
+def build(node: Any, key: str) -> Any:
+    """What a node of the recipe describes, by Detectron2's `instantiate`; key: the node's, "model".
+
+    Raises `ConfigError`, which names the innermost node in which it happened, for a ValueError, a
+    file that isn't there, and for a target that doesn't take the node's keys.
+    """
+    if not (isinstance(node, Mapping) and "_target_" in node):
+        return instantiate(node)
+    parts = {name: build(part, f"{key}.{name}") for name, part in node.items()}
+    try:
+        return instantiate(parts)
+    except ConfigError:
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"{key}: {error}") from error
+    except TypeError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals["__name__"] != instantiate.__module__:
+            raise  # within the target: its code is wrong, or can't tell what is wrong
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def without_downloads(model: DictConfig) -> DictConfig:

@@ -114,6 +114,7 @@ RANGES: dict[str, Range] = {
     "dataloader.*.prefetch_factor": either(COUNT, NONE),
     "dataloader.*.max_phrases": either(COUNT, NONE),
     "dataloader.*.min_phrases": either(COUNT, NONE),
+    "dataloader.*.mapper.size": SIZE,
     "dataloader.*.flip": number(0, 1),
     "dataloader.*.phrase_prompts": number(0, 1),
     "dataloader.*.phrase_dropout": number(0, 1),

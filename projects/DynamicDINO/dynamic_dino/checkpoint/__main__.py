@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from detectron2.config import instantiate
 
-from ..config import load_config
+from ..config import build, load_config
 from ..console import command, program
 from ..moe.compress import METHODS, compress
 from ..moe.layer import MoEFeedForward
@@ -73,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    model = instantiate(load_config(args.config_file).model)
+    model = build(load_config(args.config_file).model, "model")
     load_checkpoint(model, args.source)
     if args.out.suffix == ".safetensors":
         export_weights(model, args.out)
@@ -96,7 +95,7 @@ def _import(args: argparse.Namespace) -> None:
 def _compress(args: argparse.Namespace) -> None:
     if args.out.suffix != ".safetensors":
         raise ValueError(f"{args.out}: the file to write is named *.safetensors")
-    model = instantiate(load_config(args.config_file).model)
+    model = build(load_config(args.config_file).model, "model")
     load_checkpoint(model, args.source)
     found = sorted(Path(args.source).parent.glob("evaluation/*/results.json"))
     results = args.results or next(iter(found), None)

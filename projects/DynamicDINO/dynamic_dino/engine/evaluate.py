@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import instantiate
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
@@ -20,7 +19,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoint.weights import load_checkpoint
-from ..config import ConfigError, accepts, input_errors, nearest
+from ..config import ConfigError, accepts, build, input_errors, nearest
 from ..data.feature_cache import check_feature_caches
 from ..data.loader import as_sources
 from ..data.records import Mixture
@@ -79,7 +78,9 @@ def do_test(
     logs: list[PredictionLog] = []
     for name in names:
         evaluator, log = _evaluator(cfg, name, model, dtype, source)
-        loader = Stoppable(_load_all_but(log.done if log else (), loaders[name]))
+        loader = Stoppable(
+            _load_all_but(log.done if log else (), loaders[name], f"dataloader.test.{name}")
+        )
         with autocast(device, dtype), adjusted(model, getattr(evaluator, "detector", {})):
             results = inference_on_dataset(model, loader, evaluator)
         for key, value in flatten_results_dict(results).items():
@@ -111,7 +112,7 @@ def _evaluator(
     options: dict[str, Any] = dict(node)
     if accepts(options, "output_dir") and not options.get("output_dir"):
         options["output_dir"] = str(folder)
-    evaluator = instantiate(options)
+    evaluator = build(options, f"dataloader.evaluator.{name}")
     if not isinstance(evaluator, DetectionEvaluator):
         return evaluator, None
     evidence = fingerprint(model, cfg.dataloader.test[name], node, cfg.model, dtype)
@@ -183,14 +184,14 @@ def _report_missing(cfg: DictConfig, missing: list[str]) -> None:
     logger.warning("%s\nThe others are evaluated.", text)
 
 
-def _load_all_but(done: Collection, loader: Mapping) -> Iterable[list[dict]]:
+def _load_all_but(done: Collection, loader: Mapping, key: str) -> Iterable[list[dict]]:
     """The loader, without the images of these ids: they aren't even read."""
     if not done:
-        return instantiate(loader)
-    records = Mixture(as_sources(instantiate(loader["dataset"])))
+        return build(loader, key)
+    records = Mixture(as_sources(build(loader["dataset"], f"{key}.dataset")))
     left = [record for record in records if record["image_id"] not in done]
     logger.info("%d of %d images were evaluated before", len(records) - len(left), len(records))
-    return instantiate({**loader, "dataset": left}) if left else []
+    return build({**loader, "dataset": left}, key) if left else []
 
 
 def results_table(scores: dict[str, float]) -> str:
@@ -226,7 +227,7 @@ def load_for_evaluation(cfg: DictConfig, resume: bool) -> nn.Module:
             "checkpoint of train.output_dir"
         )
     with input_errors():
-        model = instantiate(cfg.model).to(torch.device(cfg.train.device))
+        model = build(cfg.model, "model").to(torch.device(cfg.train.device))
         load_checkpoint(model, str(path))
     return model.eval()
 

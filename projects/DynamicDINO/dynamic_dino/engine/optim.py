@@ -6,20 +6,19 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 import torch
-from detectron2.config import instantiate
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from ..config import ConfigError, accepts, nearest
+from ..config import ConfigError, accepts, build, nearest
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm)
 _BIASES = ("bias", "b1", "b2")  # b1, b2: the stacked biases of experts, which are matrices
 
 
-def match_parameters(model: nn.Module, pattern: str) -> set[str]:
+def match_parameters(model: nn.Module, pattern: str, key: str) -> set[str]:
     """The names of the parameters that an fnmatch pattern selects (``*`` matches dots too).
 
-    Raises `ConfigError` where it selects none, with the nearest names.
+    Raises `ConfigError` where it selects none, with `key`, of the recipe, and the nearest names.
     """
     names = [name for name, _ in model.named_parameters()]
     matched = {name for name in names if fnmatchcase(name, pattern)}
@@ -32,7 +31,7 @@ def match_parameters(model: nn.Module, pattern: str) -> set[str]:
             parts.update({".".join(words[:i]) + ".*": None for i in range(1, len(words))})
         near = nearest(literal, parts, 3) or names[:3]
         raise ConfigError(
-            f"pattern {pattern!r} matches no parameter of {type(model).__name__}; "
+            f"{key}: pattern {pattern!r} matches no parameter of {type(model).__name__}; "
             f"the nearest names are {', '.join(near)}"
         )
     return matched
@@ -55,8 +54,9 @@ def get_param_groups(
     Raises `ConfigError` where a pattern matches no parameter, or nothing is trainable.
     """
     factors: dict[str, float] = {}
+    key = "optimizer.params.lr_factors"
     for pattern, factor in (lr_factors or {}).items():
-        factors.update(dict.fromkeys(match_parameters(model, pattern), float(factor)))
+        factors.update(dict.fromkeys(match_parameters(model, pattern, key), float(factor)))
 
     groups: dict[tuple[float, bool], dict] = {}
     seen: set[nn.Parameter] = set()
@@ -83,10 +83,10 @@ def build_optimizer(node: DictConfig, model: nn.Module) -> torch.optim.Optimizer
     # Plain tuples (betas): the optimizer keeps its options in checkpoints.
     options = {k: tuple(v) if isinstance(v, ListConfig) else v for k, v in node.items()}
     params = {"base_lr": node.lr, **options.pop("params"), "model": model}
-    groups = instantiate(params)
+    groups = build(params, "optimizer.params")
     if not options.keys() & {"fused", "foreach", "differentiable"} and _can_be_fused(node, groups):
         options["fused"] = True
-    return instantiate({**options, "params": groups})
+    return build({**options, "params": groups}, "optimizer")
 
 
 def _can_be_fused(node: DictConfig, groups: list[dict]) -> bool:

@@ -8,14 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from detectron2.config import instantiate
 from detectron2.engine import create_ddp_model, hooks
 from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
 from ..checkpoint.weights import load_checkpoint
-from ..config import ConfigError, accepts, input_errors, require
+from ..config import ConfigError, accepts, build, input_errors, require
 from ..console import some
 from ..data.feature_cache import check_feature_caches
 from ..files import DiskFullError
@@ -204,7 +203,7 @@ def _do_train(cfg: DictConfig, resume: bool) -> nn.Module:
     check_batch(cfg)
     seed_everything(train.seed)
     with input_errors():
-        model = instantiate(cfg.model).to(train.device)
+        model = build(cfg.model, "model").to(train.device)
         if train.init_checkpoint and not resumable:
             load_checkpoint(model, train.init_checkpoint, train.init_except)
         set_trainable(model, train.trainable)
@@ -292,12 +291,12 @@ def _train_loader(cfg: DictConfig, start_iter: int):
     """The loader, told where to start, so that a resumed run sees the data in the same order."""
     node = cfg.dataloader.train
     if "start_iter" in node or accepts(node, "start_iter"):
-        return instantiate({**node, "start_iter": start_iter})
+        return build({**node, "start_iter": start_iter}, "dataloader.train")
     if start_iter > 0:
         logger.warning(
             "dataloader.train takes no start_iter: the data starts again from its beginning"
         )
-    return instantiate(node)
+    return build(node, "dataloader.train")
 
 
 def _expect(trainer: Trainer, loader) -> None:
@@ -353,7 +352,7 @@ def _hooks(
             )
     common = [
         hooks.IterationTimer(),
-        LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        LRScheduler(scheduler=build(cfg.lr_multiplier, "lr_multiplier")),
     ]
     if (adaptive := train.adaptive_experts).enabled:
         common.append(AdaptiveExpertsHook(trainer.module, adaptive.period, adaptive.window))

@@ -20,7 +20,9 @@ def set_trainable(model: nn.Module, patterns: Iterable[str] | None) -> None:
     if patterns is None:
         return
     patterns = list(patterns)
-    chosen = set().union(*(match_parameters(model, pattern) for pattern in patterns))
+    chosen = set().union(
+        *(match_parameters(model, pattern, "train.trainable") for pattern in patterns)
+    )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in chosen)
     if not any(p.requires_grad for p in model.parameters()):

@@ -18,13 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from detectron2.config import instantiate
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from PIL import Image
 
 from ..checkpoint.weights import load_checkpoint
-from ..config import ConfigError, input_errors
+from ..config import ConfigError, build, input_errors
 from ..console import headline, some
 from ..data.check import CheckResult, check_dataset
 from ..data.datasets import get_metadata, load_own_data
@@ -272,7 +271,7 @@ def _remember(options: Options, start: Start, configs: dict[str, DictConfig]) ->
 def build_features(cfg: DictConfig, data: Data, folder: Path) -> None:
     """Caches the features of all photos; of those to train on also mirrored."""
     with input_errors():
-        model = instantiate(cfg.model).to(cfg.train.device).eval()
+        model = build(cfg.model, "model").to(cfg.train.device).eval()
         load_checkpoint(model, cfg.train.init_checkpoint)
         backbone = module_fingerprint(model.backbone)
         for part, records, flips in (("train", data.train, "store"), ("val", data.val, "mirror")):

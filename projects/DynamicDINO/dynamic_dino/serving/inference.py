@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from detectron2.config import instantiate
 from detectron2.structures import Instances
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..checkpoint.public import import_public
 from ..checkpoint.weights import load_checkpoint
-from ..config import load_config, split_variant, without_downloads
+from ..config import build, load_config, split_variant, without_downloads
 from ..data.image_files import find_images as find_images  # where it was before
 from ..data.images import ImageLike, Size, as_array, resize_transform, to_tensor
 from ..engine.checkpointing import last_checkpoint
@@ -239,11 +238,11 @@ def load_model(
             raise ValueError(f"{model} brings its weights; {weights} needs a recipe as the model")
         imported = import_public(model)
         cfg = imported.config
-        detector = instantiate(cfg.model)
+        detector = build(cfg.model, "model")
         detector.load_state_dict(imported.state)
     else:
         cfg, weights = find_model(model, weights)
-        detector = instantiate(cfg.model)
+        detector = build(cfg.model, "model")
         load_checkpoint(detector, weights)
     detector.to(device)
     if isinstance(detector, OpenVocabularyDetector):  # a recipe may have a model of another kind
@@ -261,7 +260,7 @@ def random_model(model: str | Path) -> tuple[nn.Module, DictConfig]:
     cfg = _load_recipe(find_recipe(model))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        detector = instantiate(without_downloads(cfg.model))
+        detector = build(without_downloads(cfg.model), "model")
     if isinstance(detector, OpenVocabularyDetector):
         optimize_for_inference(detector, torch.float32, "eager", "never")
     return detector.eval(), cfg

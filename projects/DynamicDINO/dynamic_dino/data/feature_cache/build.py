@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import instantiate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ...config import build
 from ...files import write_text
 from ..images import read_image, resize_transform, to_tensor
 from ..loader import as_sources
@@ -115,14 +115,16 @@ def cache_features(cfg: Any, model: nn.Module | None = None, **options: Any) -> 
     """Caches the features that a config's loaders ask for: every loader whose mapper has
     ``features`` set to a folder. `options` go to `build_feature_cache`."""
     nodes = cfg.dataloader
-    loaders = [*filter(None, [nodes.get("train")]), *nodes.get("test", {}).values()]
+    loaders = {f"dataloader.test.{name}": node for name, node in nodes.get("test", {}).items()}
+    if nodes.get("train"):
+        loaders = {"dataloader.train": nodes.train, **loaders}
     wanted: dict[str, tuple[int, list[Record]]] = {}
-    for loader in loaders:
+    for key, loader in loaders.items():
         mapper = loader.mapper
         root = features_folder(loader)
         if root is None:
             continue
-        dataset = instantiate(loader.dataset)
+        dataset = build(loader.dataset, f"{key}.dataset")
         records = [record for source in as_sources(dataset) for record in source]
         size, collected = wanted.setdefault(root, (mapper.size, []))
         if size != mapper.size:
@@ -134,7 +136,7 @@ def cache_features(cfg: Any, model: nn.Module | None = None, **options: Any) -> 
             "FOLDER to say where to cache them"
         )
     if model is None:
-        model = instantiate(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
+        model = build(cfg.model, "model").to("cuda" if torch.cuda.is_available() else "cpu")
     model.eval()
     fingerprint = module_fingerprint(model.backbone)
     for root, (size, _) in wanted.items():
