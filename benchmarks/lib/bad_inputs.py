@@ -646,10 +646,12 @@ def overrides(folder: Path, count: int, rng: random.Random) -> list[Trial]:
                     raise ValueError(text.splitlines()[-1] if text else "nothing said") from None
         return _of_the_run(out, override)
 
-    return [
-        Trial(o, partial(run, o, i), (o.partition("=")[0].strip("-+~"), "overrides"))
-        for i, o in enumerate(given[:count])
-    ]
+    def names(override: str) -> tuple[str, ...]:
+        """What a clear error names: the field, or the node that couldn't be built."""
+        field = override.partition("=")[0].strip("-+~")
+        return field, f"{field.rpartition('.')[0]}: ", "overrides"
+
+    return [Trial(o, partial(run, o, i), names(o)) for i, o in enumerate(given[:count])]
 
 
 def _of_the_run(out: Path, override: str) -> str:

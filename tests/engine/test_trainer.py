@@ -19,6 +19,7 @@ from dynamic_dino.engine.launch import argument_parser, launch
 from dynamic_dino.engine.setup import resolve_device, sole_run
 from dynamic_dino.engine.train import check_batch, do_train
 from dynamic_dino.engine.trainer import NonFiniteLossError, amp_dtype, seed_everything
+from dynamic_dino.evaluation import DetectionEvaluator
 from helpers import accumulation
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -235,6 +236,12 @@ def test_evaluator_must_exist(recipe):
     cfg.dataloader.evaluator = {"vall": cfg.dataloader.evaluator.val}
     with pytest.raises(ConfigError, match="dataloader.test.val has no evaluator.*vall"):
         do_test(cfg, instantiate(cfg.model))
+    with pytest.raises(ConfigError, match="dataloader.test.val has no evaluator.*vall"):
+        do_train(cfg)
+    cfg = recipe("run")
+    cfg.dataloader.evaluator.val = {"_target_": DetectionEvaluator, "dataset_name": "gone.json"}
+    with pytest.raises(ConfigError, match="evaluator.val.dataset_name: .*gone.json"):
+        do_train(cfg)  # not when the first evaluation is due
 
 
 def test_evaluation_needs_weights(recipe):

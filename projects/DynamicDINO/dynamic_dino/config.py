@@ -81,13 +81,16 @@ class ConfigError(ValueError):
 
 
 @contextmanager
-def input_errors() -> Iterator[None]:
+def input_errors(key: str = "") -> Iterator[None]:
     """Turns a ValueError or FileNotFoundError into `ConfigError`, which the commands print without
-    a traceback: while things are built, a value or a file of the recipe is wrong, not the code."""
+    a traceback: while things are built, a value or a file of the recipe is wrong, not the code.
+    key: the recipe's, which the error then names."""
     try:
         yield
+    except ConfigError:
+        raise
     except (ValueError, FileNotFoundError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+        raise ConfigError(f"{key}: {error}" if key else str(error)) from error
 
 
 def build(node: Any, key: str) -> Any:
@@ -100,11 +103,8 @@ def build(node: Any, key: str) -> Any:
         return instantiate(node)
     parts = {name: build(part, f"{key}.{name}") for name, part in node.items()}
     try:
-        return instantiate(parts)
-    except ConfigError:
-        raise
-    except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(f"{key}: {error}") from error
+        with input_errors(key):
+            return instantiate(parts)
     except TypeError as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if frame.f_globals["__name__"] != instantiate.__module__:

@@ -53,6 +53,9 @@ def below(high: float) -> Range:
 NONE = Range("null", lambda v: v is None)
 FLAG = Range("true or false", lambda v: isinstance(v, bool))
 TEXT = Range("a text", lambda v: isinstance(v, str))
+PATTERNS = Range(
+    "a list of patterns", lambda v: _is_list(v) and all(isinstance(item, str) for item in v)
+)
 COUNT = whole(1)
 SIDE = whole(1, 100_000)  # pixels
 SIZE = either(SIDE, several(2, SIDE), NONE)
@@ -67,6 +70,8 @@ RANGES: dict[str, Range] = {
     "train.eval_first": FLAG,
     "train.log_period": COUNT,
     "train.best_metric": either(TEXT, NONE),
+    "train.trainable": either(PATTERNS, NONE),
+    "train.init_except": PATTERNS,
     "train.amp.dtype": Range("bfloat16 or float16", lambda v: v in ("bfloat16", "float16")),
     "train.*.enabled": FLAG,
     "train.clip_grad.max_norm": number(0, above=True),

@@ -20,6 +20,8 @@ from torch import nn
 
 from ..checkpoint.weights import load_checkpoint
 from ..config import ConfigError, accepts, build, input_errors, nearest
+from ..data.builtin import BUILTIN
+from ..data.catalog import require_file
 from ..data.feature_cache import check_feature_caches
 from ..data.loader import as_sources
 from ..data.records import Mixture
@@ -55,19 +57,9 @@ def do_test(
 
     Raises `Preempted` after a batch if a signal asked the process to end.
     """
-    loaders, evaluators = cfg.dataloader.get("test") or {}, cfg.dataloader.get("evaluator") or {}
+    loaders = cfg.dataloader.get("test") or {}
     source = {"weights": weights or cfg.train.init_checkpoint or None, "iteration": iteration}
-    for name in loaders:
-        if name not in evaluators:
-            near = nearest(name, evaluators) or list(evaluators)
-            raise ConfigError(
-                f"dataloader.test.{name} has no evaluator of that name in dataloader.evaluator"
-                + (f"; did you mean {' or '.join(near)}?" if near else "")
-            )
-    names = list(loaders)
-    if cfg.dataloader.get("skip_missing"):
-        names = [name for name in names if not _missing_file(evaluators[name].dataset_name)]
-        _report_missing(cfg, [name for name in loaders if name not in names])
+    names = test_sets(cfg)
     with input_errors():
         check_feature_caches([loaders[name] for name in names], model)
     device = next(model.parameters()).device.type
@@ -167,21 +159,34 @@ def means(scores: Mapping[str, float], groups: Mapping[str, Sequence[str]]) -> d
     return result
 
 
-def _missing_file(dataset: str) -> Path | None:
-    return next((file for file in annotation_files(dataset) if not file.is_file()), None)
-
-
-def _report_missing(cfg: DictConfig, missing: list[str]) -> None:
-    evaluators = cfg.dataloader.evaluator
-    if not missing:
-        return
-    lines = [f"  {name}: {_missing_file(evaluators[name].dataset_name)}" for name in missing]
-    text = f"{len(missing)} of {len(cfg.dataloader.test)} test sets are missing:\n" + "\n".join(
-        lines
-    )
-    if len(missing) == len(cfg.dataloader.test):
-        raise ConfigError(f"{text}\nset DETECTRON2_DATASETS to the folder that has them")
-    logger.warning("%s\nThe others are evaluated.", text)
+def test_sets(cfg: DictConfig) -> list[str]:
+    """The names of the test sets that can be evaluated: all, but for those without annotations
+    where ``dataloader.skip_missing`` is set. Raises `ConfigError`; training asks before it begins.
+    """
+    loaders, evaluators = cfg.dataloader.get("test") or {}, cfg.dataloader.get("evaluator") or {}
+    missing: dict[str, Path] = {}
+    for name in loaders:
+        if name not in evaluators:
+            near = nearest(name, evaluators) or list(evaluators)
+            raise ConfigError(
+                f"dataloader.test.{name} has no evaluator of that name in dataloader.evaluator"
+                + (f"; did you mean {' or '.join(near)}?" if near else "")
+            )
+        dataset = evaluators[name].get("dataset_name")
+        with input_errors(f"dataloader.evaluator.{name}.dataset_name"):
+            files = annotation_files(dataset) if dataset else []
+            absent = [file for file in files if not file.is_file()]
+            if absent and cfg.dataloader.get("skip_missing"):
+                missing[name] = absent[0]
+            elif absent:
+                require_file(absent[0], BUILTIN[dataset].remedy if dataset in BUILTIN else "")
+    if missing:
+        lines = "\n".join(f"  {name}: {file}" for name, file in missing.items())
+        text = f"{len(missing)} of {len(loaders)} test sets are missing:\n{lines}"
+        if len(missing) == len(loaders):
+            raise ConfigError(f"{text}\nset DETECTRON2_DATASETS to the folder that has them")
+        logger.warning("%s\nThe others are evaluated.", text)
+    return [name for name in loaders if name not in missing]
 
 
 def _load_all_but(done: Collection, loader: Mapping, key: str) -> Iterable[list[dict]]:

@@ -29,7 +29,7 @@ from .checkpointing import (
     trim_metrics,
 )
 from .ema import ModelEma
-from .evaluate import do_test, results_table
+from .evaluate import do_test, results_table, test_sets
 from .optim import build_optimizer
 from .preemption import EXIT_CODE, Preempted, requested
 from .printer import ProgressPrinter
@@ -201,11 +201,13 @@ def _do_train(cfg: DictConfig, resume: bool) -> nn.Module:
     output_dir = Path(train.output_dir)
     resumable = find_run(output_dir, resume)
     check_batch(cfg)
+    test_sets(cfg)
     seed_everything(train.seed)
     with input_errors():
         model = build(cfg.model, "model").to(train.device)
         if train.init_checkpoint and not resumable:
-            load_checkpoint(model, train.init_checkpoint, train.init_except)
+            with input_errors("train.init_checkpoint"):
+                load_checkpoint(model, train.init_checkpoint, train.init_except)
         set_trainable(model, train.trainable)
         optimizer = build_optimizer(cfg.optimizer, model)
     logger.info(parameter_table(count_parameters(model)))
@@ -355,7 +357,8 @@ def _hooks(
         LRScheduler(scheduler=build(cfg.lr_multiplier, "lr_multiplier")),
     ]
     if (adaptive := train.adaptive_experts).enabled:
-        common.append(AdaptiveExpertsHook(trainer.module, adaptive.period, adaptive.window))
+        with input_errors("train.adaptive_experts.enabled"):
+            common.append(AdaptiveExpertsHook(trainer.module, adaptive.period, adaptive.window))
     first = [EvaluateFirst(evaluate)] if has_tests and train.eval_first else []
     if not comm.is_main_process():
         evaluation = [Evaluation(train.eval_period, evaluate, scored_until)] if has_tests else []

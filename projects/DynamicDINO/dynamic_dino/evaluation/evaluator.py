@@ -285,7 +285,10 @@ def predictions_of(
     boxes = instances.pred_boxes.tensor.detach().float().cpu().numpy()
     scores = instances.scores.detach().float().cpu().numpy()
     if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
-        raise ValueError(f"the detector's boxes or scores are not finite on {where}")
+        raise ValueError(
+            f"the detector's boxes or scores are not finite on {where}: its weights are damaged, "
+            "or its training diverged; take earlier weights, or train with a lower optimizer.lr"
+        )
     asked = id_array(category_ids[c] for c in sample["prompt_classes"])
     return DatasetPredictions(
         id_array([sample["image_id"]] * len(scores)),
