@@ -162,6 +162,23 @@ def language(report: dict) -> str:
     return text + table(["k", "accuracy", "over top-any"], rows)
 
 
+def sparse_gating(report: dict) -> str:
+    total = report["settings"]["experts"]
+    lines = [
+        [start, *(f"{row[key]:.2f}" for row in (rows[0], rows[-1]) for key in ("experts", "loss"))]
+        for start, rows in report["descent"].items()
+    ]
+    low, high = report["thresholds"][0], report["thresholds"][-1]
+    text = (
+        f"A router of {total} experts trained by the loss alone. With all thresholds from "
+        f"{low['threshold']} to {high['threshold']} a token takes {low['experts']:.1f} to "
+        f"{high['experts']:.1f} experts, and the loss is {low['loss']:.2f} and "
+        f"{high['loss']:.2f}.\n\n"
+    )
+    head = ["rows", "experts a token, before", "loss", "after", "loss"]
+    return text + table(head, lines)
+
+
 def _mean(found: Estimate, sign: str = "") -> str:
     margin = "" if math.isnan(found.margin) else f" ± {found.margin:.1f}"
     return f"{found.mean:{sign}.1f}{margin}"
@@ -690,6 +707,11 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
         few_shot,
     ),
     "language": ("DynMoE in MiniLM, a language task", "language", language),
+    "sparse_gating": (
+        "DynMoE's sparse gating loss has no pull towards few experts",
+        "sparse_gating",
+        sparse_gating,
+    ),
     "compress": ("x16-Top2 on glyphs with fewer copies, percent", "compress", compress),
     "fps": ("Images per second of the whole model", "fps", fps),
     "width_nano": ("The same of nano, and an FFN as wide as all experts", "width_nano", fps),
