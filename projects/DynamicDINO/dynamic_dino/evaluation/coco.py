@@ -22,7 +22,7 @@ from ..data.coco_json import (
 )
 from ..data.fields import read_flag, read_number
 from ..data.problems import refuse
-from .precision_recall import DetectionResult, average_precision
+from .precision_recall import ClassCurves, DetectionResult, class_curves
 from .predictions import DatasetPredictions
 
 FREQUENCIES = ("r", "c", "f")  # LVIS: rare, common, frequent
@@ -54,18 +54,26 @@ def coco_ap(
     Raises:
         FileNotFoundError, ValueError: naming the file, the field and the remedy.
     """
-    if max_dets < 1:
-        raise ValueError(f"max_dets is {max_dets}, it must be at least 1 (COCO: 100)")
     truth = read_ground_truth(ground_truth)
     predictions = DatasetPredictions.read(predictions)
+    curves = coco_curves(truth, predictions, max_dets=max_dets, image_ids=image_ids)
+    return curves.result(groups_of(truth) if groups is None else groups)
+
+
+def coco_curves(
+    truth: dict,
+    predictions: DatasetPredictions,
+    *,
+    max_dets: int = 100,
+    image_ids: Collection[int] | None = None,
+) -> ClassCurves:
+    """What `coco_ap` is the mean of, of the truth's classes: all, or some with the predictions of
+    them."""
+    if max_dets < 1:
+        raise ValueError(f"max_dets is {max_dets}, it must be at least 1 (COCO: 100)")
     predictions.check_ids(*ids_of(truth))
-    return average_precision(
-        truth,
-        predictions,
-        max_dets={f"AR{n}": n for n in (1, 10, max_dets) if n <= max_dets},
-        groups=groups_of(truth) if groups is None else groups,
-        image_ids=image_ids,
-    )
+    counts = {f"AR{n}": n for n in (1, 10, max_dets) if n <= max_dets}
+    return class_curves(truth, predictions, max_dets=counts, image_ids=image_ids)
 
 
 def groups_of(truth: dict) -> dict[str, list[int]]:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +23,9 @@ from ..data.ground_truth import ground_truth
 from ..files import writable_folder, write_text, written_whole
 from ..moe.statistics import RoutingStatistics
 from .coco import class_groups, read_ground_truth
+from .exchange import exchange
 from .pictures import results_sheet
+from .precision_recall import ClassCurves
 from .prediction_log import Found, PredictionLog
 from .predictions import DatasetPredictions
 from .protocols import DEFAULTS, protocol_named
@@ -31,6 +34,7 @@ from .tables import format_results
 logger = logging.getLogger(__name__)
 
 PRUNE_EVERY = 4_000_000  # detections: those that can't count any more are dropped
+PLACES = 2**40  # more than the detections of a process
 
 
 class DetectionEvaluator(DatasetEvaluator):
@@ -153,30 +157,41 @@ class DetectionEvaluator(DatasetEvaluator):
         on how the images were divided between processes and runs."""
         predictions = DatasetPredictions.cat(parts)
         predictions = predictions[np.argsort(predictions.image_ids, kind="stable")]
-        return self._protocol.keep(predictions, self._most)
+        keep = self._protocol.keep
+        return predictions if keep is None else keep(predictions, self._most)
 
     def evaluate(self) -> OrderedDict[str, float]:
         """Flat metrics in percent on the main process (-1: no ground truth), {} on the others.
 
-        Collective: every process must call it.
+        Collective: every process must call it. They share the classes; each needs all that was
+        found of its own.
         """
         mine = self._kept(self._parts)
         prompted = _merge(comm.gather(self._prompted))
-        parts = comm.gather(mine)
         routing = comm.gather(self._routing)
+        if comm.is_main_process():
+            self._warn_of_gaps(prompted)
+        frequency, novel = self._metadata.get("frequency"), self._metadata.get("novel")
+        groups = class_groups(self._category_ids, frequency, novel)
+        curves = None
+        if self._protocol.curves is not None:
+            curves, mine = self._by_class(mine, prompted)
+            if not self.output_dir:
+                mine = mine[:0]
+        parts = comm.gather(mine)
         if not comm.is_main_process():
             return OrderedDict()
-
-        self._warn_of_gaps(prompted)
         predictions = self._kept(parts)
-        frequency, novel = self._metadata.get("frequency"), self._metadata.get("novel")
-        result = self._protocol.score(
-            self._truth,
-            predictions,
-            max_dets=self._most,
-            groups=class_groups(self._category_ids, frequency, novel),
-            image_ids=prompted.keys(),
-        )
+        if curves is not None:
+            result = curves.result(groups)
+        else:
+            result = self._protocol.score(
+                self._truth,
+                predictions,
+                max_dets=self._most,
+                groups=groups,
+                image_ids=prompted.keys(),
+            )
 
         results = {
             "dataset": self.dataset_name,
@@ -203,6 +218,37 @@ class DetectionEvaluator(DatasetEvaluator):
             if isinstance(value, int | float)
         }
         return OrderedDict(result.metrics | routing_scalars)
+
+    def _by_class(
+        self, mine: DatasetPredictions, prompted: Mapping[int | str, Any]
+    ) -> tuple[ClassCurves | None, DatasetPredictions]:
+        """Each of the n processes scores every n-th class, of which all that was found comes to it.
+
+        Returns the curves of all classes, on the main process; and what of `mine` counts.
+
+        mine      what this process found, of whole images
+        prompted  what was asked for in all images that were processed, on the main process
+        """
+        world = comm.get_world_size()
+        owner = {category: i % world for i, category in enumerate(sorted(self._category_ids))}
+        counted = self._protocol.whole(mine, self._most)
+        counted = replace(counted, rows=np.arange(len(counted)) + comm.get_rank() * PLACES)
+        classes, which = np.unique(counted.category_ids, return_inverse=True)
+        owners = np.array([owner[c] for c in classes.tolist()], dtype=int)[which]
+        found = self._kept(exchange([counted[owners == rank] for rank in range(world)]))
+        tasks: list = [None] * world
+        if comm.is_main_process():
+            tasks = [(_of_classes(self._truth, owner, i), list(prompted)) for i in range(world)]
+        truth, images = exchange(tasks)[0]
+        curves = None
+        if truth["categories"]:
+            curves = self._protocol.curves(truth, found, max_dets=self._most, image_ids=images)
+        everyones = [part for part in comm.gather(curves) if part is not None]
+        if self._protocol.keep is not None:  # says so to the processes that it came from
+            source = found.rows // PLACES
+            rows = exchange([found.rows[source == rank] % PLACES for rank in range(world)])
+            mine = replace(counted[np.sort(np.concatenate(rows))], rows=None)
+        return ClassCurves.merged(everyones) if everyones else None, mine
 
     def _draw(self, predictions: DatasetPredictions) -> None:
         names = dict(zip(self._category_ids, self._metadata.thing_classes, strict=False))
@@ -257,6 +303,14 @@ class DetectionEvaluator(DatasetEvaluator):
             if novel:
                 row["novel"] = bool(novel[position[row["id"]]])
         return per_class
+
+
+def _of_classes(truth: dict, owner: Mapping[int, int], rank: int) -> dict:
+    """The part of the ground truth of a process's classes; of all images."""
+    return truth | {
+        "annotations": [a for a in truth["annotations"] if owner[a["category_id"]] == rank],
+        "categories": [c for c in truth["categories"] if owner[c["id"]] == rank],
+    }
 
 
 def category_ids_of(dataset_name: str) -> list[int]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .coco import groups_of, ids_of, read_ground_truth
-from .precision_recall import DetectionResult, average_precision
+from .precision_recall import ClassCurves, DetectionResult, class_curves
 from .predictions import DatasetPredictions
 
 logger = logging.getLogger(__name__)
@@ -53,9 +53,45 @@ def lvis_ap(
         FileNotFoundError, ValueError: naming the file, the field and the remedy.
     """
     max_dets = (PER_CLASS if fixed else PER_IMAGE) if max_dets is None else max_dets
+    truth = read_ground_truth(ground_truth)
+    predictions = DatasetPredictions.read(predictions)
+    whole = warn_of_cut if fixed else best_of_images
+    curves = lvis_curves(
+        truth, whole(predictions, max_dets), fixed=fixed, max_dets=max_dets, image_ids=image_ids
+    )
+    return curves.result(groups_of(truth) if groups is None else groups)
+
+
+def best_of_images(predictions: DatasetPredictions, max_dets: int) -> DatasetPredictions:
+    """What counts in LVIS AP, of all classes together."""
     if max_dets < 1:
         raise ValueError(f"max_dets is {max_dets}, it must be at least 1 (LVIS: 300 per image)")
-    truth = read_ground_truth(ground_truth)
+    return predictions.best_per_image(max_dets)
+
+
+def warn_of_cut(predictions: DatasetPredictions, _: int) -> DatasetPredictions:
+    """What counts in fixed AP, of all classes together: everything, which it shouldn't lack."""
+    fullest = np.unique(predictions.image_ids, return_counts=True)[1].max(initial=0)
+    if fullest == PER_IMAGE:
+        logger.warning(
+            f"no image has more than {PER_IMAGE} detections, as if they had been cut there: fixed "
+            'AP is defined without a cap per image (detector: max_detections_per="chunk")'
+        )
+    return predictions
+
+
+def lvis_curves(
+    truth: dict,
+    predictions: DatasetPredictions,
+    *,
+    fixed: bool = False,
+    max_dets: int,
+    image_ids: Collection[int] | None = None,
+) -> ClassCurves:
+    """What `lvis_ap` is the mean of, of the truth's classes: all, or some with the predictions of
+    them. Of each image, the predictions are those that count (`best_of_images`)."""
+    if max_dets < 1:
+        raise ValueError(f"max_dets is {max_dets}, it must be at least 1 (LVIS: 300 per image)")
     for i, image in enumerate(truth["images"]):
         for field in ("neg_category_ids", "not_exhaustive_category_ids"):
             if field not in image:
@@ -63,27 +99,17 @@ def lvis_ap(
                     f"images[{i}] of the ground truth has no {field!r}: it is no LVIS annotation "
                     "file; evaluate it as COCO's"
                 )
-    predictions = DatasetPredictions.read(predictions)
     predictions.check_ids(*ids_of(truth))
-    fullest = np.unique(predictions.image_ids, return_counts=True)[1].max(initial=0)
-    if fixed and fullest == PER_IMAGE:
-        logger.warning(
-            f"no image has more than {PER_IMAGE} detections, as if they had been cut there: fixed "
-            'AP is defined without a cap per image (detector: max_detections_per="chunk")'
-        )
-    cap = predictions.best_per_class if fixed else predictions.best_per_image
-    predictions = cap(max_dets)
-
+    if fixed:
+        predictions = predictions.best_per_class(max_dets)
     judged, unpunished = federated(truth, predictions)
-    predictions, unpunished = predictions[judged], unpunished[judged]
-    return average_precision(
+    return class_curves(
         truth,
-        predictions,
+        predictions[judged],
         max_dets={"AR" if fixed else f"AR{max_dets}": None},
-        groups=groups_of(truth) if groups is None else groups,
         image_ids=image_ids,
         ignored=("ignore",),
-        unpunished=unpunished,
+        unpunished=unpunished[judged],
     )
 
 

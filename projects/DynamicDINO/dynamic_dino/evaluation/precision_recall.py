@@ -1,14 +1,16 @@
 """Precision and recall of detections by class, the part that the COCO and LVIS protocols share.
 
 faster-coco-eval matches and accumulates, one class at a time: a class needs only its own boxes, so
-that no more of a data set's detections than those of one class are Python objects at once.
+that no more of a data set's detections than those of one class are Python objects at once, and
+processes can share the classes.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
@@ -31,29 +33,96 @@ class DetectionResult:
     per_class: list[dict]
 
 
+@dataclass
+class ClassCurves:
+    """Precision and recall of some classes of a data set.
+
+    classes    one dict each, by id: id, name, objects
+    precision  [IoU, recall, class, area, max_dets], recall [IoU, class, area, max_dets]; in [0, 1],
+               -1 where there is no ground truth
+    recalls    names of the recall metrics, along max_dets
+    areas      names of the ranges of areas; ious: the thresholds
+    """
+
+    classes: list[dict]
+    precision: np.ndarray
+    recall: np.ndarray
+    recalls: list[str]
+    areas: list[str]
+    ious: np.ndarray
+
+    @classmethod
+    def merged(cls, parts: Sequence[ClassCurves]) -> ClassCurves:
+        """Of other classes each."""
+        classes = [row for part in parts for row in part.classes]
+        order = sorted(range(len(classes)), key=lambda k: classes[k]["id"])
+        return cls(
+            [classes[k] for k in order],
+            np.concatenate([part.precision for part in parts], 2)[:, :, order],
+            np.concatenate([part.recall for part in parts], 1)[:, order],
+            parts[0].recalls,
+            parts[0].areas,
+            parts[0].ious,
+        )
+
+    def result(self, groups: Mapping[str, Collection[int]]) -> DetectionResult:
+        """What `average_precision` returns of these classes."""
+        precision, recall = self.precision, self.recall
+        areas = {label[0]: i for i, label in enumerate(self.areas) if label != "all"}
+        iou50, iou75 = (int(np.argmin(abs(self.ious - t))) for t in (0.5, 0.75))
+        best = precision[:, :, :, 0, -1]
+        metrics = {"AP": _mean(best), "AP50": _mean(best[iou50]), "AP75": _mean(best[iou75])}
+        metrics |= {f"AP{size}": _mean(precision[:, :, :, i, -1]) for size, i in areas.items()}
+        metrics |= {name: _mean(recall[:, :, 0, i]) for i, name in enumerate(self.recalls)}
+        metrics |= {f"AR{size}": _mean(recall[:, :, i, -1]) for size, i in areas.items()}
+        column = {row["id"]: k for k, row in enumerate(self.classes)}
+        for suffix, members in groups.items():
+            columns = sorted(column[category] for category in members)
+            metrics[f"AP{suffix}"] = _mean(best[:, :, columns])
+            metrics[f"AP50{suffix}"] = _mean(best[iou50][:, columns])
+        per_class = [
+            row | {"AP": _mean(best[:, :, k]), "AP50": _mean(best[iou50][:, k])}
+            for k, row in enumerate(self.classes)
+        ]
+        return DetectionResult(metrics, per_class)
+
+
 def average_precision(
     truth: dict,
     predictions: DatasetPredictions,
     *,
-    max_dets: Mapping[str, int | None],
     groups: Mapping[str, Collection[int]],
-    image_ids: Collection | None = None,
-    ignored: Collection[str] = ("iscrowd",),
-    unpunished: np.ndarray | None = None,
+    **options: Any,
 ) -> DetectionResult:
     """Mean over IoU 0.50:0.95 and classes of the precision at 101 recalls, and of the recall.
 
     Args:
-        truth: what `read_ground_truth` returns.
+        groups: suffix of the metrics -> category ids. All others as in `class_curves`.
+
+    Returns AP, AP50, AP75, APs, APm, APl, the recalls, ARs, ARm, ARl, AP<group>, AP50<group>.
+    """
+    return class_curves(truth, predictions, **options).result(groups)
+
+
+def class_curves(
+    truth: dict,
+    predictions: DatasetPredictions,
+    *,
+    max_dets: Mapping[str, int | None],
+    image_ids: Collection | None = None,
+    ignored: Collection[str] = ("iscrowd",),
+    unpunished: np.ndarray | None = None,
+) -> ClassCurves:
+    """Precision and recall of each of the truth's classes.
+
+    Args:
+        truth: what `read_ground_truth` returns, or its part of some classes.
         max_dets: name of a recall metric -> detections kept per image and class (None: all), in
             ascending order; the last one is that of all other metrics.
-        groups: suffix of the metrics -> category ids.
         image_ids: evaluate on these images only. Default: all.
         ignored: which objects must not be found but may be: "iscrowd" ones, any number of times
             and by any box inside them, as in COCO; "ignore" ones, like objects, as in LVIS.
         unpunished: bool [N], predictions that are no mistake where they find nothing.
-
-    Returns AP, AP50, AP75, APs, APm, APl, the recalls, ARs, ARm, ARl, AP<group>, AP50<group>.
     """
     images = sorted({image["id"] for image in truth["images"]} if image_ids is None else image_ids)
     number = {image: i for i, image in enumerate(images, start=1)}
@@ -92,36 +161,21 @@ def average_precision(
         )
         precisions.append(precision)
         recalls.append(recall)
-    # [IoU, recall, class, area, max_dets] and [IoU, class, area, max_dets]
-    precision, recall = np.stack(precisions, 2), np.stack(recalls, 1)
-
-    areas = {label[0]: i for i, label in enumerate(params.areaRngLbl) if label != "all"}
-    iou50, iou75 = (int(np.argmin(abs(params.iouThrs - t))) for t in (0.5, 0.75))
-    best = precision[:, :, :, 0, -1]
-    metrics = {"AP": _mean(best), "AP50": _mean(best[iou50]), "AP75": _mean(best[iou75])}
-    metrics |= {f"AP{size}": _mean(precision[:, :, :, i, -1]) for size, i in areas.items()}
-    metrics |= {name: _mean(recall[:, :, 0, i]) for i, name in enumerate(max_dets)}
-    metrics |= {f"AR{size}": _mean(recall[:, :, i, -1]) for size, i in areas.items()}
-    column = {category["id"]: k for k, category in enumerate(categories)}
-    for suffix, members in groups.items():
-        columns = sorted(column[category] for category in members)
-        metrics[f"AP{suffix}"] = _mean(best[:, :, columns])
-        metrics[f"AP50{suffix}"] = _mean(best[iou50][:, columns])
-
-    counts = Counter(
-        {c: sum(not any(a[k] for k in ignored) for a in found) for c, found in objects.items()}
+    return ClassCurves(
+        [
+            {
+                "id": category["id"],
+                "name": category["name"],
+                "objects": sum(not any(a[k] for k in ignored) for a in objects[category["id"]]),
+            }
+            for category in categories
+        ],
+        np.stack(precisions, 2),
+        np.stack(recalls, 1),
+        list(max_dets),
+        list(params.areaRngLbl),
+        params.iouThrs,
     )
-    per_class = [
-        {
-            "id": category["id"],
-            "name": category["name"],
-            "objects": counts[category["id"]],
-            "AP": _mean(best[:, :, k]),
-            "AP50": _mean(best[iou50][:, k]),
-        }
-        for k, category in enumerate(categories)
-    ]
-    return DetectionResult(metrics, per_class)
 
 
 def _curves(

@@ -31,19 +31,25 @@ class DatasetPredictions:
     category_ids  [N], the same
     boxes         float [N, 4], (x, y, width, height) in pixels of the original image
     scores        float [N]
+    rows          int64 [N] or None: where they stand in what they were taken from, for whoever asks
     """
 
     image_ids: np.ndarray
     category_ids: np.ndarray
     boxes: np.ndarray
     scores: np.ndarray
+    rows: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def __getitem__(self, rows: np.ndarray | slice) -> DatasetPredictions:
         return DatasetPredictions(
-            self.image_ids[rows], self.category_ids[rows], self.boxes[rows], self.scores[rows]
+            self.image_ids[rows],
+            self.category_ids[rows],
+            self.boxes[rows],
+            self.scores[rows],
+            None if self.rows is None else self.rows[rows],
         )
 
     @classmethod
@@ -57,6 +63,7 @@ class DatasetPredictions:
             np.concatenate([part.category_ids for part in parts]),
             np.concatenate([part.boxes for part in parts]),
             np.concatenate([part.scores for part in parts]),
+            None if parts[0].rows is None else np.concatenate([part.rows for part in parts]),
         )
 
     @classmethod
