@@ -12,15 +12,17 @@ import torch
 Name = TypeVar("Name")
 
 
-def timed(step: Callable[[], object], device: str) -> float:
-    """Seconds from the call until the results are there."""
+def timed(
+    step: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of `clock` from the call until the results are there."""
     if device != "cpu":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     step()
     if device != "cpu":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def interleave(steps: dict[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:

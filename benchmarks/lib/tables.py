@@ -461,7 +461,18 @@ def training_step(report: dict) -> str:
         ]
         for row in report["rows"]
     ]
-    return table(["step", "trained", "ms", "speed-up"], rows)
+    clock = report["settings"].get("clock", "wall")
+    return table(["step", "trained", "ms" if clock == "wall" else "CPU ms", "speed-up"], rows)
+
+
+def host_work(report: dict) -> str:
+    asked = report["settings"]
+    text = f"{asked['batch']} images of {asked['names']} names and {asked['objects']} objects.\n\n"
+    rows = [
+        [name, f"{row['median_ms']:.1f}", f"{row['low_ms']:.1f}-{row['high_ms']:.1f}"]
+        for name, row in report["rows"].items()
+    ]
+    return text + table(["a step's", "CPU ms", "quartiles"], rows)
 
 
 def profile_detector(report: dict) -> str:
@@ -726,6 +737,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "packing": ("Weights packed for oneDNN, on a CPU", "packing", packing),
     "export": ("Exported detectors against PyTorch", "export", export),
     "training_step": ("A training step", "training_step", training_step),
+    "host_work": ("A training step's work of the main process", "host_work", host_work),
     "peers": ("Other libraries' detectors", "peers", peers),
     "public_weights": (
         "Grounding DINO against transformers, same weights and photos",

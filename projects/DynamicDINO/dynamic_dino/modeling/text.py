@@ -340,7 +340,7 @@ class TextEncoder(nn.Module):
                 texts = [specials[0], *texts, specials[1]]
             parts = [features[t] for t in texts]
             rows.append(torch.cat(parts))
-            block_ids.append(np.repeat(np.arange(len(parts)), [len(p) for p in parts]))
+            block_ids.append(np.repeat(np.arange(len(parts)), [p.shape[0] for p in parts]))
 
         tokens = self.norm(self.proj(self.dropout(pad_sequence(rows, batch_first=True))))
         device, (batch, length) = tokens.device, tokens.shape[:2]
@@ -400,30 +400,38 @@ class TextEncoder(nn.Module):
 
     def _run(self, texts: list[str]) -> dict[str, Tensor]:
         """Runs the encoder on texts, each a row: {text: [T, C]} (T = 1 when pooled)."""
-        batch = self.tokenizer.pad(
-            {"input_ids": [self._ids(t) for t in texts]}, return_tensors="pt"
-        ).to(self.proj.weight.device)
+        # On the host, which knows the lengths: the tokenizer's own `pad` takes ten times as long,
+        # and to ask a GPU for them would wait for it.
+        device = self.proj.weight.device
+        ids = self._ids(texts)
+        lengths = [len(i) for i in ids]
+        mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        padded = np.full(mask.shape, self.tokenizer.pad_token_id or 0)
+        padded[mask] = np.concatenate(ids)
+        places = np.flatnonzero(mask)
+        inputs = [
+            torch.from_numpy(x).to(device, non_blocking=True)
+            for x in (padded, mask.astype(np.int64), places)
+        ]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._trains()):
-            hidden = self.body(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-            ).last_hidden_state
-        lengths = batch["attention_mask"].sum(1).tolist()
-        rows = [h[:n] for h, n in zip(hidden, lengths, strict=True)]
+            hidden = self.body(input_ids=inputs[0], attention_mask=inputs[1]).last_hidden_state
+        rows = list(hidden.flatten(0, 1)[inputs[2]].split(lengths))
         if self.pooled:
             rows = [row.mean(0, keepdim=True) for row in rows]
         return dict(zip(texts, rows, strict=True))
 
-    def _ids(self, text: str) -> list[int]:
-        if text in (self.tokenizer.cls_token, self.tokenizer.sep_token):
-            return [self.tokenizer.convert_tokens_to_ids(text)]  # type: ignore[list-item]  # one
-        ids = self._tokenize(text).ids
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        names = (self.tokenizer.cls_token, self.tokenizer.sep_token)
+        specials = {n: [self.tokenizer.convert_tokens_to_ids(n)] for n in names if n is not None}
+        found = [specials[t] if t in specials else self._tokenize(t).ids for t in texts]
         # `max_tokens` can't tell: a pooled phrase is one token of the prompt.
-        if len(ids) > (self.positions or len(ids)):
+        if self.positions and max(map(len, found)) > self.positions:
+            text, ids = max(zip(texts, found, strict=True), key=lambda pair: len(pair[1]))
             raise ValueError(
                 f"phrase {text[:80]!r} ... has {len(ids):,} tokens, and the text encoder has "
                 f"positions for {self.positions}: shorten it"
             )
-        return ids
+        return found
 
 
 def _count(tokens: Tokens) -> int:
