@@ -410,6 +410,21 @@ def export(report: dict) -> str:
     return text + table(head, rows)
 
 
+def export_layer(report: dict) -> str:
+    """Time over the dense FFN's in the same runtime; the fastest form is bold."""
+    forms = [name for name in report["rows"][0]["forms"] if name != "dense"]
+    rows = []
+    for row in report["rows"]:
+        ratios = [row["forms"][form]["ratio"] for form in forms]
+        cells = [f"**{r:.2f}**" if r == min(ratios) else f"{r:.2f}" for r in ratios]
+        error = max(form["error"] for form in row["forms"].values())
+        layer = [row["runtime"], str(row["tokens"]), str(row["hidden"]), str(row["experts"])]
+        rows.append([*layer, *cells, f"{error:.0e}"])
+    head = ["runtime", "tokens", "hidden units", "experts", *forms, "error"]
+    text = f"{report['settings']['threads']} thread(s); two experts have the dense FFN's units.\n\n"
+    return text + table(head, rows)
+
+
 def peers(report: dict) -> str:
     rows = [
         [
@@ -736,6 +751,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "moe_scaling": ("The same over tokens and experts", "moe_scaling", moe_layer),
     "packing": ("Weights packed for oneDNN, on a CPU", "packing", packing),
     "export": ("Exported detectors against PyTorch", "export", export),
+    "export_layer": ("One exported MoE layer, over a dense FFN", "export_layer", export_layer),
     "training_step": ("A training step", "training_step", training_step),
     "host_work": ("A training step's work of the main process", "host_work", host_work),
     "peers": ("Other libraries' detectors", "peers", peers),
