@@ -37,6 +37,7 @@ SOURCES = {
     "gqa_train": (621, 3681, 0),
     "flickr30k_train": (149, 641, 0),
 }
+IMAGES = 200  # so many that are named; none is opened here
 WORKERS = (0, 2, 4)
 BATCH = 64
 
@@ -173,13 +174,19 @@ def write_sources(root: Path, count: int) -> None:
     done.touch()
 
 
+def image_name(name: str, number: int) -> str:
+    """A file name as long as those of the data set are."""
+    names = SOURCES[name][2]
+    return f"{name[:8]}_train_{number:012d}.jpg" if names else f"{number + 2370799}.jpg"
+
+
 def write_detection(out, name: str, per_image: np.ndarray, names: int, rng) -> None:
     categories = [{"id": i + 1, "name": f"{NAMES[i % 12]} {i}"} for i in range(names)]
     out.write(f'{{"categories": {json.dumps(categories)}, "images": [')
     for i in range(len(per_image)):
         out.write(
             f'{", " if i else ""}{{"width": 640, "height": 480, '
-            f'"file_name": "{name[:8]}_train_{i:012d}.jpg", "id": {i}}}'
+            f'"file_name": "{image_name(name, i % IMAGES)}", "id": {i}}}'
         )
     out.write('], "annotations": [')
     number = 0
@@ -209,7 +216,8 @@ def write_grounding(out, name: str, per_image: np.ndarray, names: int, rng) -> N
             caption += word
         spans.append(of_image)
         out.write(
-            f'{", " if i else ""}{{"file_name": "{i + 2370799}.jpg", "height": 480, "width": 640, '
+            f'{", " if i else ""}{{"file_name": "{image_name(name, i % IMAGES)}", '
+            f'"height": 480, "width": 640, '
             f'"id": {i}, "caption": "{caption}.", "dataset_name": "{name}", '
             f'"tokens_negative": [[0, {len(caption)}]]}}'
         )

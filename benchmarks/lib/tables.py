@@ -627,6 +627,35 @@ def record_memory(report: dict) -> str:
     return text + table(head, rows)
 
 
+def full_size_run(report: dict) -> str:
+    def largest(found: dict, who: str, what: str) -> str:
+        return f"{max(each[what] for each in found[who]) / 1e6:,.0f}"
+
+    rows = [
+        [
+            start,
+            str(found["iteration"]),
+            f"{found['first_iteration_seconds']:.0f}",
+            f"{found['cpu_seconds']:.0f}",
+            *(
+                largest(found, who, what)
+                for who in ("ranks", "workers")
+                for what in ("private", "pss")
+            ),
+        ]
+        for start, found in report["starts"].items()
+    ]
+    count, on_disk = report["workers_of_a_rank"], report["cache_bytes"] / 1e6
+    text = (
+        f"{report['records']:,} records, {report['ranks']} processes of {count} workers; memory in "
+        "MB of the largest, its own, and with its share of what it shares. The records take "
+        f"{on_disk:,.0f} MB on the disk. Killed and gone on with, {report['equal_tensors']} of "
+        f"{report['tensors']} tensors are those of the whole run.\n\n"
+    )
+    head = ["start", "first iteration", "seconds to its end", "CPU", "a process, own"]
+    return text + table([*head, "and shared", "a worker, own", "and shared"], rows)
+
+
 def expert_analysis(report: dict) -> str:
     columns = ("load entropy", "router entropy", "siblings", "effective partners")
     told = ("information of names", "with shuffled names")
@@ -763,6 +792,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "flops": ("Operations and parameters", "flops", flops),
     "expert_analysis": ("What the experts of nano x16 do", "expert_analysis", expert_analysis),
     "record_memory": ("Memory of the training records", "record_memory", record_memory),
+    "full_size_run": ("A run on 1.56 million records", "full_size_run", full_size_run),
     "video": ("A video of known objects, tracked by predict.py, percent", "video", video),
     "serve_load": ("The server under load", "serve_load", serve_load),
     "reliability": ("Kills, faults and bad inputs", "reliability", reliability),
