@@ -400,7 +400,8 @@ def _again(more: Sequence[str], bench: Bench) -> str:
 
 def _lines(change: Callable[[list[bytes]], Any]) -> Callable[[Path], None]:
     def edit(log: Path) -> None:
-        lines = log.read_bytes().splitlines(keepends=True)
+        with log.open("rb") as file:
+            lines = list(file)
         log.write_bytes(b"".join(change(lines) or lines))
 
     return edit
@@ -445,7 +446,7 @@ for _name, _damage in LOGS.items():
             process.kill()
             bench.end(process, source)
         out = bench.copy(source)
-        [log] = out.glob("evaluation/val/unfinished/*.jsonl")
+        [log] = out.glob("evaluation/val/unfinished/*.log")
         damage(log)
         end = bench.trained(out, *options, **command)
         if end.status or "Traceback" in end.said:

@@ -321,7 +321,7 @@ def _moment(moment: str, out: Path, seconds: float, rng: random.Random) -> Calla
 def _evaluated(out: Path) -> int:
     """Lines in the logs of evaluations under way."""
     try:
-        logs = [*(out / "evaluation").glob("*/unfinished/*.jsonl")]
+        logs = [*(out / "evaluation").glob("*/unfinished/*.log")]
         return sum(log.read_bytes().count(b"\n") for log in logs)
     except OSError:  # the evaluation ended in between
         return 0

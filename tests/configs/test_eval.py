@@ -154,7 +154,7 @@ def test_odinw35_of_which_two_are_there(root, evaluate, rng, caplog):
 def test_no_set_at_all_is_an_error(root, evaluate):
     with pytest.raises(ConfigError, match="(?s)42 of 42 test sets are missing.*DETECTRON2_DATA"):
         evaluate("odinw35")
-    with pytest.raises(FileNotFoundError, match="instances_val2017.json does not exist"):
+    with pytest.raises(ConfigError, match="instances_val2017.json does not exist"):
         evaluate("coco")
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,12 +13,16 @@ import torch.multiprocessing as mp
 from detectron2.config import LazyCall as L
 from detectron2.structures import Boxes, Instances
 from dynamic_dino.config import TRAIN_DEFAULTS
-from dynamic_dino.data.datasets import load_coco_json, register_coco_json
+from dynamic_dino.data import datasets
+from dynamic_dino.data.datasets import load_coco_json, load_datasets, register_coco_json
+from dynamic_dino.data.fields import id_array
 from dynamic_dino.data.loader import build_test_loader
 from dynamic_dino.data.mapper import TestMapper
+from dynamic_dino.engine import evaluate
 from dynamic_dino.engine.evaluate import do_test
-from dynamic_dino.evaluation import DetectionEvaluator, PredictionLog
-from dynamic_dino.evaluation.prediction_log import Found
+from dynamic_dino.evaluation import DetectionEvaluator, PredictionLog, evaluator
+from dynamic_dino.evaluation.packing import pack, unpack
+from dynamic_dino.evaluation.prediction_log import Found, numbered_lines
 from dynamic_dino.evaluation.predictions import DatasetPredictions
 from dynamic_dino.moe.routing import Routing
 from helpers.seeds import examples, fresh_rng
@@ -146,10 +151,10 @@ def test_twice_interrupted_and_a_line_cut(recipe, tmp_path):
     interrupt(recipe("cut"), 4)
     interrupt(recipe("cut"), 4)
     logs = sorted((tmp_path / "cut/evaluation/val/unfinished").iterdir())
-    assert [log.name for log in logs] == ["00000.jsonl", "00001.jsonl"]
+    assert [log.name for log in logs] == ["00000.log", "00001.log"]
     # the last two images, of four, are lost; an empty file is what a process left that died early
     logs[0].write_bytes(logs[0].read_bytes()[:-40])
-    (logs[0].parent / "00002.jsonl").write_text("")
+    (logs[0].parent / "00002.log").write_text("")
     model = Noise()
     assert do_test(recipe("cut"), model) == whole
     assert len(model.seen) == IMAGES - 6
@@ -173,7 +178,7 @@ def one_log(tmp_path_factory):
     def read(content: bytes) -> dict:
         shutil.rmtree(folder)
         folder.mkdir()
-        (folder / "00000.jsonl").write_bytes(content)
+        (folder / "00000.log").write_bytes(content)
         log = PredictionLog(folder, fingerprint)
         found = {}
         for part in log.earlier():
@@ -185,7 +190,8 @@ def one_log(tmp_path_factory):
         assert log.done == found.keys()
         return found
 
-    return (folder / "00000.jsonl").read_bytes().splitlines(keepends=True), read
+    with (folder / "00000.log").open("rb") as file:
+        return list(file), read
 
 
 @settings(max_examples=examples(60), deadline=None)
@@ -208,11 +214,42 @@ def test_a_damaged_log_says_nothing_wrong(one_log, data):
         assert {0, 1} <= found.keys()
 
 
+@settings(max_examples=examples(40), deadline=None)
+@given(
+    count=st.integers(0, 400),
+    queries=st.integers(1, 900),
+    ids=st.sampled_from([range(1, 1204), [3, 2**40, 5], ["a", "b"], [1, "b", 2**70]]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_detections_are_packed_exactly(count, queries, ids, seed):
+    """To the bit, with any ids, doubled boxes, zeros of either sign, denormal and huge numbers."""
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(0, 2**32, (queries, 4), dtype=np.uint32)
+    bits[(bits >> 23 & 255) == 255] = 0x80000000  # not infinite, not NaN
+    boxes = bits.view(np.float32)[rng.integers(0, queries, count)]
+    scores = rng.random(count).astype(np.float32)
+    scores = scores if rng.random() < 0.5 else -np.sort(-scores)
+    categories = id_array(ids[i] for i in rng.integers(0, len(ids), count))
+    found = DatasetPredictions(np.zeros(count, int), categories, boxes, scores)
+    line = pack(head := {"counts": [count], "images": ["x\n"]}, found)
+    assert b"\n" not in line
+    read, *columns = unpack(line)
+    assert read == head and columns[0].tolist() == categories.tolist()
+    assert [c.tobytes() for c in columns[1:]] == [boxes.tobytes(), scores.tobytes()]
+
+
+def test_a_log_of_an_older_form_is_named(tmp_path, caplog):
+    (tmp_path / "00000.jsonl").write_text('a2a51743 {"weights": "a"}\n')
+    log = PredictionLog(tmp_path, {"weights": "a"})
+    assert not log.done and "another form of the log: it is removed, and all images" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["00000.log"]
+
+
 def test_damage_is_named(one_log, caplog):
     lines, read = one_log
-    flipped = lines[2].replace(b'"counts": [', b'"counts": [1')
+    flipped = lines[2][:20] + bytes([lines[2][20] ^ 64]) + lines[2][21:]
     assert len(read(b"".join([*lines[:2], flipped, b"5\n", *lines[3:], lines[5]]))) == 10
-    assert "00000.jsonl is damaged, line 3, 4, 9 (a second time)" in caplog.text
+    assert "00000.log is damaged, line 3, 4, 9 (a second time)" in caplog.text
     assert len(read(b"".join([*lines[:3], b"\0" * 9 + b"\n", *lines[4:]]))) == 8
     assert "line 4, 5 (its prompt is lost)" in caplog.text
     caplog.clear()
@@ -231,6 +268,39 @@ def test_sets_that_were_complete_are_not_evaluated_again(recipe):
     model = Noise()
     assert do_test(two_sets("cut"), model) == whole
     assert len(model.seen) == IMAGES - 4
+
+
+def test_annotations_are_read_and_weights_hashed_once(recipe, tmp_path, monkeypatch):
+    """Weights in each evaluation, of all of its sets; annotations in a run, until they change."""
+    calls = Counter()
+
+    def counted(module, name):
+        function = getattr(module, name)
+
+        def call(*arguments, **options):
+            calls[name] += 1
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted(evaluate, "module_fingerprint")
+    counted(evaluator, "read_ground_truth")
+    counted(datasets, "load_coco_json")
+    cfg, file = recipe("once"), tmp_path / "truth.json"
+    cfg.dataloader.test.val.dataset = L(load_datasets)(names="resume_test")
+    for kind in ("test", "evaluator"):
+        cfg.dataloader[kind]["second"] = cfg.dataloader[kind]["val"].copy()
+    model = Noise()
+    first = do_test(cfg, model)
+    before = calls.copy()
+    assert do_test(cfg, model) == first
+    assert before == {"module_fingerprint": 1, "read_ground_truth": 1, "load_coco_json": 1}
+    assert calls - before == {"module_fingerprint": 1}
+    content = json.loads(file.read_text())
+    del content["annotations"][::2]
+    file.write_text(json.dumps(content))
+    assert do_test(cfg, model) != first
+    assert calls == {"module_fingerprint": 3, "read_ground_truth": 2, "load_coco_json": 2}
 
 
 def test_all_done_but_the_scores(recipe, tmp_path, monkeypatch):
@@ -293,9 +363,9 @@ def test_with_another_number_of_processes(recipe, tmp_path, first, second):
             mp.start_processes(
                 run_rank, (2, tmp_path / "s1", cfg, True, tmp_path), 2, start_method="fork"
             )
-        logs = (tmp_path / "cut/evaluation/val/unfinished").glob("*.jsonl")
-        lines = [line for log in logs for line in log.read_text().splitlines()[1:]]
-        done = sum(len(json.loads(line.partition(" ")[2])["images"]) for line in lines)
+        logs = (tmp_path / "cut/evaluation/val/unfinished").iterdir()
+        lines = [line for log in logs for _, line in list(numbered_lines(log))[1:]]
+        done = sum(len(line["images"]) for line in lines)
         assert 4 <= done <= 11
     if second == 1:
         model = Noise()

@@ -120,8 +120,11 @@ class LogFile:
         self._left: deque[bytes] = deque()  # several threads may add to it
         self._warned = False
 
-    def write(self, text: str) -> None:
-        self._left.append(text.encode("utf-8", "backslashreplace"))
+    def write(self, text: str | bytes) -> None:
+        """Bytes are written as they are."""
+        if isinstance(text, str):
+            text = text.encode("utf-8", "backslashreplace")
+        self._left.append(text)
 
     def flush(self) -> None:
         part = b""

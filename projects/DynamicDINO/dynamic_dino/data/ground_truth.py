@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from detectron2.data import MetadataCatalog
+
 from .datasets import get_metadata, load_file, locate_dataset
 from .records import Records
 
@@ -20,6 +22,12 @@ def ground_truth(dataset: str) -> Path | dict:
         return Path(file)
     records = load_file(locate_dataset(dataset, metadata.image_root))
     return coco_dictionary(records, get_metadata(dataset))
+
+
+def annotation_files(dataset: str) -> list[Path]:
+    """The annotation files of a registered data set, or of a path, without reading them."""
+    file = MetadataCatalog.get(dataset).get("json_file")
+    return locate_dataset(dataset).annotation_files if file is None else [Path(file)]
 
 
 def categories_of(metadata) -> list[dict]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ from ..checkpoint.weights import load_checkpoint
 from ..config import ConfigError, accepts, build, input_errors, nearest
 from ..data.builtin import BUILTIN
 from ..data.catalog import require_file
-from ..data.feature_cache import check_feature_caches
+from ..data.feature_cache import check_feature_caches, module_fingerprint
+from ..data.ground_truth import annotation_files
 from ..data.loader import as_sources
+from ..data.once import read_once
 from ..data.records import Mixture
 from ..evaluation import DetectionEvaluator, PredictionLog
 from ..files import DiskFullError, write_text
 from .checkpointing import last_checkpoint, read_checkpoint
-from .fingerprint import annotation_files, fingerprint
+from .fingerprint import fingerprint, hash_of_config
 from .preemption import Stoppable
 from .trainer import amp_dtype, autocast
 
@@ -66,10 +69,12 @@ def do_test(
     # On CPU bf16 costs precision and, on most machines, wins no time.
     dtype = amp_dtype(cfg.train.amp, device) if device != "cpu" else None
 
+    # of many test sets once, of each evaluation in training anew
+    weights = cache(lambda: module_fingerprint(model) if comm.is_main_process() else "")
     scores: dict[str, float] = {}
     logs: list[PredictionLog] = []
     for name in names:
-        evaluator, log = _evaluator(cfg, name, model, dtype, source)
+        evaluator, log = _evaluator(cfg, name, model, weights, dtype, source)
         loader = Stoppable(
             _load_all_but(log.done if log else (), loaders[name], f"dataloader.test.{name}")
         )
@@ -95,6 +100,7 @@ def _evaluator(
     cfg: DictConfig,
     name: str,
     model: nn.Module,
+    weights: Callable[[], str],
     dtype: torch.dtype | None,
     source: Mapping[str, Any],
 ) -> tuple[DatasetEvaluator, PredictionLog | None]:
@@ -107,7 +113,7 @@ def _evaluator(
     evaluator = build(options, f"dataloader.evaluator.{name}")
     if not isinstance(evaluator, DetectionEvaluator):
         return evaluator, None
-    evidence = fingerprint(model, cfg.dataloader.test[name], node, cfg.model, dtype)
+    evidence = fingerprint(model, weights(), cfg.dataloader.test[name], node, cfg.model, dtype)
     log = PredictionLog(folder / "unfinished", evidence)
     evaluator.use_log(log)
     evaluator.source = source
@@ -190,13 +196,26 @@ def test_sets(cfg: DictConfig) -> list[str]:
 
 
 def _load_all_but(done: Collection, loader: Mapping, key: str) -> Iterable[list[dict]]:
-    """The loader, without the images of these ids: they aren't even read."""
-    if not done:
+    """The loader, without the images of these ids: they aren't even read. Annotations are read once
+    in a run, however often it is evaluated."""
+    dataset = loader.get("dataset")
+    if not isinstance(dataset, Mapping):
         return build(loader, key)
-    records = Mixture(as_sources(build(loader["dataset"], f"{key}.dataset")))
+    records = _records(dataset, f"{key}.dataset")
+    if not done:
+        return build({**loader, "dataset": records}, key)
+    records = Mixture(as_sources(records))
     left = [record for record in records if record["image_id"] not in done]
     logger.info("%d of %d images were evaluated before", len(records) - len(left), len(records))
     return build({**loader, "dataset": left}, key) if left else []
+
+
+def _records(dataset: Mapping, key: str) -> Any:
+    """A loader's `dataset`. What `load_datasets` reads of a name or path is kept."""
+    if not isinstance(dataset.get("names"), str):
+        return build(dataset, key)
+    files = annotation_files(dataset["names"])
+    return read_once(("records", hash_of_config(dataset)), files, lambda: build(dataset, key))
 
 
 def results_table(scores: dict[str, float]) -> str:

@@ -8,25 +8,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import dynamic_dino_kernels
 import torch
-from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..data.datasets import load_datasets, locate_dataset
-from ..data.feature_cache import module_fingerprint
+from ..data.datasets import load_datasets
+from ..data.ground_truth import annotation_files
+from ..data.once import read_once
 
 SPEED_ONLY = ("batch_size", "num_workers")  # of a loader
 
 
 def fingerprint(
     model: nn.Module,
+    weights: str,
     loader: DictConfig,
     evaluator: DictConfig,
     model_config: DictConfig,
@@ -35,31 +36,32 @@ def fingerprint(
     """{what predictions depend on, in words for a message: its hash}; {} in processes other than
     the main one.
 
+    Args:
+        weights: `module_fingerprint` of the model, which takes half a second and is the same for
+            all test sets.
+
     Not in it: how many processes, workers and images a batch, what is done with the predictions.
     """
     dataset = evaluator["dataset_name"]
-    if not all(file.is_file() for file in annotation_files(dataset)):
+    files = annotation_files(dataset)
+    if not all(file.is_file() for file in files):
         load_datasets(dataset)  # raises in every process, with the remedy, unless it has come since
     if not comm.is_main_process():
         return {}
     settings = {key: value for key, value in loader.items() if key not in SPEED_ONLY}
     return {
-        "data set": _hash_files(annotation_files(dataset)),
-        "loader (prompts, image size)": _hash_config(settings),
-        "model": _hash_config([model_config, evaluator.get("detector")]),
-        "set of weights": module_fingerprint(model)[:16],
+        "data set": read_once(("hash", dataset), files, partial(_hash_files, files)),
+        "loader (prompts, image size)": hash_of_config(settings),
+        "model": hash_of_config([model_config, evaluator.get("detector")]),
+        "set of weights": weights[:16],
         "device or precision": f"{next(model.parameters()).device.type}, {dtype or 'float32'}",
         "version of the code": _hash_code(),
     }
 
 
-def annotation_files(dataset: str) -> list[Path]:
-    """The annotation files of a registered data set, or of a path, without reading them."""
-    file = MetadataCatalog.get(dataset).get("json_file")
-    return locate_dataset(dataset).annotation_files if file is None else [Path(file)]
+def hash_of_config(node: Any) -> str:
+    """Of a part of a recipe, its functions by their names."""
 
-
-def _hash_config(node: Any) -> str:
     def plain(value: Any) -> Any:
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=True)

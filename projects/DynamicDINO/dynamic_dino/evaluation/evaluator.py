@@ -20,6 +20,7 @@ from PIL import Image
 from ..data.datasets import get_metadata
 from ..data.fields import id_array
 from ..data.ground_truth import ground_truth
+from ..data.once import read_once
 from ..files import writable_folder, write_text, written_whole
 from ..moe.statistics import RoutingStatistics
 from .coco import class_groups, read_ground_truth
@@ -260,7 +261,9 @@ class DetectionEvaluator(DatasetEvaluator):
             logger.info("Pictures: %s", path)
 
     def _read_truth(self) -> dict:
-        truth = read_ground_truth(ground_truth(self.dataset_name))
+        source = ground_truth(self.dataset_name)
+        files = [] if isinstance(source, dict) else [source]
+        truth = read_once(("truth", self.dataset_name), files, lambda: read_ground_truth(source))
         if self._protocol_name == "refexp":
             return truth
         strangers = {c["id"] for c in truth["categories"]} ^ set(self._category_ids)

@@ -3,15 +3,14 @@
 Kept, although finished sets alone could be skipped more simply: one set such as LVIS (20,000
 images, 31 chunks each) takes hours, and jobs on shared machines end before that.
 
-Every process appends to a file of its own, one line a batch. The first line is the fingerprint of
-the evaluation; what was found under another one is not used. Each line begins with its checksum:
-what a disk or a hand changed is left out, as is a line that occurs twice, and its images are
-evaluated again.
+Every process appends to a file of its own, one line a batch, see `packing`. The first line is the
+fingerprint of the evaluation, as text; what was found under another one is not used. Each line
+begins with its checksum: what a disk or a hand changed is left out, as is a line that occurs twice,
+and its images are evaluated again.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import shutil
@@ -27,7 +26,11 @@ from detectron2.utils import comm
 from ..console import some
 from ..data.fields import id_array
 from ..files import DiskFullError, LogFile
+from .packing import pack, unpack
 from .predictions import DatasetPredictions
+
+FORM = {"form of the log": "packed"}  # in the fingerprint; older ones have none
+SUFFIXES = (".log", ".jsonl")  # of today's files, of older ones
 
 logger = logging.getLogger(__name__)
 
@@ -67,18 +70,18 @@ class PredictionLog:
         self.folder = Path(folder)
         self._earlier: list[Path] = []
         self._warned: set[Path] = set()
-        done, first = set(), 0
+        done, first, evidence = set(), 0, {**fingerprint, **FORM}
         if comm.is_main_process():
             if not self.folder.is_dir():
                 self.folder.unlink(missing_ok=True)
-            self._earlier = self._matching_files(dict(fingerprint))
+            self._earlier = self._matching_files(evidence)
             done = {image for line in self._lines() for image in line["images"]}
-            names = (path.stem for path in self.folder.glob("*.jsonl"))
+            names = (path.stem for path in self._files())
             first = max((int(name) for name in names if name.isdigit()), default=-1) + 1
-        first, self.done, fingerprint = comm.all_gather((first, done, dict(fingerprint)))[0]
+        first, self.done, evidence = comm.all_gather((first, done, evidence))[0]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = LogFile(self.folder / f"{first + comm.get_rank():05d}.jsonl", "w")
-        self._write(fingerprint)
+        self._file = LogFile(self.folder / f"{first + comm.get_rank():05d}.log", "w")
+        self._write(json.dumps(evidence).encode())
         self._prompts: dict[tuple[int, ...], int] = {}
 
     def earlier(self) -> Iterator[Found]:
@@ -89,10 +92,7 @@ class PredictionLog:
                 line["prompts"],
                 line["counts"],
                 DatasetPredictions(
-                    np.repeat(id_array(line["images"]), line["counts"]),
-                    _decode_ids(line["categories"]),
-                    _decode(line["boxes"], "<f4").reshape(-1, 4),
-                    _decode(line["scores"], "<f4"),
+                    np.repeat(id_array(line["images"]), line["counts"]), *line["detections"]
                 ),
                 line["routing"],
             )
@@ -103,18 +103,14 @@ class PredictionLog:
         # A long prompt is the same for all images: it is written once.
         new = [p for p in dict.fromkeys(found.prompts) if p not in self._prompts]
         self._prompts |= {p: len(self._prompts) + i for i, p in enumerate(new)}
-        self._write(
-            {
-                "images": found.images,
-                "new_prompts": [[self._prompts[prompt], prompt] for prompt in new],
-                "prompts": [self._prompts[prompt] for prompt in found.prompts],
-                "counts": found.counts,
-                "categories": _encode_ids(found.predictions.category_ids),
-                "boxes": _encode(found.predictions.boxes, "<f4"),
-                "scores": _encode(found.predictions.scores, "<f4"),
-                "routing": found.routing,
-            }
-        )
+        head = {
+            "images": found.images,
+            "new_prompts": [[self._prompts[prompt], prompt] for prompt in new],
+            "prompts": [self._prompts[prompt] for prompt in found.prompts],
+            "counts": found.counts,
+            "routing": found.routing,
+        }
+        self._write(pack(head, found.predictions))
 
     def remove(self) -> None:
         """The evaluation is complete: its results are elsewhere. Collective."""
@@ -124,14 +120,15 @@ class PredictionLog:
         if comm.is_main_process():
             shutil.rmtree(self.folder)
 
-    def _write(self, line: dict) -> None:
-        content = json.dumps(line)
-        self._file.write(f"{_checksum(content)} {content}\n")
+    def _write(self, content: bytes) -> None:
+        self._file.write(_checksum(content) + b" " + content + b"\n")
         self._file.flush()
 
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("*") if path.suffix in SUFFIXES)
+
     def _matching_files(self, fingerprint: dict[str, str]) -> list[Path]:
-        files = sorted(self.folder.glob("*.jsonl"))
-        headers = {path: self._header(path) for path in files}
+        headers = {path: self._header(path) for path in self._files()}
         for header in headers.values():
             if header not in (None, fingerprint):
                 other = [key for key in fingerprint if header.get(key) != fingerprint[key]]
@@ -144,7 +141,7 @@ class PredictionLog:
         return [path for path, header in headers.items() if header is not None]
 
     def _header(self, path: Path) -> dict | None:
-        number, header = next(_numbered_lines(path), (1, None))
+        number, header = next(numbered_lines(path), (1, None))
         if number == 1 and header is not None:
             return header
         if path.stat().st_size and number == 1:
@@ -158,7 +155,7 @@ class PredictionLog:
         for path in self._earlier:
             prompts: dict[int, tuple[int, ...]] = {}
             left_out: list[str] = []
-            for number, line in _numbered_lines(path):
+            for number, line in numbered_lines(path):
                 if number == 1:
                     continue
                 if line is not None:
@@ -182,34 +179,25 @@ class PredictionLog:
                 )
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, dict | None]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, dict | None]]:
     """The lines of a file from 1 on, None for a damaged one; without a last one that an
-    interruption cut short."""
+    interruption cut short. The first is the fingerprint; others also have "detections", what
+    `unpack` returns of them."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             checksum, _, content = line.rstrip(b"\n").partition(b" ")
-            if checksum == _checksum(content).encode():
-                yield number, json.loads(content)
-            elif line.endswith(b"\n"):
-                yield number, None
+            found = None
+            with suppress(ValueError):  # right, but not of this place
+                if checksum == _checksum(content):
+                    found = json.loads(content) if number == 1 else _line(content)
+            if found is not None or line.endswith(b"\n"):
+                yield number, found
 
 
-def _checksum(content: str | bytes) -> str:
-    return f"{zlib.crc32(content.encode() if isinstance(content, str) else content):08x}"
+def _line(content: bytes) -> dict:
+    head, *detections = unpack(content)
+    return head | {"detections": detections}
 
 
-def _encode_ids(ids: np.ndarray) -> str | list:
-    """Text, and numbers that int64 doesn't hold, are rare: they are written as they are."""
-    return _encode(ids, "<i8") if ids.dtype == np.int64 else ids.tolist()
-
-
-def _decode_ids(found: str | list) -> np.ndarray:
-    return id_array(found) if isinstance(found, list) else _decode(found, "<i8")
-
-
-def _encode(values: np.ndarray, dtype: str) -> str:
-    return base64.b64encode(np.ascontiguousarray(values, dtype)).decode()
-
-
-def _decode(text: str, dtype: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), dtype)
+def _checksum(content: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(content)
