@@ -5,13 +5,12 @@
     python benchmarks/host_work.py --save          # ... kept in benchmarks/results/cpu/
 
 Prompts of a batch become blocks, tokens, a batch for the text encoder, features put together again
-and a phrase map, all while the GPU waits or is about to. Here the encoder's own layers, which are
-the GPU's work, are replaced by nothing; projection and norm, the GPU's too but small, stay. Names
-are drawn from as many as Objects365 and V3Det have, each of two words. Beside it: the Hungarian
-matching of all layers.
+and a phrase map, all while the GPU waits or is about to. Here the encoder's own layers and the
+projection, which are the GPU's work, are replaced by nothing. Names are drawn from as many as
+Objects365 and V3Det have, each of two words. Beside it: the Hungarian matching of all layers.
 
 Timing is interleaved; given are medians and quartiles of the CPU time of the process, in one
-thread, so that what else the machine does counts little.
+thread, and the fastest of all: what else a machine does takes caches from it, and only adds.
 """
 
 from __future__ import annotations
@@ -51,9 +50,15 @@ class NoLayers(nn.Module):
         return SimpleNamespace(last_hidden_state=hidden)
 
 
+class NoProjection(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return input[..., : self.out_features]
+
+
 def encoder(trains: bool) -> TextEncoder:
     made = TextEncoder(MODEL, weights=False, config={"num_hidden_layers": 1})
     made.body = NoLayers(made.body.config).requires_grad_(trains)
+    made.proj = NoProjection(made.proj.in_features, made.dim)
     return made.train()
 
 
@@ -138,7 +143,10 @@ def main(arguments: list[str] | None = None) -> None:
     for step in steps.values():
         step()
     times = interleave(steps, options.repeats)
-    report["rows"] = {name: quartiles(values) for name, values in times.items()}
+    report["rows"] = {
+        name: quartiles(values) | {"fastest_ms": 1e3 * min(values)}
+        for name, values in times.items()
+    }
     print(f"{machine_name()}, {options.batch} images x {options.names} names, CPU time of a step")
     for line in lines(report["rows"]):
         print(line)
@@ -150,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
 def lines(rows: dict[str, dict[str, float]]) -> Iterator[str]:
     for name, row in rows.items():
         spread = f"{row['low_ms']:.1f}-{row['high_ms']:.1f}"
-        yield f"  {name:42}{row['median_ms']:7.1f} ms {spread:>12}"
+        yield f"  {name:42}{row['median_ms']:7.1f} ms {spread:>12}, at least {row['fastest_ms']:.1f}"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
