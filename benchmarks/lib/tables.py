@@ -221,13 +221,20 @@ def model_zoo(report: dict) -> str:
                 f"`{name}`",
                 f"`{model['config']}`",
                 f"{model['bytes'] / 1e6:.0f} MB",
-                *(_percent(_zoo_score(model, *place).get("value")) for place in columns.values()),
+                *(_both_scores(model, *place) for place in columns.values()),
                 " / ".join(parameters),
                 f"{model['speed']:.2f}",
             ]
         )
     head = ["model", "config", "size", *columns, "parameters, active / total", "speed"]
     return table(head, rows)
+
+
+def _both_scores(model: dict, test: str, metric: str) -> str:
+    """AP50, and behind it AP in brackets."""
+    names = (metric, metric.replace("AP50", "AP"))
+    wide, all_ious = (_percent(_zoo_score(model, test, name).get("value")) for name in names)
+    return wide if all_ious == "-" else f"{wide} ({all_ious})"
 
 
 def _zoo_score(model: dict, test: str, metric: str) -> dict:
@@ -750,7 +757,7 @@ def reliability(report: dict) -> str:
 
 # name: title, file in results/<machine>/, and what makes a table of it
 TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
-    "model_zoo": ("The shipped models: AP50, percent", "model_zoo", model_zoo),
+    "model_zoo": ("The shipped models: AP50 (AP), percent", "model_zoo", model_zoo),
     "model_zoo_sets": ("The same on each set, with intervals", "model_zoo", model_zoo_sets),
     "model_zoo_thresholds": ("Their thresholds, on COCO photos", "model_zoo", model_zoo_thresholds),
     "model_zoo_data": ("What they were trained on", "model_zoo", model_zoo_data),

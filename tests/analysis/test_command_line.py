@@ -76,20 +76,28 @@ def test_several_runs_on_two_data_sets(drawn, run_of, tmp_path):
     output = tmp_path / "report"
     arguments = ["--run", str(himoe), "--run", str(dynmoe), "--max-images", "3"]
     arguments += ["--dataset", sets[0], "--dataset", sets[1], "--output", str(output)]
+    arguments += ["--pool", f"both={sets[0]},{sets[1]}"]
     assert main(arguments) == 0
     ids = set(check_page((output / "report.html").read_text()).ids)
     first, second = (slug(name) for name in sets)
     rows = table(output / f"{slug('himoe', sets[0])}_experts.csv")
     assert {"scene route", "its share"} <= rows[0].keys() and len(rows) == 5
     assert any(row["scene route"] for row in rows[1:])
-    for name in ("experts-per-token", "activation-frequency", "similarity", "thresholds"):
+    for name in ("experts-per-token", "activation-frequency", "similarity", "thresholds",
+                 "shared-experts"):  # fmt: skip
         assert f"dynmoe_{second}_{name}" in ids and f"himoe_{second}_{name}" not in ids
     assert {f"{first}_runs", "himoe_stability", "dynmoe_stability", "training"} <= ids
     assert f"{first}_load-of-runs" not in ids  # 4 experts, and 8
     runs = table(output / f"{first}_runs.csv")
     assert runs[0].keys() == {"", "himoe", "dynmoe", "mean", "spread"}
     stable = table(output / "himoe_stability.csv")
-    assert [float(row["correlation"]) for row in stable] == pytest.approx([1, 1])
+    assert [float(row["correlation"]) for row in stable] == pytest.approx([1] * 6)
+    assert {row["other"] for row in stable} == {sets[1], "both"}
+    whole, part = (
+        [int(row["tokens"]) for row in table(output / f"himoe_{name}_load.csv")]
+        for name in ("both", first)
+    )
+    assert whole == [2 * tokens for tokens in part]
 
 
 @pytest.mark.parametrize(
@@ -99,6 +107,9 @@ def test_several_runs_on_two_data_sets(drawn, run_of, tmp_path):
         (["--dataset", "nowhere"], "unknown data set 'nowhere'"),
         (["--against", "nano-denes"], "did you mean 'nano-dense'?"),
         (["--run", "none/such"], "unknown model 'none/such'"),
+        (["--pool", "mine=one"], "a title and two or more data sets"),
+        (["--pool", "a=b,c", "--pool", "a=d,e"], "a title of its own"),
+        (["--pool", "a=nowhere,other"], "unknown data set 'nowhere'"),
         (["--names", "0"], "'0' is not a positive number"),
         (["--against", "a", "b", "c"], "--against takes a model"),
         (["--run", "x", "--weights", "y"], "a run has its own"),

@@ -61,6 +61,29 @@ def test_published_counts_are_rounded(monkeypatch, root, rng, images, ok):
     assert check_dataset("two").ok == ok
 
 
+@pytest.mark.parametrize("kind", ["write_objects365", "write_flickr30k"])
+def test_texts_are_compared_with_the_published_ones_and_are_no_reason_to_refuse(
+    monkeypatch, root, rng, kind
+):
+    """Column Texts of Table 7: names of classes, or different phrases of captions."""
+    getattr(miniatures, kind)(root, rng)
+    name = {"write_objects365": "objects365_v1_train"}.get(kind, "flickr30k_train")
+    published = BUILTIN[name]
+    assert published.texts == {"objects365_v1_train": 365, "flickr30k_train": 94_000}[name]
+    records = datasets.load_file(datasets.locate_dataset(name))
+    texts = set(datasets.get_metadata(name).thing_classes) or {
+        " ".join(r["caption"][a:b] for a, b in spans).lower()
+        for r in records for spans in r["phrase_spans"]
+    }  # fmt: skip
+    counts = dict(images=None, boxes=None, options=published.options)
+    for number, notes in ((len(texts), 0), (len(texts) + 1, 1), (365_000, 1)):
+        entry = Builtin(name, published.format, published.files, "https://x", "y", texts=number,
+                        **counts)  # fmt: skip
+        monkeypatch.setitem(BUILTIN, name, entry)
+        result = check_dataset(name)
+        assert result.counts["other number of texts"] == notes and result.ok
+
+
 def test_a_missing_file_says_where_to_get_it(root, capsys):
     assert main(["check", "lvis_v1_val", "refcoco_testA"]) == 1
     report = capsys.readouterr().out

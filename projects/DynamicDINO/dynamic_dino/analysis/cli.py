@@ -26,6 +26,8 @@ examples
       --against nano-dense
   %(prog)s --config-file configs/moe_tuning/dynamic_dino_x16_top2.py \\
       --weights model_final.pth --dataset lvis_v1_minival --names 40 --max-images 500
+  %(prog)s --config-file configs/moe_tuning/dynamic_dino_x16_top2.py \\
+      --weights model_final.pth --dataset coco_2017_val --dataset lvis_v1_minival --pool odinw13
   %(prog)s --run output/seed0 --run output/seed1 --run output/seed2 --drop
 """
 
@@ -63,6 +65,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="NAME",
         help="registered data set; several times: is it the same on each? (default: the first that "
         "the recipe tests on)",
+    )
+    parser.add_argument(
+        "--pool",
+        action="append",
+        default=[],
+        metavar="SETS",
+        help="data sets that count as one, beside those of --dataset: odinw13, odinw35, or "
+        "TITLE=NAME,NAME,...; of several pools there are several",
     )
     parser.add_argument(
         "--max-images", type=_positive, metavar="N", help="evenly spread over the set"
@@ -103,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     # Imported late, so that --help and wrong arguments answer at once.
     from ..files import writable_folder
+    from .pooled import check_pools
     from .study import Options, StudiedModel, analyse
 
     try:
@@ -122,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             against = StudiedModel(Path(model).stem, model, weights)
         options = Options(
             args.dataset,
+            check_pools(args.pool, args.dataset),
             against,
             args.max_images,
             args.names,

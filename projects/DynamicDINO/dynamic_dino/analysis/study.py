@@ -23,6 +23,7 @@ from .images import loader_of, test_datasets
 from .layers import moe_layers
 from .objects import objects_of
 from .pictures import before_after, token_pictures
+from .pooled import pooled
 from .report import write_report
 from .routing_figures import (
     coselection_figure,
@@ -52,6 +53,7 @@ class Options:
     """What `analyse` does.
 
     datasets      registered names; empty: the first that the recipe tests on
+    pools         title -> registered names that are counted as one
     against       the model of the pictures before and after
     max_images    of each data set; None: all
     names         what images are asked for, see `TestMapper`; None: as the recipe does, or "all"
@@ -60,6 +62,7 @@ class Options:
     """
 
     datasets: list[str] = field(default_factory=list)
+    pools: dict[str, list[str]] = field(default_factory=dict)
     against: StudiedModel | None = None
     max_images: int | None = None
     names: str | int | None = None
@@ -76,10 +79,11 @@ def analyse(studied: list[StudiedModel], options: Options, output: str | Path) -
     Raises FileNotFoundError or ValueError naming what is wrong.
     """
     collections: dict[str, dict[str, Collection]] = {}  # data set -> model -> what it did
+    pools: dict[str, dict[str, Collection]] = {}  # the same of pools
     numbers: dict[str, dict[str, dict[str, float]]] = {}
     parts: list[Section] = []
     datasets, other = options.datasets, options.against
-    for dataset in datasets:
+    for dataset in [*datasets, *(name for names in options.pools.values() for name in names)]:
         load_datasets(dataset)  # what is wrong with it shows now, not after the first data set
     before = load_model(other.model, other.weights, options.device) if other else None
     for one in studied:
@@ -99,14 +103,21 @@ def analyse(studied: list[StudiedModel], options: Options, output: str | Path) -
             collections.setdefault(dataset, {})[one.title] = collection
             numbers.setdefault(dataset, {})[one.title] = found
             parts.append(section)
+        for name, sets in options.pools.items():
+            several = len(studied) > 1
+            seen = {d: models[one.title] for d, models in collections.items()}
+            whole, section = study_pool(model, cfg, name, sets, options, seen, one.title * several)
+            section.title = f"{one.title} on {name}"
+            pools.setdefault(name, {})[one.title] = whole
+            parts.append(section)
     if before:
         parts += compare(studied[0].title, collections, *before, options)
     title = f"Experts of {', '.join(c.title for c in studied)}"
     text = " ".join(
         f"{dataset}: {len(next(iter(models.values())).files)} images."
-        for dataset, models in collections.items()
+        for dataset, models in (collections | pools).items()
     )
-    sections = [*overview(studied, collections, numbers), *parts]
+    sections = [*overview(studied, collections, numbers, pools), *parts]
     page = write_report(output, title, text, sections)
     write_text(page.with_name("numbers.json"), json.dumps(numbers, indent=1) + "\n")
     return page
@@ -149,6 +160,31 @@ def study(
     return collection, Section(dataset, text, [f for f in figures if f is not None]), numbers
 
 
+def study_pool(
+    model: nn.Module,
+    cfg: DictConfig,
+    name: str,
+    sets: list[str],
+    options: Options,
+    seen: Mapping[str, Collection],
+    title: str,
+) -> tuple[Collection, Section]:
+    """What the routings over several data sets together show; `max_images` is that of each set.
+    `seen`: what the model did on some of them already."""
+    loaders = {one: _loaders(cfg, one, options, options.max_images) for one in sets}
+    whole = pooled(
+        name, (seen.get(one) or collect(model, make(), one) for one, make in loaders.items())
+    )
+    prefix = slug(title, name)
+    figures = [
+        load_figure(whole, prefix),
+        coselection_figure(whole, prefix),
+        partners_figure(whole, prefix),
+    ]
+    text = f"{len(whole.files)} images of {len(sets)} data sets, counted as one."
+    return whole, Section(name, text, figures)
+
+
 def compare(
     title: str,
     collections: Mapping[str, Mapping[str, Collection]],
@@ -174,6 +210,7 @@ def overview(
     studied: list[StudiedModel],
     collections: Mapping[str, Mapping[str, Collection]],
     numbers: Mapping[str, Mapping[str, dict[str, float]]],
+    pools: Mapping[str, Mapping[str, Collection]],
 ) -> list[Section]:
     """What concerns several runs or data sets, and training."""
     figures = []
@@ -183,10 +220,10 @@ def overview(
         figures.append(side_by_side(numbers[dataset], prefix))
         if len({tuple(len(layer.load) for layer in c.layers) for c in models.values()}) == 1:
             figures.append(spread_figure(models, prefix))
-    if several:
+    if len(collections) + len(pools) > 1:
         for one in studied:
             prefix = one.title if len(studied) > 1 else ""
-            of_model = [models[one.title] for models in collections.values()]
+            of_model = [models[one.title] for models in (*collections.values(), *pools.values())]
             figures.append(stability_figure(of_model, prefix))
     logs = {c.title: read_metrics(c.run / "metrics.json") for c in studied if c.run}
     figures.append(training_curves(logs))

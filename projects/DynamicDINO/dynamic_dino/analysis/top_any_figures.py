@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 from torch import nn
 
 from ..moe.top_any import TopAnyRouter
@@ -27,6 +28,7 @@ def top_any_figures(model: nn.Module, collection: Collection, prefix: str) -> li
         activation_frequency(collection, prefix),
         similarity(routers, prefix),
         thresholds(routers, prefix),
+        shared_experts(routers, collection, prefix),
     ]
 
 
@@ -127,4 +129,35 @@ def thresholds(routers: dict[str, TopAnyRouter], prefix: str) -> ReportFigure:
         ["layer", "expert", "threshold"],
         rows,
         figure,
+    )
+
+
+def shared_experts(
+    routers: dict[str, TopAnyRouter], collection: Collection, prefix: str
+) -> ReportFigure:
+    """Does a layer have one expert of low threshold that most tokens share (DynMoE, appendix 8)?"""
+    counts = {layer.name: layer for layer in collection.layers}
+    rows = []
+    for name, router in routers.items():
+        slots = router.active.nonzero().flatten().tolist()
+        limits = router.thresholds.detach().double().cpu().numpy()[slots]
+        share = np.asarray(counts[name].load)[slots] / max(counts[name].tokens, 1)
+        lowest = int(limits.argmin())
+        others = np.delete(np.arange(len(slots)), lowest)
+        if not len(others):
+            continue
+        spread = limits[others].std()
+        below = (limits[others].mean() - limits[lowest]) / spread if spread else float("nan")
+        varied = np.ptp(limits) and np.ptp(share)
+        rank = float(spearmanr(limits, share).statistic) if varied else float("nan")
+        values = (limits[lowest], below, share[lowest], share[others].mean(), rank)
+        rows.append([name, slots[lowest], *map(float, values)])
+    return ReportFigure(
+        slug(prefix, "shared-experts"),
+        "The expert of the lowest threshold",
+        "How far its threshold lies below the mean of the others, in their standard deviations; "
+        "the share of tokens that take it, and the others on the average; the rank correlation of "
+        "thresholds and shares, which is near -1 where low thresholds make shared experts.",
+        ["layer", "expert", "threshold", "deviations_below", "share", "share_of_others", "rank"],
+        rows,
     )

@@ -24,6 +24,8 @@ class Builtin:
     page     where it is downloaded, or the command that makes it
     images   how many records it should have (grounding: captions), boxes: how many boxes; both up
              to `rounding`; None: not published
+    texts    how many different names (grounding: phrases) it should have; as published, so in
+             thousands where it is a multiple of them
     options  of the loader of the annotations' format
     """
 
@@ -36,6 +38,7 @@ class Builtin:
     boxes: int | None = None
     rounding: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    texts: int | None = None
 
     def locate(self, root: Path) -> tuple[Path, Path]:
         """(annotations, image folder): of the first place that exists, else the usual one."""
@@ -151,6 +154,7 @@ def _training() -> list[Builtin]:
             "annotations CC-BY 4.0; images under their Flickr licences",
             images=609_000,
             boxes=9_621_000,
+            texts=365,
             rounding=1000,
             options=PUBLISHED,
         ),
@@ -162,6 +166,7 @@ def _training() -> list[Builtin]:
             "annotations CC-BY 4.0; images under their own licences",
             images=184_000,
             boxes=1_233_000,
+            texts=13_000,
             rounding=1000,
             options={**PUBLISHED, "novel": False},
         ),
@@ -177,6 +182,7 @@ def _training() -> list[Builtin]:
             "annotations CC-BY 4.0 (Visual Genome, GQA); images under their Flickr licences",
             images=621_000,
             boxes=3_681_000,
+            texts=387_000,
             rounding=1000,
             options={"bad_boxes": "drop"},
         ),
@@ -196,6 +202,7 @@ def _training() -> list[Builtin]:
             "research only; images under their Flickr licences",
             images=149_000,
             boxes=641_000,
+            texts=94_000,
             rounding=1000,
             options={"bad_boxes": "drop"},
         ),

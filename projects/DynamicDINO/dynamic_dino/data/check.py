@@ -110,6 +110,7 @@ def check_dataset(
     result.names, result.recognised = len(classes), describe(place, records)
     for problems in (
         _check_counts(result, entry),
+        _check_texts(result, entry, records, classes),
         _check_units(place.file, records),
         check_names(place.file, classes, tokenizer),
         _check_crowds(place.file, records),
@@ -154,6 +155,30 @@ def _check_counts(result: CheckResult, entry: Builtin | None) -> Iterator[DataEr
                 f"or a part? {entry.remedy}",
                 str(result.file),
             )
+
+
+def _check_texts(
+    result: CheckResult, entry: Builtin | None, records: Records, classes: list[str]
+) -> Iterator[DataError]:
+    """The number of different names, or of phrases, as the column Texts of Dynamic-DINO's Table 7
+    has it."""
+    if entry is None or entry.texts is None:
+        return
+    bar = tqdm(range(0 if classes else len(records)), desc="phrases", delay=1, disable=None)
+    texts = {" ".join(name.lower().split()) for name in classes}
+    for i in bar:
+        record = records[i]
+        for spans in record["phrase_spans"]:
+            phrase = " ".join(record["caption"][start:end] for start, end in spans)
+            texts.add(" ".join(phrase.lower().split()))
+    rounded = entry.texts % 1000 == 0
+    if abs(len(texts) - entry.texts) > 1000 * rounded:
+        yield DataError(
+            "other number of texts",
+            f"{len(texts):,} different {'names' if classes else 'phrases'}, but "
+            f"{'about ' * rounded}{entry.texts:,} are published",
+            str(result.file),
+        )
 
 
 def _check_units(file: Path, records: Records) -> Iterator[DataError]:

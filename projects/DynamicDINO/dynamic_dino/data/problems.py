@@ -66,6 +66,12 @@ KINDS = {
         "No image at all, or not as many images and boxes as were published.",
         "Get the version that [data sets](../datasets/README.md) names.",
     ),
+    "other number of texts": Kind(
+        "Not as many different names or phrases as were published. How phrases were told apart "
+        "wasn't; here those that differ in capitals or spaces only are one.",
+        "Nothing, if the images and boxes agree; else see wrong count.",
+        note=True,
+    ),
     "failed check": Kind(
         "A check itself failed, for a reason that nobody thought of; the others were made.",
         "Report the line that is printed.",
