@@ -3,6 +3,8 @@
 from ..common.evaluation import evaluate, evaluation, train  # noqa: F401
 from ..moe_tuning.dynamic_dino_x16_top2 import inference, model  # noqa: F401
 
+evaluation["batch_size"] = 32  # sentences; those of a photo share its features, 7 in RefCOCO's val
+
 SPLITS = {
     "refcoco": ("val", "testA", "testB"),
     "refcoco+": ("val", "testA", "testB"),

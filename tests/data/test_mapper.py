@@ -205,6 +205,7 @@ def test_evaluation_with_all_names(data):
     mapper = TestMapper(name, 120)
     one, two = mapper(record), mapper(record)
     assert one["prompt"] is two["prompt"]
+    assert one["image"] is two["image"], "a file is decoded once for the records after each other"
     assert one["prompt"].phrases == NAMES and one["prompt_classes"] == list(range(6))
     assert one["image_size"] == (80, 120) and (one["height"], one["width"]) == (40, 60)
     assert boxes_by_phrase(one) == {"tombstone": [12, 8, 52, 28], "red panda": [60, 20, 120, 80]}

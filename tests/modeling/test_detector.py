@@ -1,5 +1,7 @@
 """The whole detector: training steps, prompts in chunks, padding, cached features, autocast."""
 
+from multiprocessing.reduction import ForkingPickler
+
 import numpy as np
 import pytest
 import torch
@@ -356,6 +358,24 @@ def test_result_does_not_depend_on_the_batch(nano, draw):
     for sample, found in zip(batch, together, strict=True):
         [alone] = model([sample])
         assert_same_detections(found["instances"], alone["instances"], score=1e-4)
+
+
+@torch.no_grad()
+def test_sentences_of_one_image_share_its_features(nano, draw, monkeypatch):
+    """As a worker's batch has them: the backbone sees each image once, and finds the same."""
+    model = use_every_token(nano)
+    first, second = draw(5), draw(5)
+    shown = [first, second, first]
+    batch = [sample | {"prompt": draw(5)["prompt"]} for sample in shown]
+    apart = [sample | {"image": sample["image"].clone()} for sample in batch]
+    looked, extract = [], model.extract_features
+    monkeypatch.setattr(
+        model, "extract_features", lambda images: looked.append(len(images)) or extract(images)
+    )
+    batch = ForkingPickler.loads(ForkingPickler.dumps(batch))
+    for ours, theirs in zip(model(batch), model(apart), strict=True):
+        assert_same_detections(ours["instances"], theirs["instances"], score=1e-4)
+    assert looked == [2, 3]
 
 
 @torch.no_grad()

@@ -211,12 +211,13 @@ class TestMapper:
         self.size = size
         self.prompt_names = prompt_names
         self.features = features
+        self._last: tuple = (None, None)  # the last image, and of which record
 
     def __call__(self, record: Record) -> dict:
         sample = _describe(record)
         resize = resize_transform(record["height"], record["width"], self.size)
         if self.features is None:
-            sample["image"] = to_tensor(resize.apply_image(read_image(record)))
+            sample["image"] = self._image(record, resize)
         else:
             sample["features"] = self.features.load(record)
         sample["image_size"] = (resize.new_h, resize.new_w)
@@ -240,6 +241,14 @@ class TestMapper:
             resize.apply_box(boxes), classes, position, sample["image_size"]
         )
         return sample
+
+    def _image(self, record: Record, resize: T.ResizeTransform) -> torch.Tensor:
+        """uint8 [3, h, w]. Records of one file after each other, as referring expressions are,
+        share the tensor: it is decoded once, and the detector looks at it once."""
+        of = record["file_name"], record["height"], record["width"]
+        if self._last[0] != of:
+            self._last = of, to_tensor(resize.apply_image(read_image(record)))
+        return self._last[1]
 
 
 # ---- augmentations ------------------------------------------------------------------------------

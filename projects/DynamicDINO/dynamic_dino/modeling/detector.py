@@ -34,6 +34,7 @@ from .preprocess import (
     cached_features,
     canvas_size,
     content_masks,
+    distinct_images,
     merge_maps,
     padded_images,
     rows_by_size,
@@ -253,13 +254,14 @@ class OpenVocabularyDetector(nn.Module):
         see `to_instances`. With `return_routings`, the first result also has "routings": the
         batch's `Routing`s, one per MoE layer, as one image's can't be told apart in it.
 
-        Prompts that are too long are split into chunks. The backbone runs once per image whatever
-        the number of chunks, and chunks of different images share decoder batches. A split prompt's
-        result is that of its chunks detected one by one, merged by score. Nothing waits for the
-        device before the results are read.
+        Prompts that are too long are split into chunks. The backbone runs once per image, also for
+        several chunks, and for samples that share the tensor of an image; chunks of different
+        images share decoder batches. A split prompt's result is that of its chunks detected one by
+        one, merged by score. Nothing waits for the device before the results are read.
         """
         most = self.max_detections if max_detections is None else max_detections
-        features, masks = self.image_features(batch)
+        shown, image = distinct_images(batch)
+        features, masks = self.image_features(shown)
         chunks = [
             (i, chunk)
             for i, sample in enumerate(batch)
@@ -269,9 +271,9 @@ class OpenVocabularyDetector(nn.Module):
         routings: list[list[Routing]] = []
         for start in range(0, len(chunks), self.chunk_batch):
             together = chunks[start : start + self.chunk_batch]
-            rows = [i for i, _ in together]
+            rows = [image[i] for i, _ in together]
             maps, cells = features, masks
-            if rows != list(range(len(batch))):
+            if rows != list(range(len(shown))):
                 maps, cells = select_rows(maps, rows), select_rows(cells, rows)
             text = self.text_encoder([chunk.prompt for _, chunk in together])
             best, routed = self.detect_chunks(maps, cells, text, self.return_routings, most)

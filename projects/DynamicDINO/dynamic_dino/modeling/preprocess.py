@@ -83,6 +83,19 @@ def targets_of(batch: Sequence[Mapping], device: torch.device) -> list[Target]:
     return result
 
 
+def distinct_images(batch: Sequence[Mapping]) -> tuple[list[Mapping], list[int]]:
+    """The samples with an image that none before them has, and which of these has the image of each
+    sample of the batch: the same tensor, as `TestMapper` gives it to the expressions of a photo."""
+    place: dict[int, int] = {}
+    shown, rows = [], []
+    for sample in batch:
+        row = place.setdefault(id(sample.get("image", sample)), len(shown))
+        if row == len(shown):
+            shown.append(sample)
+        rows.append(row)
+    return shown, rows
+
+
 def rows_by_size(sizes: Sequence[Size]) -> list[list[int]]:
     """The rows of a batch, grouped by the size of their images."""
     groups: dict[Size, list[int]] = {}
