@@ -159,6 +159,7 @@ def test_each_process_takes_its_own_gpu(start):
         (TORCHRUN, 0, dict(num_gpus=4), "this machine has 0 GPUs.*--num-gpus 0"),
         (srun(2, 8), 8, dict(num_machines=4), "2 machines: leave out --num-machines"),
         ({k: v for k, v in mpirun(3, 8, 3, 8).items() if "MASTER" not in k}, 8, {}, "-x MASTER_AD"),
+        ({k: v for k, v in mpirun(3, 8, 3, 8).items() if k != MPI[0][3]}, 8, {}, "with torchrun"),
         (TORCHRUN | dict(WORLD_SIZE="12", LOCAL_WORLD_SIZE="8"), 8, {}, "as many processes"),
         ({}, 8, dict(num_gpus=8, num_machines=2), "--dist-url tcp://HOST:29500"),
         ({}, 1, dict(num_gpus=2), "2 processes .* has 1 GPUs"),

@@ -98,16 +98,16 @@ def _from_torchrun(env: Mapping[str, str]) -> Placement | None:
 
 
 def _from_mpirun(env: Mapping[str, str]) -> Placement | None:
-    names = next((names for names in MPI if set(names) <= env.keys()), None)
+    names = next((names for names in MPI if {*names[:3]} <= env.keys()), None)
     if names is None or int(env[names[1]]) == 1:
         return None
-    rank, world_size, local_rank, local_size = (int(env[name]) for name in names)
-    if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+    if not {"MASTER_ADDR", "MASTER_PORT", names[3]} <= env.keys():
         raise ConfigError(
-            f"mpirun started {world_size} processes, which must be told where to meet: mpirun "
+            f"mpirun started {env[names[1]]} processes, which must be told where to meet: mpirun "
             "-x MASTER_ADDR=HOST -x MASTER_PORT=29500 (MPICH: -genv MASTER_ADDR HOST ...), HOST "
             "being the machine of rank 0; or start them with torchrun"
         )
+    rank, world_size, local_rank, local_size = (int(env[name]) for name in names)
     url = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
     return Placement(rank, world_size, local_rank, local_size, url, "mpirun")
 
