@@ -44,7 +44,7 @@ from record_memory import IMAGES, SOURCES, image_name, memory, write_sources
 ROOT = Path(__file__).parents[1]
 RANKS, WORKERS, BATCH = 2, 2, 8
 PERIOD, KILL_AT, ITERATIONS = 4, 6, 12
-PATIENCE = 1800.0  # seconds, for the first start on a slow machine
+PATIENCE = 7200.0  # seconds, for the first start on a machine that others use, too
 RECIPE = (
     ["--config-file", ROOT / "configs/pretrain/nano_drawn.py", "--num-gpus", "0", "--resume"],
     [
