@@ -83,7 +83,7 @@ def targets_of(batch: Sequence[Mapping], device: torch.device) -> list[Target]:
     return result
 
 
-def distinct_images(batch: Sequence[Mapping]) -> tuple[list[Mapping], list[int]]:
+def distinct_images(batch: Sequence[dict]) -> tuple[list[dict], list[int]]:
     """The samples with an image that none before them has, and which of these has the image of each
     sample of the batch: the same tensor, as `TestMapper` gives it to the expressions of a photo."""
     place: dict[int, int] = {}
