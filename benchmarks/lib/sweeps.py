@@ -401,7 +401,7 @@ rows are drawn with N(0, 1), as in Algorithm 1, where no other std is named.
   0.02.
 - Without the dense FFN's weights 32 points are missing (Table 10).
 - **Where a router starts seems to count more than whether it learns** (`--search`, the second
-  table; one seed, which has no interval): rows that point at the k-means centres of the dense
+  table; two seeds so far): rows that point at the k-means centres of the dense
   model's tokens end above the random router and above the wide FFN, at the compute of the narrow
   one, and so they do if they never train. Not tried in a detector. Declared by `--search`, and not
   kept yet: the router's learning rate x 10 and x 0.1, its temperature, z-loss, a copy left out each
