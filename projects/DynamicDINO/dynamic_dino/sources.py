@@ -4,6 +4,7 @@ package:MODULE/FILE   a file or directory inside an installed Python package
 hf:OWNER/NAME         a repository of the Hugging Face hub, downloaded once; hf:OWNER/NAME@REVISION
                       is a branch, a tag or, what can't change, a commit of it
 hf:DIRECTORY, PATH    a local directory or file
+s3://, gs://, hf://, https://...   a file or directory there, copied once; see `remote`
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from .remote import address, fetch
+
 PACKAGE, HUB = "package:", "hf:"
 
 
 def is_hub_spec(spec: str | Path) -> bool:
     """Whether it is written as "hf:OWNER/NAME" or "hf:DIRECTORY"."""
-    return str(spec).startswith(HUB)
+    return str(spec).startswith(HUB) and address(spec) is None
 
 
 def resolve(spec: str | Path, what: str = "weights") -> Path:
@@ -33,6 +36,8 @@ def resolve(spec: str | Path, what: str = "weights") -> Path:
     name = str(spec)
     if name.startswith(PACKAGE):
         return _in_package(name)
+    if url := address(name):
+        return fetch(url)
     if is_hub_spec(name):
         return model_directory(name)
     path = Path(name).expanduser()
@@ -43,7 +48,7 @@ def resolve(spec: str | Path, what: str = "weights") -> Path:
 
 def resolve_model(spec: str) -> str:
     """`resolve` for what transformers loads: a bare hub id such as "bert-base-uncased" stays."""
-    if spec.startswith((PACKAGE, HUB)):
+    if spec.startswith((PACKAGE, HUB)) or address(spec):
         return str(resolve(spec))
     return str(Path(spec).expanduser()) if spec.startswith("~") else spec
 

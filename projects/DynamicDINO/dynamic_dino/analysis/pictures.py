@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..data.boxes import corners
-from ..data.images import load_image
+from ..data.images import read_image
 from ..data.visualization import contact_sheet, draw_boxes, phrase_colors
 from .collect import Collection
 from .combinations import FITS, combination, label
@@ -105,8 +105,8 @@ def draw_dots(image: np.ndarray, boxes: np.ndarray, colors: list[tuple]) -> np.n
 def read_or_none(file: str) -> np.ndarray | None:
     """The photo; None where features came from a cache and the file isn't there."""
     try:
-        return load_image(file)
-    except (FileNotFoundError, ValueError):
+        return read_image({"file_name": file})
+    except (OSError, ValueError):
         return None
 
 

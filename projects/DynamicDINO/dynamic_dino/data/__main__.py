@@ -1,4 +1,4 @@
-"""Command line: list, check, show, convert and split data sets."""
+"""Command line: list, check, show, convert, split and shard data sets."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .check import MAX_TOKENS, TOKENIZER, check_dataset
 from .convert import convert_dataset, write_split
 from .formats.recognise import TITLES
 from .places import parts_named
+from .shards import SHARD_MB, write_shards
 from .show import draw_samples
 from .split import VAL
 
@@ -27,10 +28,14 @@ EXAMPLES = """examples:
   %(prog)s check voc_or_yolo_or_labelme_folder
   %(prog)s convert roboflow_export:val val.json --to coco
   %(prog)s split cvat/annotations.xml --val 0.2 --out mine
+  %(prog)s shard coco_2017_train coco_shards
+  %(prog)s check s3://bucket/coco_shards
 
 A path is a file or a folder in the format of COCO, MDETR, ODVG, Pascal VOC, YOLO, LabelMe, CVAT,
 Label Studio, Roboflow or CSV, recognised by what is in it. PATH:train, PATH:val and PATH:test are
 its parts; where it has none, the first two are drawn by seed. docs/data.md says what is read.
+Files of COCO, MDETR and ODVG, images and shards may lie at an address (s3://, gs://, hf://,
+https://): pip install 'dynamic-dino[remote]', docs/scale.md.
 
 Built-in data sets lie under $DETECTRON2_DATASETS (default: datasets); see datasets/README.md."""
 FORMATS = ("coco", "mdetr", "odvg")  # that are written
@@ -48,7 +53,8 @@ def _count(text: str) -> int | None:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program(),
-        description="List, check, look at, convert and split data sets: built-in names, or paths.",
+        description="List, check, look at, convert, split and shard data sets: built-in names, or "
+        "paths.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -132,6 +138,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     split.add_argument("--seed", type=int, default=0, help="another one draws others")
     split.add_argument("--out", type=Path, help="folder to write (default: SOURCE_split)")
     split.add_argument("--image-folder", type=Path, help=folder)
+
+    shard = commands.add_parser(
+        "shard",
+        help="pack the images into few large files",
+        description="Writes OUT/images-*.zip, without compression, and OUT/annotations.json, which "
+        "says where in them each image is. OUT is then the name of the data set, also where it is "
+        "copied to, such as s3://bucket/OUT. An interrupted run goes on when it is started again.",
+    )
+    shard.add_argument("source", metavar="DATA", help=name)
+    shard.add_argument("folder", metavar="OUT", type=Path, help="folder to write")
+    shard.add_argument("--image-folder", type=Path, help=folder)
+    shard.add_argument(
+        "--shard-mb",
+        type=float,
+        default=SHARD_MB,
+        help="most million bytes of images in a file (default: %(default)s)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -207,12 +230,21 @@ def _split(args: argparse.Namespace) -> int:
     return 0
 
 
+def _shard(args: argparse.Namespace) -> int:
+    counts = write_shards(args.source, args.folder, args.image_folder, args.shard_mb)
+    print(f"{args.source}: {counts['source']}")
+    there = f", {counts['there']:,} of them there already" if counts["there"] else ""
+    print(f"{args.folder}: {counts['images']:,} images in {counts['shards']:,} shards{there}")
+    return 0
+
+
 COMMANDS = {
     "list": _list,
     "check": _check,
     "show": _show,
     "convert": _convert,
     "split": _split,
+    "shard": _shard,
 }
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def convert_dataset(
         elif to == "coco":
             write_coco(file, records, metadata, target.name)
         else:
-            _write_mdetr(file, records, target.name)
+            write_mdetr(file, records, target.name)
     return counts | {"source": line}
 
 
@@ -170,7 +170,7 @@ def write_coco(file: IO[str], records: Records, metadata: Any, title: str) -> No
     )
 
 
-def _write_mdetr(file: IO[str], records: Records, title: str) -> None:
+def write_mdetr(file: IO[str], records: Records, title: str) -> None:
     file.write('{"categories":[{"supercategory":"object","id":1,"name":"object"}]')
     _write_images_and_annotations(
         file,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from detectron2.data import MetadataCatalog
 
+from ..remote import address
 from .datasets import get_metadata, load_file, locate_dataset
 from .records import Records
 
@@ -27,7 +28,9 @@ def ground_truth(dataset: str) -> Path | dict:
 def annotation_files(dataset: str) -> list[Path]:
     """The annotation files of a registered data set, or of a path, without reading them."""
     file = MetadataCatalog.get(dataset).get("json_file")
-    return locate_dataset(dataset).annotation_files if file is None else [Path(file)]
+    if file is None or address(file):
+        return locate_dataset(dataset).annotation_files
+    return [Path(file)]
 
 
 def categories_of(metadata) -> list[dict]:

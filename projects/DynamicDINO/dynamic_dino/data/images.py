@@ -18,6 +18,7 @@ from .file_kinds import what_it_is
 from .image_files import FORMATS, MAX_PIXELS, is_address, most_pixels, shorten
 from .jpeg import pixels_of_jpeg
 from .pixels import orientation, pixels_of_array, pixels_of_image, seen_size, turned
+from .stored import stored_bytes
 from .whereabouts import why_missing
 
 Record = dict[str, Any]
@@ -154,9 +155,12 @@ def read_image(record: Record) -> np.ndarray:
     """The image of a data set's record; raises as `load_image` does, and ValueError if it is not
     of the size that the record states."""
     path = record["file_name"]
-    if not os.path.exists(path):
+    if os.path.exists(path):
+        image = load_image(path)
+    elif (content := stored_bytes(path)) is not None:
+        image = as_array(open_bytes(content, path))
+    else:
         raise FileNotFoundError(why_missing(path))
-    image = load_image(path)
     height, width = image.shape[:2]
     stated = record.get("width", width), record.get("height", height)
     if stated != (width, height):
@@ -171,7 +175,8 @@ def _wrong_size(path: str, size: tuple[int, int], stated: tuple[int, int]) -> st
     )
     if stated != size[::-1]:
         return f"{what}: its boxes can't be right; correct the annotation file"
-    with open_image(path) as image:
+    content = None if os.path.exists(path) else stored_bytes(path)
+    with open_image(path) if content is None else open_bytes(content, path) as image:
         turn = orientation(image)
     repair = "`python -m dynamic_dino.data convert IN OUT --to coco --sizes-of-images` does it"
     if turn < 5:

@@ -12,6 +12,7 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from ..remote import RemoteError
 from .balance import repeat_factors
 from .records import Mixture, Record, Records, share_on_machine
 from .workers import heed_loader_only
@@ -106,6 +107,8 @@ class MappedRecords(Dataset):
             try:
                 sample = self.mapper(self.records[index], rng)
                 return sample | {"bad_records": bad} if bad else sample
+            except RemoteError:  # no record is at fault, and the next one is no better
+                raise
             except (ValueError, OSError) as error:
                 bad[index] = " ".join(str(error).split())
                 if len(bad) > self.most_bad:

@@ -11,12 +11,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..remote import address, exists, fetch
 from .builtin import BUILTIN, Builtin, Format
 from .catalog import dataset_root, format_of_file
 from .formats.load import parts_of
 from .formats.recognise import TITLES, Recognised, find_image_root, kind_of_file, recognise
 from .image_files import files_under, is_picture
 from .json_stream import stream_json, stream_jsonl
+from .label_map import NAME as LABEL_MAP
 
 IN_ONE_FILE = ("coco", "mdetr", "odvg")  # read without what `recognise` finds
 
@@ -63,9 +65,14 @@ def locate_dataset(
     """
     if name in BUILTIN:
         entry = BUILTIN[name]
-        file, images = entry.locate(root or dataset_root())
+        root = root or dataset_root()
+        file, images = entry.locate(root)
+        if address(root):
+            file, images = _fetch_builtin(entry, root)
         return Place(name, file, images, source_format or entry.format_of(file), entry)
     path, part = _split_name(name)
+    if url := address(path):
+        return _locate_remote(name, url, part, image_root, source_format)
     if path.suffix.lower() in (".json", ".jsonl") and not path.is_dir():
         kind = source_format or (kind_of_file(path) if path.is_file() else None)
         kind = kind or format_of_file(path)  # its reader says what is wrong with the file
@@ -88,6 +95,49 @@ def locate_dataset(
     file = next(file for tag, file in found.files if part in (None, tag))
     images = Path(image_root) if image_root else _image_root(file, path, found.format)
     return Place(name, file, images, found.format, drawn=drawn)
+
+
+def _locate_remote(
+    name: str,
+    url: str,
+    part: str | None,
+    image_root: str | Path | None,
+    source_format: Format | None,
+) -> Place:
+    """Annotations become a local file, images are read where they are. A folder is one of shards,
+    whose annotations have a name that is known (`shards`)."""
+    folder, files = url.rpartition("/")[0], [url]
+    if not url.lower().endswith((".json", ".jsonl")):
+        folder = url.rstrip("/")
+        files = [f"{folder}/annotations.json", f"{folder}/annotations.jsonl"]
+        files = [file for file in files if exists(file)]
+    if not files:
+        raise ValueError(
+            f"{url} is no .json or .jsonl file, and no folder of shards: name the file of its "
+            "annotations, or convert it where it is a local folder (`python -m dynamic_dino.data "
+            "convert` or `shard`)"
+        )
+    file = fetch(files[0], [LABEL_MAP] if files[0].lower().endswith(".jsonl") else [])
+    kind = source_format or kind_of_file(file) or format_of_file(file)
+    if kind not in IN_ONE_FILE:
+        raise ValueError(
+            f"{url} is {TITLES[kind]}, of which only local files are read: convert it with `python "
+            "-m dynamic_dino.data convert`"
+        )
+    _, drawn = _choose_part(Path(url), [], part)
+    return Place(name, file, Path(image_root or folder), kind, drawn=drawn)
+
+
+def _fetch_builtin(entry: Builtin, root: Path) -> tuple[Path, Path]:
+    """`Builtin.locate` where the data sets are at an address."""
+    for file, images in entry.files:
+        url = address(root / file) or ""
+        if exists(url):
+            return fetch(url, [LABEL_MAP] if url.endswith(".jsonl") else []), root / images
+    raise FileNotFoundError(
+        f"{address(root / entry.files[0][0])} does not exist: {entry.remedy} (data sets are looked "
+        "for under DETECTRON2_DATASETS)"
+    )
 
 
 def parts_named(name: str) -> list[str]:

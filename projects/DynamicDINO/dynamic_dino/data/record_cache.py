@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,12 +23,13 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 
 from ..files import sha256_of_file, write_text
+from ..remote import CACHE as VARIABLE
+from ..remote import cache_root
 from .catalog import replace_metadata
 from .records import Records, Texts
 
 logger = logging.getLogger(__name__)
 
-VARIABLE = "DYNAMIC_DINO_CACHE"
 LARGE = 32 * 2**20  # bytes; what is smaller is read in seconds
 
 
@@ -70,10 +70,8 @@ def kept_records(
 
 def _folder(file: Path, options: Mapping[str, Any]) -> Path | None:
     """Where the records of a file lie that was read with these options; None if nowhere."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = Path(os.environ.get(VARIABLE) or Path(caches) / "dynamic_dino")
     asked = json.dumps([str(file.resolve()), dict(options)], sort_keys=True, default=repr)
-    folder = root / "records" / hashlib.sha256(asked.encode()).hexdigest()[:24]
+    folder = cache_root() / "records" / hashlib.sha256(asked.encode()).hexdigest()[:24]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

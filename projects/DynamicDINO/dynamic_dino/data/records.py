@@ -21,6 +21,8 @@ from detectron2.data.common import DatasetFromList
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
+from ..remote import address
+
 Record = dict[str, Any]
 
 
@@ -81,7 +83,7 @@ class Records(Sequence[Record]):
         extra: Texts | None = None,
     ) -> None:
         self.dataset_name = dataset_name
-        self.image_root = str(image_root)
+        self.image_root = address(image_root) or str(image_root)
         self.names = names
         self.ids = ids
         self.sizes = sizes.astype(np.int32, copy=False)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..data.boxes import corners
-from ..data.images import load_image
+from ..data.images import read_image
 from ..data.visualization import contact_sheet, draw_boxes
 from .predictions import DatasetPredictions
 
@@ -42,8 +42,8 @@ def results_sheet(
     pictures, captions = [], []
     for image_id in [images[int(i * step)] for i in range(min(count, len(images)))]:
         try:
-            image = load_image(files[image_id])
-        except (FileNotFoundError, ValueError):
+            image = read_image({"file_name": files[image_id]})
+        except (OSError, ValueError):
             continue  # features came from a cache: the evaluation didn't need the image
         mine = predictions[predictions.image_ids == image_id]
         mine = mine[np.argsort(-mine.scores, kind="stable")[: len(objects[image_id])]]

@@ -12,7 +12,7 @@ import numpy as np
 from tabulate import tabulate
 
 from ..data.boxes import corners
-from ..data.images import load_image
+from ..data.images import read_image
 from ..data.visualization import contact_sheet, draw_boxes
 from ..evaluation.bootstrap import Interval, bootstrap
 from ..evaluation.matching import match
@@ -159,7 +159,7 @@ def changes_sheet(
         objects[annotation["image_id"]].append(annotation)
     pictures, captions = [], []
     for image in [*gained[:count], *lost[:count]]:
-        pixels = load_image(files[image])
+        pixels = read_image({"file_name": files[image]})
         for title, scores, f1 in (("before", before, old), ("after", after, new)):
             mine = scores.predictions
             mine = mine[(mine.image_ids == image) & (mine.scores >= scores.threshold)]

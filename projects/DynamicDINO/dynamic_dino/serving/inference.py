@@ -27,6 +27,7 @@ from ..modeling.phrases import Phrases
 from ..modeling.postprocess import limit_of_detections
 from ..modeling.prompt import Prompt, shown
 from ..modeling.vocabulary import ClassVocabulary
+from ..remote import address
 from ..sources import is_hub_spec
 from .deploy import optimize_for_inference
 from .exported import Exported, is_exported, load_exported
@@ -293,7 +294,7 @@ def find_files(model: str | Path, weights: str | Path | None) -> tuple[Path, str
             f"{model} is a recipe without weights: give a checkpoint of it (load_detector's "
             "weights=, predict.py's --weights)"
         )
-    if not is_hub_spec(weights) and not Path(weights).is_file():
+    if not is_hub_spec(weights) and not address(weights) and not Path(weights).is_file():
         raise FileNotFoundError(f"weights {weights} of {model} don't exist")
     return config, weights
 
