@@ -87,7 +87,8 @@ def distinct_images(batch: Sequence[dict]) -> tuple[list[dict], list[int]]:
     """The samples with an image that none before them has, and which of these has the image of each
     sample of the batch: the same tensor, as `TestMapper` gives it to the expressions of a photo."""
     place: dict[int, int] = {}
-    shown, rows = [], []
+    shown: list[dict] = []
+    rows: list[int] = []
     for sample in batch:
         row = place.setdefault(id(sample.get("image", sample)), len(shown))
         if row == len(shown):
