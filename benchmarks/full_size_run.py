@@ -85,7 +85,7 @@ class Start:
         words = [sys.executable, *torchrun, script, *flags, f"train.output_dir={output}"]
         environment = {"DETECTRON2_DATASETS": str(root), VARIABLE: str(root / "cache")}
         self.output, self.began = output, time.perf_counter()
-        self.rows_before = len(self.rows())
+        self.rows_before = self.rows()
         self.log = (output.parent / f"{output.name}.log").open("a")
         self.agent = subprocess.Popen(
             [*map(str, words), *overrides],
@@ -102,6 +102,11 @@ class Start:
             return [json.loads(line) for line in lines]
         return [json.loads(line) for line in lines[:-1]]
 
+    def new_rows(self) -> list[dict]:
+        """Without those of the start before. Rows after its last checkpoint come once more, but
+        their times are others."""
+        return [row for row in self.rows() if row not in self.rows_before]
+
     def wait(self, until: Callable[[], bool]) -> float:
         """Seconds since the start. Raises SystemExit where the run ended before."""
         while not until():
@@ -112,8 +117,8 @@ class Start:
         return time.perf_counter() - self.began
 
     def first_row(self) -> dict[str, float]:
-        seconds = self.wait(lambda: len(self.rows()) > self.rows_before)
-        row = self.rows()[self.rows_before]
+        seconds = self.wait(lambda: bool(self.new_rows()))
+        row = self.new_rows()[0]
         spent = [cpu_seconds(pid) for pid in (self.agent.pid, *descendants(self.agent.pid))]
         return {
             "iteration": row["iteration"],

@@ -12,6 +12,10 @@ def test_half_written_rows_wait(tmp_path):
     assert start.rows() == []
     (tmp_path / "metrics.json").write_text('{"iteration": 0}\n{"iter')
     assert start.rows() == [{"iteration": 0}]
+    start.rows_before = [{"iteration": i, "time": 1} for i in range(3)]
+    again = {"iteration": 2, "time": 2}  # the checkpoint was of iteration 1
+    start.rows = lambda: [*start.rows_before[:2], again]
+    assert start.new_rows() == [again]
 
 
 def test_only_what_trains_is_measured():
