@@ -5,6 +5,7 @@ import logging
 import socket
 import threading
 import time
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -195,5 +196,7 @@ def test_cache_keeps_to_its_limit_and_what_was_read_last(monkeypatch, tmp_path):
 def test_addresses_survive_path(tmp_path):
     assert remote.address("s3:/bucket/a.json") == remote.address("s3://bucket/a.json")
     assert remote.address("s3://bucket/a.json") == "s3://bucket/a.json"
-    for path in (tmp_path, "C:/a", "hf:owner/name", "a/https://b", "data.json", "package:a/b"):
+    assert remote.address(Path("hf://datasets/a/b")) == "hf://datasets/a/b"
+    hub = ("hf:owner/name", f"hf:{tmp_path}")
+    for path in (tmp_path, "C:/a", "a/https://b", "data.json", "package:a/b", *hub):
         assert remote.address(path) is None

@@ -43,9 +43,12 @@ class RemoteError(OSError):
 
 
 def address(given: str | Path) -> str | None:
-    """The address that this is, also where `Path` has taken one of its slashes; None for a path."""
+    """The address that this is, also where `Path` has taken one of its slashes; None for a path.
+    As a text, "hf:/..." is a directory, see `sources`."""
     match = _ADDRESS.match(str(given))
-    return f"{match[1]}://{str(given)[match.end() :]}" if match else None
+    if match is None or (isinstance(given, str) and match[0] == "hf:/"):
+        return None
+    return f"{match[1]}://{str(given)[match.end() :]}"
 
 
 def exists(url: str) -> bool:
