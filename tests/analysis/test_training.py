@@ -93,7 +93,7 @@ def test_dynmoe():
     statistics.update(routings)
     model = nn.ModuleDict({"decoder": layers})
     found = top_any_figures.top_any_figures(model, collection(counts, statistics.summary()), "")
-    taken, frequency, similarity, thresholds = found
+    taken, frequency, similarity, thresholds, shared = found
     for n, routing in enumerate(routings):
         number = (routing.expert_ids >= 0).sum(1)
         assert taken.image.axes[0].patches[n].get_height() == pytest.approx(number.float().mean())
@@ -108,5 +108,11 @@ def test_dynmoe():
     np.testing.assert_allclose(shown, expected, atol=1e-5)
     heights = [bar.get_height() for bar in thresholds.image.axes[1].patches]
     assert heights == pytest.approx(layers[1].router.thresholds[:3].tolist())
+    limits = layers[1].router.thresholds[:3]
+    lowest, loads = int(limits.argmin()), torch.tensor(share[:3])
+    others = torch.arange(3) != lowest
+    expected = [float(loads[lowest]), float(loads[others].mean())]
+    assert shared.rows[1][:2] == ["decoder 1", lowest]
+    assert shared.rows[1][4:6] == pytest.approx(expected)
     dense = nn.ModuleDict({"decoder": nn.Linear(2, 2)})
     assert top_any_figures.top_any_figures(dense, collection([]), "") == []

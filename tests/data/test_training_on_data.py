@@ -121,6 +121,7 @@ def test_a_mistake_in_the_data_ends_with_its_message(root, tmp_path):
             [
                 *options(tmp_path / "run"),
                 f"data.train_json={file}",
+                f"data.val_json={file}",
                 f"data.train_images={tmp_path}",
             ],
         )

@@ -229,7 +229,7 @@ class ExportedText(TextEncoder):
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
         for text in dict.fromkeys(texts):
             if text not in self._phrases:
-                ids = np.array([self._ids(text)], np.int64)
+                ids = np.array(self._ids([text]), np.int64)
                 feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
                 self._phrases[text] = torch.from_numpy(np.array(self.run(feed)[0][0]))
         return {text: self._phrases[text] for text in texts}
