@@ -40,6 +40,9 @@ PROGRAMS = {
     "check": Program("data.__main__", "find all that is wrong with a data set", ("check",)),
     "show": Program("data.__main__", "draw samples of a data set", ("show",)),
     "convert": Program("data.__main__", "convert a data set", ("convert",)),
+    "shard": Program(
+        "data.__main__", "pack a data set's images for storage at an address", ("shard",)
+    ),
     "split": Program("data.__main__", "draw a validation part of a data set", ("split",)),
     "weights": Program(
         "checkpoint.__main__", "import public weights, export a checkpoint's, leave out experts"

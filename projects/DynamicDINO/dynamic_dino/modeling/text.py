@@ -422,7 +422,8 @@ class TextEncoder(nn.Module):
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         names = (self.tokenizer.cls_token, self.tokenizer.sep_token)
-        specials = {n: [self.tokenizer.convert_tokens_to_ids(n)] for n in names if n is not None}
+        numbers = self.tokenizer.convert_tokens_to_ids
+        specials: dict[str, list[int]] = {n: [numbers(n)] for n in names if n}  # type: ignore[list-item]  # one
         found = [specials[t] if t in specials else self._tokenize(t).ids for t in texts]
         # `max_tokens` can't tell: a pooled phrase is one token of the prompt.
         if self.positions and max(map(len, found)) > self.positions:

@@ -116,13 +116,13 @@ class HierarchicalRouter(Router):
                 f"HierarchicalRouter with variant={self.variant!r} needs the scene, [B, D], which "
                 "this layer isn't given: use variant='instance' here"
             )
-        routes = self.pools.shape[0]
-        width = routes if self.shared_scene else self.scene_weight.shape[1]
+        number = self.pools.shape[0]
+        width = number if self.shared_scene else self.scene_weight.shape[1]
         if scene.shape[1] != width:
             raise ValueError(
                 f"the scene has {scene.shape[1]} features, "
                 + (
-                    f"not the probabilities of {routes} routes, as shared_scene=True expects: it "
+                    f"not the probabilities of {number} routes, as shared_scene=True expects: it "
                     "goes with model.scene_router, a SceneRouter of as many routes"
                     if self.shared_scene
                     else f"the router's scene_dim is {width}: with ProposalStatistics it is dim + "
