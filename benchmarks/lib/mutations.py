@@ -265,8 +265,9 @@ class Reading:
         return f"{_shown(odd[0])} was accepted" if odd else ""
 
     def matters(self, path: Path) -> bool:
-        """Whether another good value there changes what is read, or is refused."""
-        return bool(self._effects(path))
+        """Whether another good value there changes what is read, or is refused, or it may be left
+        out, which may change it."""
+        return _last(path) in self.optional or bool(self._effects(path))
 
     def _effects(self, path: Path) -> set[str]:
         """ "read", "refused": what other good values there bring about."""
@@ -302,6 +303,8 @@ class Reading:
 
     def _plausible(self, path: Path, old: Any, new: Any) -> bool:
         """Whether a place that held `old` may hold `new`."""
+        if new == [] and _last(path) in self.optional:
+            return True
         an_id = str(_last(path)).endswith(("id", "near_synonyms"))  # which may be names, too
         if _nothing(new) and not (an_id and isinstance(new, str)):
             in_a_list = isinstance(_last(path), int) and not _numbers(at(self.good, path[:-1]))
@@ -319,6 +322,8 @@ class Reading:
             return isinstance(new, str) and any(map(str.isalnum, new)) and "\0" not in new
         if _numbers(old):
             return _numbers(new) and len(new) == len(old)
+        if self.codec is KINDS["yaml"] and isinstance(old, dict) and isinstance(new, list):
+            return len(new) == len(old)  # names by their numbers, or in their order
         return old is None or type(new) is type(old)
 
 

@@ -117,7 +117,8 @@ def _place(file: Path, settings: dict, part: str, entry: str) -> Path:
     plain = re.sub(r"^(\.\./)+", "", entry)
     here = file.parent
     tried = (here / root / entry, here / entry, here / plain, Path(root, entry))
-    there = next((path for path in tried if path.exists()), None) or find_path(entry, here)
+    # os.path's says False, where Path's raises, of a path that can't be
+    there = next(filter(os.path.exists, tried), None) or find_path(entry, here)
     if there is None:
         below = f" below {brief(root)} (path)" if root else ""
         what = (
