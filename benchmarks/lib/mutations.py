@@ -286,8 +286,9 @@ class Reading:
             return "refused"
 
     def _unread(self, path: Path, old: Any, new: Any) -> bool:
-        """Whether only what can't be there is noticed, and `new` can."""
-        return self._effects(path) == {"refused"} and self._plausible(path, old, new)
+        """Whether nothing there is noticed, or only what can't be there, and `new` can."""
+        effects = self._effects(path)
+        return not effects or effects == {"refused"} and self._plausible(path, old, new)
 
     def _same(self, path: Path, old: Any, new: Any) -> bool:
         """Whether they mean the same. What a list lacks was not needed, if the same is read."""
