@@ -26,6 +26,7 @@ DOCUMENTS = [
     PROJECT / "docs/speed.md",
     PROJECT / "docs/video.md",
     PROJECT / "docs/reliability.md",
+    PROJECT / "docs/export.md",
 ]
 PAGE = BENCHMARKS / "RESULTS.md"
 MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.S)
