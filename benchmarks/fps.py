@@ -45,6 +45,7 @@ from lib.detectors import (
     use_backend,
     use_loop,
 )
+from lib.figures import save_figure
 from lib.interleaved import interleave, quartiles, timed
 from lib.options import add_machine, add_output, image_size, new_parser, place_output, use_threads
 from lib.provenance import machine_name, provenance, write_json
@@ -250,10 +251,7 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
     axis.set_xticks(range(len(rows)), labels, fontsize=7)
     axis.set(ylabel=f"FPS / {names[0]} (FPS on the bars)", title=title)
     axis.legend(fontsize=7, loc="lower right")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    print(path)
+    save_figure(figure, path)
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:

@@ -42,6 +42,7 @@ from dynamic_dino.moe.top_any import TopAnyRouter
 from dynamic_dino.sources import resolve_model
 from lib import docstrings, tables
 from lib.detectors import ROOT
+from lib.figures import save_figure
 from lib.options import add_machine, add_output, new_parser, place_output, use_threads
 from lib.paired import estimate
 from lib.provenance import provenance, settings, write_json
@@ -261,10 +262,7 @@ def plot(report: dict, path: Path) -> None:
     )
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    print(path)
+    save_figure(figure, path)
 
 
 @command

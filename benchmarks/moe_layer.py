@@ -44,6 +44,7 @@ import torch
 from dynamic_dino.console import command
 from dynamic_dino_kernels import route
 from dynamic_dino_kernels.timing import captured, seconds
+from lib.figures import save_figure
 from lib.interleaved import interleave, quartiles, timed
 from lib.moe_peers import ROUTERS, BenchedExperts, Dense, Grouped, RoutedLayer, candidates
 from lib.options import add_machine, add_output, new_parser, place_output, use_threads
@@ -297,10 +298,7 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
         axes[i][0].set_ylabel(f"time / dense ({dtype})")
     axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    print(path)
+    save_figure(figure, path)
 
 
 def _setting(row: dict) -> str:

@@ -20,6 +20,7 @@ from dynamic_dino.console import command
 from dynamic_dino.moe.losses import SparseGatingLoss
 from dynamic_dino.moe.statistics import RoutingStatistics
 from dynamic_dino.moe.top_any import TopAnyRouter
+from lib.figures import save_figure
 from lib.options import add_output, new_parser, place_output
 from lib.provenance import provenance, settings, write_json
 from torch import Tensor
@@ -90,10 +91,7 @@ def plot(report: dict, path: Path) -> None:
     right.legend(fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    print(path)
+    save_figure(figure, path, dpi=120)
 
 
 @command
