@@ -4,13 +4,16 @@
     python benchmarks/export.py --photos FOLDER                     # differences and speed
     python benchmarks/export.py --photos FOLDER --int8 FOLDER --test val_real --save
     python benchmarks/export.py --photos FOLDER --int8 FOLDER --test val_real --save --resume
+    python benchmarks/export.py --photos FOLDER --models configs/moe_tuning/dynamic_dino_x16_top2.py \
+        --random-weights --images 4 --repeats 7 --json benchmarks/results/cpu/export_edge.json
 
 Text is an input, so that one file can be evaluated. Differences are those of twins, by what each
 precision is allowed, see `dynamic_dino.export.check`: the greatest over the photos. All take turns
 on the photos, through `load_detector`, text cached, and speeds are ratios of medians to PyTorch's
 ("eager", with packed weights where they are faster). AP is that of a test set of the model's
 recipe, whose data must be there. OpenVINO's bf16 is measured where the processor has it; int8
-(convolutions only) is calibrated on the photos of --int8.
+(convolutions only) is calibrated on the photos of --int8. Models that have no weights are timed with
+random ones, by which all take as long, and what is found differs by chance alone.
 
 What is measured of a model is written at once; --resume leaves out the models that are in the file.
 """
@@ -39,7 +42,7 @@ from dynamic_dino.export.onnx_format import store_in_half
 from dynamic_dino.export.quantize import quantize
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.serving.exported import text_file
-from dynamic_dino.serving.inference import Detector, find_model
+from dynamic_dino.serving.inference import Detector, find_model, random_model
 from lib import tables
 from lib.detectors import NAMES
 from lib.interleaved import interleave, quartiles, timed
@@ -59,7 +62,7 @@ def exported(
     """format, precision, file and detector, one after the other; traced once for each tracer."""
     import onnx
 
-    source = load_source(model, text_input=0)
+    source = load_source(model, text_input=0, random_weights=options.random_weights)
     file = folder / "model.onnx"
     info = export(source, file, "onnx")
     yield "onnx", "float32", file, load_detector(file)
@@ -84,6 +87,15 @@ def exported(
     if "torch" in options.formats:
         export(source, folder / "model.pt2", "torch")
         yield "torch", "float32", folder / "model.pt2", load_detector(folder / "model.pt2")
+
+
+def eager(model: str, options: argparse.Namespace) -> Detector:
+    """PyTorch's, as `load_detector` gives it."""
+    if not options.random_weights:
+        return load_detector(model, device="cpu")
+    detector, cfg = random_model(model, pack="auto")
+    detector.return_routings = False
+    return Detector(detector, cfg.inference.size, "cpu", 0.0)
 
 
 def has_bf16() -> bool:
@@ -118,7 +130,7 @@ class Test:
 def measure(model: str, folder: Path, options: argparse.Namespace) -> list[dict]:
     photos = [as_array(path) for path in find_images([options.photos])[: options.images]]
     prompt = Prompt.parse(NAMES)
-    reference = load_detector(model, device="cpu")
+    reference = eager(model, options)
     detectors, rows = {("eager", "float32"): reference}, []
     for form, precision, file, detector in exported(model, folder, options):
         detectors[form, precision] = detector
@@ -137,11 +149,11 @@ def measure(model: str, folder: Path, options: argparse.Namespace) -> list[dict]
     interleave(steps, 1)
     times = {name: quartiles(t) for name, t in interleave(steps, options.repeats).items()}
     say(f"{model}: timed")
-    eager = times["eager", "float32"]["median_ms"]
+    baseline = times["eager", "float32"]["median_ms"]
     test = Test(model, options) if options.test else None
     for row in rows:
         name = row["format"], row["precision"]
-        row |= times[name] | {"speed": eager / times[name]["median_ms"]}
+        row |= times[name] | {"speed": baseline / times[name]["median_ms"]}
         if test:
             row |= test.scores(detectors[name])
             say(f"{', '.join((model, *name))}: AP {row['AP']:.2f}")
@@ -168,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = new_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=["nano-dense", "nano-x16"])
     parser.add_argument("--formats", nargs="*", default=["torch"], choices=["torch"], help="beside")
+    parser.add_argument("--random-weights", action="store_true", help="of recipes without weights")
     parser.add_argument("--photos", required=True, metavar="FOLDER")
     parser.add_argument("--images", type=int, default=20, help="photos that differences are of")
     parser.add_argument("--int8", metavar="FOLDER", help="photos to calibrate on")

@@ -113,11 +113,13 @@ VARIANTS = {
         "himoe/dino": HIMOE_DINO,
         "himoe/edge": HIMOE_EDGE,
         "himoe/nano_x16_stamps": HIMOE,
+        "himoe/nano_x16_glyphs": HIMOE,
         "himoe/dino_encoder": HIMOE_ENCODER,
         "himoe/edge_encoder": HIMOE_ENCODER,
         "himoe/nano_encoder_stamps": HIMOE_ENCODER,
         "dynmoe/edge": DYNMOE,
         "dynmoe/nano_stamps": DYNMOE,
+        "dynmoe/nano_glyphs": DYNMOE,
     }.items()
     for name, variant in variants.items()
 }

@@ -126,8 +126,24 @@ DYNAMIC = {
 }
 
 
-HIMOE, DYNMOE = "himoe/nano_x16_stamps", "dynmoe/nano_stamps"
 OFTEN = ("train.adaptive_experts.period=50", "train.adaptive_experts.window=50")
+
+
+def other_routers(setting: str) -> dict[str, Row]:
+    """HI-MoE and DynMoE, and what varies of them."""
+    himoe, dynmoe = f"himoe/nano_x16_{setting}", f"dynmoe/nano_{setting}"
+    return {
+        "himoe_instance": variant("HI-MoE, instance only", f"{himoe}:instance_only"),
+        "himoe_scene": variant("HI-MoE, scene only", f"{himoe}:scene_only"),
+        "himoe_x16": Row("HI-MoE, 16 experts, K = 2", himoe),
+        "himoe_top1": variant("HI-MoE, 16 experts, K = 1", f"{himoe}:x16_top1"),
+        "himoe_top4": variant("HI-MoE, 16 experts, K = 4", f"{himoe}:x16_top4"),
+        "himoe_x8": variant("HI-MoE, 8 experts, K = 2", f"{himoe}:x8_top2"),
+        "himoe_x4": variant("HI-MoE, 4 experts, K = 2", f"{himoe}:x4_top2"),
+        "dynmoe": Row("DynMoE, 6 of at most 8 experts at the start", dynmoe, OFTEN),
+        "dynmoe_fixed": variant("DynMoE, 8 experts that stay", f"{dynmoe}:fixed"),
+        "dynmoe_max16": variant("DynMoE, at most 16", f"{dynmoe}:max16", *OFTEN),
+    }
 
 
 STAMPS = Setting(
@@ -136,20 +152,11 @@ STAMPS = Setting(
     ("val", "val_novel", "val_real"),
     {
         **dynamic("stamps"),
+        **other_routers("stamps"),
         "encoder": Row("x16 in the encoder too", "moe_tuning/nano_encoder_decoder_stamps"),
         "token_moe": variant("Token-MoE (image tokens)", "himoe/nano_encoder_stamps:token_moe"),
-        "himoe_instance": variant("HI-MoE, instance only", f"{HIMOE}:instance_only"),
-        "himoe_scene": variant("HI-MoE, scene only", f"{HIMOE}:scene_only"),
         "himoe_both": Row("HI-MoE, encoder and decoder", "himoe/nano_encoder_decoder_stamps"),
         "himoe_encoder": Row("HI-MoE, encoder", "himoe/nano_encoder_stamps"),
-        "himoe_x16": Row("HI-MoE, 16 experts, K = 2", HIMOE),
-        "himoe_top1": variant("HI-MoE, 16 experts, K = 1", f"{HIMOE}:x16_top1"),
-        "himoe_top4": variant("HI-MoE, 16 experts, K = 4", f"{HIMOE}:x16_top4"),
-        "himoe_x8": variant("HI-MoE, 8 experts, K = 2", f"{HIMOE}:x8_top2"),
-        "himoe_x4": variant("HI-MoE, 4 experts, K = 2", f"{HIMOE}:x4_top2"),
-        "dynmoe": Row("DynMoE, 6 of at most 8 experts at the start", DYNMOE, OFTEN),
-        "dynmoe_fixed": variant("DynMoE, 8 experts that stay", f"{DYNMOE}:fixed"),
-        "dynmoe_max16": variant("DynMoE, at most 16", f"{DYNMOE}:max16", *OFTEN),
     },
     # 10,000 images * 0.1 epochs / 8 images = 125 iterations
     photos=("val_real",),
@@ -175,7 +182,7 @@ SETTINGS_OF_GRID = {
 
 
 def glyph_rows() -> dict[str, Row]:
-    rows = dynamic("glyphs")
+    rows = dynamic("glyphs") | other_routers("glyphs")
     control = rows["control"]
     rows["wide"] = changed(control, *widened(512), title="dense, as many parameters (512 units)")
     rows["parts"] = changed(rows["parts"], f"{STD}=1.0")
@@ -329,6 +336,32 @@ SWEEPS = {
                 note=NOTES.get(f"grid{tag}", ""),
             )
             for tag, title in SETTINGS_OF_GRID.items()
+        ),
+        Sweep(
+            "glyphs_himoe",
+            "HI-MoE: what chooses, and among how many experts (its Tables 4 to 6)",
+            "glyphs",
+            "control",
+            (
+                "control",
+                "himoe_scene",
+                "himoe_instance",
+                "himoe_x16",
+                "himoe_top1",
+                "himoe_top4",
+                "himoe_x4",
+                "himoe_x8",
+                "wide",
+            ),
+            NOTES.get("glyphs_himoe", ""),
+        ),
+        Sweep(
+            "glyphs_dynmoe",
+            "DynMoE against fixed numbers of experts",
+            "glyphs",
+            "control",
+            ("control", "dynmoe", "dynmoe_fixed", "himoe_top1", "himoe_instance", "wide"),
+            NOTES.get("glyphs_dynmoe", ""),
         ),
         Sweep(
             "photos",

@@ -793,6 +793,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "moe_scaling": ("The same over tokens and experts", "moe_scaling", moe_layer),
     "packing": ("Weights packed for oneDNN, on a CPU", "packing", packing),
     "export": ("Exported detectors against PyTorch", "export", export),
+    "export_edge": ("The same of Edge, with random weights", "export_edge", export),
     "export_layer": ("One exported MoE layer, over a dense FFN", "export_layer", export_layer),
     "training_step": ("A training step", "training_step", training_step),
     "host_work": ("A training step's work of the main process", "host_work", host_work),

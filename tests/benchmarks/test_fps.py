@@ -61,7 +61,8 @@ def test_profile_adds_up_and_can_be_looked_at(tmp_path, capsys):
     assert 0.5 * stages["all"] < sum(stages[p] for p in parts) <= stages["all"] * 1.01
     inner = [name for name in stages if name.startswith("  ")]
     assert "  FFN or experts" in inner and all(stages[name] > 0 for name in inner)
-    assert any("grouped_ffn" in name for name in report["operators_ms"])
+    # Which of them the experts run on is measured, see serving/packing.py.
+    assert any("grouped_ffn" in name or "linear" in name for name in report["operators_ms"])
     assert "FFN or experts" in capsys.readouterr().out
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert any(event.get("name") == "stage: decoder" for event in events)

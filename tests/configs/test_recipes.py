@@ -60,9 +60,9 @@ IN_DECODER = {
     HierarchicalRouter: """
         himoe/dino himoe/dino_12ep himoe/dino_nano_drawn himoe/dino_one_scene_router
         himoe/dino_proposal_statistics himoe/dino_tuning himoe/edge himoe/nano_x16_drawn
-        himoe/nano_x16_stamps
+        himoe/nano_x16_glyphs himoe/nano_x16_stamps
     """.split(),
-    TopAnyRouter: ["dynmoe/edge", "dynmoe/nano_drawn", "dynmoe/nano_stamps"],
+    TopAnyRouter: ["dynmoe/edge", "dynmoe/nano_drawn", "dynmoe/nano_glyphs", "dynmoe/nano_stamps"],
 }
 IN_ENHANCER = {
     HierarchicalRouter: ["himoe/dino_encoder", "himoe/edge_encoder", "himoe/nano_encoder_stamps"]

@@ -251,19 +251,20 @@ def load_model(
     return detector.eval(), cfg
 
 
-def random_model(model: str | Path) -> tuple[nn.Module, DictConfig]:
+def random_model(model: str | Path, pack: str = "never") -> tuple[nn.Module, DictConfig]:
     """What `load_model` returns, with random weights, always the same ones, and nothing fetched: it
     takes as long and has the same operators as a trained one, but what it finds means nothing.
 
     Args:
         model: see `find_recipe`, whose errors it raises.
+        pack: see `load_detector`.
     """
     cfg = _load_recipe(find_recipe(model))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         detector = build(without_downloads(cfg.model), "model")
     if isinstance(detector, OpenVocabularyDetector):
-        optimize_for_inference(detector, torch.float32, "eager", "never")
+        optimize_for_inference(detector, torch.float32, "eager", pack)
     return detector.eval(), cfg
 
 
