@@ -4,16 +4,16 @@
     python benchmarks/export.py --photos FOLDER                     # differences and speed
     python benchmarks/export.py --photos FOLDER --int8 FOLDER --test val_real --save
     python benchmarks/export.py --photos FOLDER --int8 FOLDER --test val_real --save --resume
-    python benchmarks/export.py --photos FOLDER --models configs/moe_tuning/dynamic_dino_x16_top2.py \
-        --random-weights --images 4 --repeats 7 --json benchmarks/results/cpu/export_edge.json
+    python benchmarks/export.py --photos FOLDER --random-weights --images 4 --repeats 7 \
+        --models configs/moe_tuning/dynamic_dino_x16_top2.py --json edge.json
 
 Text is an input, so that one file can be evaluated. Differences are those of twins, by what each
 precision is allowed, see `dynamic_dino.export.check`: the greatest over the photos. All take turns
 on the photos, through `load_detector`, text cached, and speeds are ratios of medians to PyTorch's
 ("eager", with packed weights where they are faster). AP is that of a test set of the model's
 recipe, whose data must be there. OpenVINO's bf16 is measured where the processor has it; int8
-(convolutions only) is calibrated on the photos of --int8. Models that have no weights are timed with
-random ones, by which all take as long, and what is found differs by chance alone.
+(convolutions only) is calibrated on the photos of --int8. Models without weights are timed with
+random ones, which take as long; what they find means nothing.
 
 What is measured of a model is written at once; --resume leaves out the models that are in the file.
 """

@@ -46,12 +46,16 @@ def commit() -> str:
 
 
 def machine_name(device: str = "cpu") -> str:
-    """The GPU's name, or the processor's model as /proc/cpuinfo has it where there is one."""
+    """The GPU's name; or the processor's model as /proc/cpuinfo has it where there is one, and the
+    widest instructions that PyTorch uses on it, by which ratios differ too."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     path = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
-    return f"{found[1] if found else platform.processor()}, {platform.system()}"
+    text = path.read_text() if path.exists() else ""
+    found = re.search(r"model name\s*: (.*)", text)
+    model = found[1] if found else platform.processor()
+    bf16 = " with bf16" if re.search(r"^flags.*_bf16\b", text, re.MULTILINE) else ""
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()}{bf16}), {platform.system()}"
 
 
 def settings(options: argparse.Namespace) -> dict:
@@ -81,9 +85,11 @@ def _version(package: str) -> str:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints; "" without git, or outside of a repository."""
+    """What git prints of this repository; "" without git, or where there is none."""
     try:
-        result = subprocess.run(["git", *arguments], capture_output=True, text=True)
+        result = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent
+        )
     except OSError:
         return ""
     return result.stdout.strip()

@@ -18,8 +18,11 @@ def test_commit_without_git_is_what_the_environment_says(bare, monkeypatch):
     assert report.provenance()["commit"] == "0123abc-dirty"
 
 
-def test_commit_of_a_folder_that_is_no_repository(tmp_path, monkeypatch):
+def test_the_commit_is_that_of_the_code_wherever_it_is_called(tmp_path, monkeypatch):
+    here = report.commit()
     monkeypatch.chdir(tmp_path)
+    assert report.commit() == here != "unknown"
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "provenance.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert report.commit() == "unknown"
 
