@@ -114,6 +114,7 @@ VARIANTS = {
         "himoe/edge": HIMOE_EDGE,
         "himoe/nano_x16_stamps": HIMOE,
         "himoe/nano_x16_glyphs": HIMOE,
+        "himoe/nano_x16_photos": HIMOE,
         "himoe/dino_encoder": HIMOE_ENCODER,
         "himoe/edge_encoder": HIMOE_ENCODER,
         "himoe/nano_encoder_stamps": HIMOE_ENCODER,

@@ -240,6 +240,8 @@ PHOTOS = Setting(
         ),
         "x16": Row("x16-Top2", "moe_tuning/nano_x16_photos"),
         "parts": Row("x16, each part once (ours)", "moe_tuning/nano_x16_parts_photos"),
+        "himoe_x16": Row("HI-MoE, 16 experts, K = 2", "himoe/nano_x16_photos"),
+        "himoe_scene": variant("HI-MoE, scene only", "himoe/nano_x16_photos:scene_only"),
     },
     photos=("coco", "coco_present", "val_real"),
 )
@@ -377,6 +379,14 @@ SWEEPS = {
             "photos",
             "control",
             ("control", "x16", "parts", "control_all"),
+        ),
+        Sweep(
+            "photos_himoe",
+            "HI-MoE: what chooses, on photos",
+            "photos",
+            "control",
+            ("control", "himoe_scene", "himoe_x16"),
+            NOTES.get("photos_himoe", ""),
         ),
         Sweep(
             "stamps_table9",

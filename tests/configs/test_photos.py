@@ -118,8 +118,9 @@ def test_prompts_of_the_tests(root):
         assert classes == set(range(len(sample["prompt"].phrases)))
 
 
-def test_the_control_trains_the_same_parts_for_as_long():
-    tuned = load_config(RECIPE.parents[1] / "moe_tuning/nano_x16_photos.py")
+@pytest.mark.parametrize("family", ["moe_tuning", "himoe"])
+def test_the_control_trains_the_same_parts_for_as_long(family):
+    tuned = load_config(RECIPE.parents[1] / f"{family}/nano_x16_photos.py")
     control = load_config(f"{RECIPE}:control")
     for key in ("max_iter", "init_checkpoint", "eval_period", "clip_grad", "seed"):
         assert control.train[key] == tuned.train[key]

@@ -60,7 +60,7 @@ IN_DECODER = {
     HierarchicalRouter: """
         himoe/dino himoe/dino_12ep himoe/dino_nano_drawn himoe/dino_one_scene_router
         himoe/dino_proposal_statistics himoe/dino_tuning himoe/edge himoe/nano_x16_drawn
-        himoe/nano_x16_glyphs himoe/nano_x16_stamps
+        himoe/nano_x16_glyphs himoe/nano_x16_photos himoe/nano_x16_stamps
     """.split(),
     TopAnyRouter: ["dynmoe/edge", "dynmoe/nano_drawn", "dynmoe/nano_glyphs", "dynmoe/nano_stamps"],
 }
