@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time of one image through our Edge detectors, and through those that transformers brings.
+"""Time of one image through our Edge detectors, and through those of transformers and ultralytics.
 
     python benchmarks/peers.py                                   # all, at 640 x 640, batch 1
     python benchmarks/peers.py --save                            # ... kept in benchmarks/results/
@@ -8,20 +8,26 @@
 
 All get the same image and the same ten names, as tensors: the time is that of the forward pass,
 for ours, served as `load_detector` does, with the normalisation of the image and the
-post-processing, which the others leave to their processors. Weights are random, which doesn't
-matter for speed: nothing is downloaded.
+post-processing, which the others leave to their processors (YOLO-World and YOLOE the suppression of
+overlapping boxes). Weights are random, which doesn't matter for speed: nothing is downloaded.
+"grounding-dino-tiny-ours" is Grounding DINO tiny's network in this project's code.
 
 "text encoded" runs the text encoder in each forward; "text cached" is a further photo with the same
-prompt. Grounding DINO and MM-Grounding-DINO know the first only. Timing is interleaved, so that a
-slow moment of the machine hits them all; given are medians, quartiles, and how much longer each
-takes than Edge x16 that encodes its text. A peer that doesn't run is named, with the reason.
+prompt. transformers' Grounding DINO and MM-Grounding-DINO know the first only, YOLO-World and YOLOE
+are timed by the second only, with random features in the place of CLIP's. Timing is interleaved, so
+that a slow moment of the machine hits them all; given are medians, quartiles, and how much longer
+each takes than Edge x16 that encodes its text. A peer that doesn't run is named, with the reason;
+those of ultralytics (AGPL-3.0) need `pip install --no-deps ultralytics`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import transformers
@@ -30,32 +36,49 @@ from dynamic_dino.engine.trainer import autocast
 from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.serving.deploy import optimize_for_inference
 from dynamic_dino.sources import resolve_model
-from lib.detectors import NAMES, build, dense_of, load_model_config, samples
+from lib.detectors import NAMES, RECIPE, build, dense_of, load_model_config, samples
 from lib.interleaved import interleave, quartiles, timed
 from lib.options import add_machine, add_output, new_parser, place_output, use_threads
-from lib.peer_models import SWIN_BASE, SWIN_TINY, TOKENIZER
+from lib.peer_models import CLIP_FEATURES, SWIN_BASE, SWIN_TINY, TOKENIZER
 from lib.provenance import machine_name, provenance, settings, write_json
 from torch import nn
 
-OURS = ("edge-dense", "edge-x16")
+OURS = ("edge-dense", "edge-x16", "grounding-dino-tiny-ours")
+GDINO_TINY = "configs/finetune/gdino_tiny_custom.py"
 REFERENCE = ("edge-x16", "encoded")  # what ratios refer to
 
 
 @dataclass
 class Candidate:
-    """A model in evaluation, what its forward takes, and how it forgets texts, if it keeps any."""
+    """A model in evaluation, what its forward takes, which ways with text it has ("encoded",
+    "cached"), how it forgets the text that it keeps, and its parameters, if they can't be counted
+    any more."""
 
     model: nn.Module
     inputs: dict
-    forget: Callable[[], None] | None = None
+    texts: tuple[str, ...] = ("encoded", "cached")
+    forget: Callable[[], None] = lambda: None
+    parameters: int = 0
+
+    def __post_init__(self) -> None:
+        self.parameters = self.parameters or count(self.model)
 
 
-def edge(size: tuple[int, int], device: str, dense: bool) -> Candidate:
-    config = load_model_config()
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def ours(
+    size: tuple[int, int], device: str, recipe: str = RECIPE, dense: bool = False
+) -> Candidate:
+    config = load_model_config(recipe)
     config.canvas = None  # padded to the image, not to a square
-    model = optimize_for_inference(build(dense_of(config) if dense else config, device))
+    config.text_encoder.frozen = False  # as pre-trained: all names in one forward of it
+    model = build(dense_of(config) if dense else config, device)
+    parameters = count(model)  # packed ones are none
+    model = optimize_for_inference(model)
     inputs = {"batch": samples(size, device=device)}
-    return Candidate(model, inputs, model.text_encoder.forget)
+    return Candidate(model, inputs, forget=model.text_encoder.forget, parameters=parameters)
 
 
 def grounding_dino(size: tuple[int, int], device: str, swin: dict, mm: bool = False) -> Candidate:
@@ -69,7 +92,8 @@ def grounding_dino(size: tuple[int, int], device: str, swin: dict, mm: bool = Fa
         model = transformers.GroundingDinoForObjectDetection(config)
     text = tokenizer()(NAMES, return_tensors="pt")
     mask = torch.ones(1, *size, dtype=torch.long)
-    return Candidate(model, {"pixel_values": pixels(size), "pixel_mask": mask, **text})
+    inputs = {"pixel_values": pixels(size), "pixel_mask": mask, **text}
+    return Candidate(model, inputs, texts=("encoded",))
 
 
 def omdet_turbo(size: tuple[int, int], device: str) -> Candidate:
@@ -89,17 +113,44 @@ def omdet_turbo(size: tuple[int, int], device: str) -> Candidate:
         for name in ("language_cache_class", "language_cache_prompt"):
             setattr(model, name, type(getattr(model, name))(config.cache_size))
 
-    return Candidate(model, inputs, forget)
+    return Candidate(model, inputs, forget=forget)
+
+
+def yolo(size: tuple[int, int], device: str, kind: str, config: str) -> Candidate:
+    """YOLO-World or YOLOE, as they are deployed: layers fused, and of YOLOE the text as well."""
+    # It would look whether there is a network, and leave its settings in the user's folder.
+    os.environ |= {"YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false"}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("YOLO_CONFIG_DIR", folder)
+        try:
+            from ultralytics.nn import tasks
+        except ImportError as error:
+            raise ImportError(f"{error}: pip install --no-deps ultralytics (AGPL-3.0)") from None
+    names = Prompt.parse(NAMES).phrases
+    model = getattr(tasks, kind)(config, nc=len(names), verbose=False).eval()
+    text = nn.functional.normalize(torch.randn(1, len(names), CLIP_FEATURES), dim=-1)
+    if kind == "WorldModel":
+        model.txt_feats = text
+    else:
+        head = model.model[-1]
+        text = head.get_tpe(text)
+        model.set_classes(names, text)
+        head.fuse(text)
+    return Candidate(model.fuse(verbose=False), {"x": pixels(size)}, texts=("cached",))
 
 
 # Each takes (height, width) and the device.
 MODELS: dict[str, Callable[[tuple[int, int], str], Candidate]] = {
-    "edge-dense": lambda size, device: edge(size, device, dense=True),
-    "edge-x16": lambda size, device: edge(size, device, dense=False),
+    "edge-dense": lambda size, device: ours(size, device, dense=True),
+    "edge-x16": lambda size, device: ours(size, device),
     "grounding-dino-tiny": lambda size, device: grounding_dino(size, device, SWIN_TINY),
+    "grounding-dino-tiny-ours": lambda size, device: ours(size, device, GDINO_TINY),
     "grounding-dino-base": lambda size, device: grounding_dino(size, device, SWIN_BASE),
     "mm-grounding-dino-tiny": lambda size, device: grounding_dino(size, device, SWIN_TINY, mm=True),
     "omdet-turbo-tiny": omdet_turbo,
+    "yolo-world-s": partial(yolo, kind="WorldModel", config="yolov8s-worldv2.yaml"),
+    "yolo-world-l": partial(yolo, kind="WorldModel", config="yolov8l-worldv2.yaml"),
+    "yoloe-11l": partial(yolo, kind="YOLOEModel", config="yoloe-11l.yaml"),
 }
 
 
@@ -134,13 +185,12 @@ def prepare(
         return timed(forward, device)
 
     def encoded() -> float:
-        if candidate.forget:
-            candidate.forget()
+        candidate.forget()
         return cached()
 
     for _ in range(1 if device == "cpu" else 3):
         encoded()
-    return {"encoded": encoded} | ({"cached": cached} if candidate.forget else {})
+    return {way: {"encoded": encoded, "cached": cached}[way] for way in candidate.texts}
 
 
 def measure(options: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
@@ -157,7 +207,7 @@ def measure(options: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"{name} doesn't run: {failed[name]}", flush=True)
             continue
-        parameters[name] = sum(p.numel() for p in candidate.model.parameters())
+        parameters[name] = candidate.parameters
         steps |= {(name, text): step for text, step in prepared.items()}
     times = {key: quartiles(values) for key, values in interleave(steps, options.repeats).items()}
     rows = []
@@ -213,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{machine_name(options.device)}: {height} x {width}, batch 1, {options.dtype}, 10 names")
     rows, failed = measure(options)
     if options.json:
-        report = provenance(("torch", "transformers", "timm"), options.device)
+        report = provenance(("torch", "transformers", "timm", "ultralytics"), options.device)
         report["settings"] = settings(options)
         write_json(options.json, report | {"rows": rows, "failed": failed})
     print_rows(rows)

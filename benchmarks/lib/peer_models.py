@@ -1,4 +1,4 @@
-"""What random models of transformers are made of, BERT's tokenizer, Swin's sizes."""
+"""What random models of other libraries are made of: BERT's tokenizer, Swin's and CLIP's sizes."""
 
 from __future__ import annotations
 
@@ -12,3 +12,4 @@ SWIN_BASE = {
     "image_size": 384,
     "out_indices": [2, 3, 4],
 }
+CLIP_FEATURES = 512  # of a text, by ViT-B/32 and MobileCLIP
