@@ -10,8 +10,10 @@ checkpoint) or a checkpoint in one. Each is evaluated on the sets of ``configs/e
 `train_net.py --eval-only` does; then boxes are suppressed as `load_detector` does for the shipped
 model (of a run: --nms). Intervals are 95 %, by bootstrap over images. The threshold is the one with
 the best F1 on COCO photos asked for what they show. Then the models take turns with nano-dense on
-one image, served as `load_detector` does, text cached. What the results have of other models or
-sets stays in them.
+one image, served as `load_detector` does, text cached (--repeats 0: not timed). What the results
+have of other models or sets stays in them. On a set with names that were held out of training AP is
+also that of those that have a near-synonym among the learnt, and of those that have none, and of
+all there is the level of chance, see ``lib/novel.py``.
 """
 
 from __future__ import annotations
@@ -41,12 +43,14 @@ from dynamic_dino.evaluation import (
     coco_ap,
     operating_points,
 )
+from dynamic_dino.evaluation.coco import groups_of, read_ground_truth
 from dynamic_dino.files import PACKAGE, configs_folder
 from dynamic_dino.moe.parameters import count_parameters
 from dynamic_dino.serving.shipped import SHIPPED_MODELS
 from lib import tables as results
 from lib.detectors import samples
 from lib.interleaved import interleave, quartiles, timed
+from lib.novel import asked_names, chance, held_out
 from lib.options import add_machine, add_output, new_parser, place_output, use_threads
 from lib.provenance import provenance, write_json
 from torchvision.ops import batched_nms, box_convert
@@ -88,12 +92,19 @@ def evaluate(
     for name, loader in cfg.dataloader.test.items():
         if f"{name}/AP" not in scores:
             continue  # the set isn't there
-        truth, boxes = ground_truth(loader.dataset.names), predictions(output, name, nms)
+        dataset, boxes = loader.dataset.names, predictions(output, name, nms)
+        truth, mapper = read_ground_truth(ground_truth(dataset)), instantiate(loader.mapper)
+        novel = held_out(truth, dataset, mapper)
+        groups = groups_of(truth) | novel
         found[name] = {
-            "dataset": loader.dataset.names,
+            "dataset": dataset,
             "prompt_names": loader.mapper.prompt_names,
-            "scores": as_rows(bootstrap(truth, boxes, samples=options.samples)),
+            "scores": as_rows(bootstrap(truth, boxes, samples=options.samples, groups=groups)),
         }
+        if novel:
+            asked = asked_names(dataset, mapper)
+            found[name]["chance"] = as_rows(chance(truth, boxes, asked, novel))
+            found[name]["names"] = by_name(truth, boxes, novel)
         if name in (CLASSES, THRESHOLD):
             points, _ = operating_points(truth, boxes, GRID)
             found[name]["curve"] = [asdict(point) for point in points[4::5]]
@@ -104,6 +115,20 @@ def evaluate(
                 for row in coco_ap(truth, boxes).per_class
             }
     return found, count_parameters(model)
+
+
+def by_name(truth: dict, boxes: DatasetPredictions, novel: dict[str, list]) -> dict[str, dict]:
+    """Of each held-out name that has objects: how many, its AP50, and whether a near-synonym of it
+    was learnt."""
+    return {
+        row["name"]: {
+            "objects": row["objects"],
+            "AP50": row["AP50"],
+            "near_synonym": row["id"] in novel["_near"],
+        }
+        for row in coco_ap(truth, boxes).per_class
+        if row["id"] in novel["_novel"]
+    }
 
 
 def training_data(recipe: Path) -> dict[str, dict]:
@@ -234,7 +259,7 @@ def main() -> None:
     parser.add_argument("--against", metavar="NAME", help="also differences to this model's boxes")
     parser.add_argument("--nms", type=float, help="of a run; default: all boxes are kept")
     parser.add_argument("--samples", type=int, default=1000, help="of the bootstrap")
-    parser.add_argument("--repeats", type=int, default=30, help="rounds of the timing")
+    parser.add_argument("--repeats", type=int, default=30, help="of the timing; 0: none")
     parser.add_argument(
         "--output", type=Path, default=Path("output/model_zoo"), help="folder of the predictions"
     )
@@ -255,7 +280,9 @@ def main() -> None:
         report["models"] = json.loads(options.json.read_text())["models"]
     of_run = {key: report[key] for key in ("machine", "commit", "command")}
     _, *reference = find(REFERENCE)
-    times = speeds({REFERENCE: reference} | found, options.repeats, options.device)
+    times = {}
+    if options.repeats:
+        times = speeds({REFERENCE: reference} | found, options.repeats, options.device)
     for name, (recipe, weights) in found.items():
         output = options.output / name
         nms = suppressed_from(name, options.nms)
@@ -268,9 +295,10 @@ def main() -> None:
             "sha256": hashlib.sha256(content).hexdigest(),
             "nms": nms,
             "parameters": parameters,
-            "times": times[name],
-            "speed": times[REFERENCE]["median_ms"] / times[name]["median_ms"],
         }
+        if times:
+            row["times"] = times[name]
+            row["speed"] = times[REFERENCE]["median_ms"] / times[name]["median_ms"]
         before = report["models"].get(name, {})
         if before.get("sha256") != row["sha256"]:
             before = {}
@@ -289,7 +317,12 @@ def main() -> None:
             write_json(options.json, report)
     if options.plot:
         plot(report["models"], options.plot)
-    for table in (results.model_zoo, results.model_zoo_sets, results.model_zoo_thresholds):
+    for table in (
+        results.model_zoo,
+        results.model_zoo_sets,
+        results.model_zoo_novel,
+        results.model_zoo_thresholds,
+    ):
         print(table(report))
 
 

@@ -1,4 +1,4 @@
-"""What a few seeds say: means with confidence intervals, and differences of pairs.
+"""What a few seeds say: means with confidence intervals, and differences, of pairs or not.
 
 The intervals are Student's: of the mean of normally distributed values of unknown variance. With
 the two or three seeds that are affordable they are wide, and that is their message.
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy.stats import t as student
+from scipy.stats import ttest_ind
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,16 @@ def paired(
     """Of value - control over the seeds that both have; None where there is none."""
     seeds = sorted(values.keys() & control.keys())
     return estimate([values[s] - control[s] for s in seeds], level) if seeds else None
+
+
+def unpaired(
+    values: Sequence[float], control: Sequence[float], level: float = 0.95
+) -> Estimate | None:
+    """Of the mean of the values less that of the control's, which may be others, of another number
+    and variance (Welch); the deviation is NaN. None where one of them has less than two."""
+    if min(len(values), len(control)) < 2:
+        return None
+    test = ttest_ind(values, control, equal_var=False)
+    low, high = map(float, test.confidence_interval(level))
+    count = len(values) + len(control)
+    return Estimate((low + high) / 2, math.nan, (high - low) / 2, count, float(test.pvalue))

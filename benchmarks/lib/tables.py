@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from lib.paired import Estimate, estimate, paired
+from lib.paired import Estimate, estimate, paired, unpaired
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 RESULTS = BENCHMARKS / "results"
@@ -224,7 +224,7 @@ def model_zoo(report: dict) -> str:
                 f"{model['bytes'] / 1e6:.0f} MB",
                 *(_both_scores(model, *place) for place in columns.values()),
                 " / ".join(parameters),
-                f"{model['speed']:.2f}",
+                f"{model['speed']:.2f}" if "speed" in model else "-",
             ]
         )
     head = ["model", "config", "size", *columns, "parameters, active / total", "speed"]
@@ -273,6 +273,56 @@ def model_zoo_sets(report: dict) -> str:
         text += "\nDifferences, the same images drawn for both:\n\n"
         text += table(["photos and names", "", *head], differences)
     return text
+
+
+def model_zoo_novel(report: dict) -> str:
+    """Of each set with names that were held out of training, and the models scored on these."""
+    models = {
+        name: model
+        for name, model in report["models"].items()
+        if any("names" in found for found in model["tests"].values())
+    }
+    groups = {
+        "_novel": "held-out names",
+        "_near": "those with a near-synonym among the learnt",
+        "_far": "those without",
+    }
+    rows = []
+    for test, (title, _) in ZOO_SETS.items():
+        measured = [model["tests"].get(test, {}).get("names", {}) for model in models.values()]
+        if not any(measured):
+            continue
+        names = next(filter(None, measured)).values()
+        near = sum(row["near_synonym"] for row in names)
+        counts = {"_novel": len(names), "_near": near, "_far": len(names) - near}
+        for group, what in groups.items():
+            for metric in ("AP50", "AP"):
+                cells = [
+                    _over_chance(model["tests"].get(test, {}), f"{metric}{group}")
+                    for model in models.values()
+                ]
+                rows.append([title, f"{counts[group]} {what}", metric, *cells])
+        cells = [_near_less_far(found) for found in measured]
+        rows.append([title, "with less without, interval over names", "AP50", *cells])
+    if not rows:
+        return ""
+    text = (
+        "In percent; in brackets the 95 % interval by bootstrap over images; then chance: the "
+        "same boxes and scores, the names that a photo is asked for exchanged at random.\n\n"
+    )
+    return text + table(["photos and names", "which", "", *(f"`{name}`" for name in models)], rows)
+
+
+def _over_chance(found: dict, metric: str) -> str:
+    if metric not in found.get("chance", {}):
+        return "-"
+    return f"{_with_interval(found['scores'][metric])}; {found['chance'][metric]['value']:.1f}"
+
+
+def _near_less_far(names: dict[str, dict]) -> str:
+    scores = [[r["AP50"] for r in names.values() if r["near_synonym"] == n] for n in (True, False)]
+    difference = unpaired(*scores)
+    return _mean(difference, "+") if difference else "-"
 
 
 def model_zoo_classes(report: dict) -> str:
@@ -760,6 +810,7 @@ def reliability(report: dict) -> str:
 TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "model_zoo": ("The shipped models: AP50 (AP), percent", "model_zoo", model_zoo),
     "model_zoo_sets": ("The same on each set, with intervals", "model_zoo", model_zoo_sets),
+    "model_zoo_novel": ("AP of held-out names, and chance", "model_zoo", model_zoo_novel),
     "model_zoo_thresholds": ("Their thresholds, on COCO photos", "model_zoo", model_zoo_thresholds),
     "model_zoo_data": ("What they were trained on", "model_zoo", model_zoo_data),
     "model_zoo_classes": ("AP50 by class, COCO photos, 80 names", "model_zoo", model_zoo_classes),

@@ -17,7 +17,11 @@ COMMITTED = json.loads((ROOT / "benchmarks/results/cpu/model_zoo.json").read_tex
 
 @pytest.fixture
 def drawn(tmp_path):
-    write_drawn_dataset(tmp_path, num_images=3, split="val")
+    file = write_drawn_dataset(tmp_path, num_images=3, split="val")
+    content = json.loads(file.read_text())
+    for category in content["categories"]:
+        category["novel"] = category["id"] > 1
+    file.write_text(json.dumps(content))
     register_builtin(tmp_path)
     yield
     register_builtin()
@@ -42,7 +46,14 @@ def test_evaluates_and_times_what_is_shipped(drawn, tmp_path):
         model_zoo.main,
         *("nano-x16", "--tests", "coco", "--against", "nano-dense", *common, "--set", *changes),
     )
+    before = json.loads(output.read_text())
+    run_script(
+        model_zoo.main,
+        *("nano-x16", "--tests", "coco", *common, "--repeats", "0", "--set", *changes),
+    )
     report = json.loads(output.read_text())
+    for key in ("times", "speed", "differences"):  # not timed, not compared: what there was stays
+        assert report["models"]["nano-x16"][key] == before["models"]["nano-x16"][key]
     assert list(report["models"]) == ["nano-dense", "nano-x16"], "the first run's stays"
     dense, experts = report["models"].values()
     assert [list(model["tests"]) for model in (dense, experts)] == [
@@ -58,9 +69,12 @@ def test_evaluates_and_times_what_is_shipped(drawn, tmp_path):
         assert len(test["curve"]) == 19 and sum(c["objects"] for c in test["classes"].values()) > 0
         assert model["times"]["median_ms"] > 0 and (ROOT / model["config"]).is_file()
         assert "points" not in test
+        assert {*test["chance"]} <= {*test["scores"]} and "AP50_novel" in test["chance"]
+        assert sum(row["objects"] for row in test["names"].values()) > 0
     assert dense["speed"] == pytest.approx(1, abs=0.9)
     assert list(experts["differences"]["tests"]) == ["coco"]
     assert results.model_zoo(report) in text and results.model_zoo_sets(report) in text
+    assert results.model_zoo_novel(report) in text
     assert (tmp_path / "zoo.png").stat().st_size > 1000
 
 

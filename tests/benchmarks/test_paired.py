@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from helpers.seeds import fresh_rng
-from lib.paired import Estimate, estimate, holm, paired
+from lib.paired import Estimate, estimate, holm, paired, unpaired
 from scipy import stats
 
 
@@ -70,3 +70,14 @@ def test_holm_by_its_adjusted_p_values():
     alone = Estimate(1.0, math.nan, math.nan, 1, math.nan)
     assert holm([None, alone, Estimate(1.0, 1.0, 1.0, 3, 0.04)]) == [False, False, True]
     assert holm([]) == []
+
+
+def test_unpaired_values_of_another_number_and_variance_as_in_welchs_test():
+    rng = fresh_rng()
+    values, control = rng.normal(5, 3, size=9).tolist(), rng.normal(4, 1, size=5).tolist()
+    found = unpaired(values, control, 0.9)
+    low, high = stats.ttest_ind(values, control, equal_var=False).confidence_interval(0.9)
+    assert found.mean == pytest.approx(np.mean(values) - np.mean(control))
+    assert (found.mean - found.margin, found.mean + found.margin) == pytest.approx((low, high))
+    assert found.count == 14 and 0 < found.p < 1
+    assert unpaired([1.0], control) is None

@@ -222,25 +222,31 @@ class TestMapper:
             sample["features"] = self.features.load(record)
         sample["image_size"] = (resize.new_h, resize.new_w)
         boxes, classes = _boxes_and_classes(record)
+        phrases = self.asked_of(record)
         if "caption" in record:
             sample["prompt"] = Prompt.from_caption(record["caption"], record["phrase_spans"])
-            phrases = list(range(len(record["phrase_spans"])))
+        elif self.fixed:
+            sample["prompt"] = self.fixed[_dataset_of(record, self.samplers)]
         else:
-            sampler = _sampler_of(record, self.samplers)
-            if self.fixed:
-                dataset = _dataset_of(record, self.samplers)
-                phrases = list(self.asked[dataset])
-                sample["prompt"] = self.fixed[dataset]
-            else:
-                present = [a["category_id"] for a in record.get("annotations", ())]
-                phrases = evaluation_prompt(sampler, present, self.prompt_names, record["image_id"])
-                sample["prompt"] = Prompt.from_phrases([sampler.names[i] for i in phrases])
+            names = _sampler_of(record, self.samplers).names
+            sample["prompt"] = Prompt.from_phrases([names[i] for i in phrases])
         sample["prompt_classes"] = phrases
         position = {c: i for i, c in enumerate(phrases)}
         sample["instances"] = _instances(
             resize.apply_box(boxes), classes, position, sample["image_size"]
         )
         return sample
+
+    def asked_of(self, record: Record) -> list[int]:
+        """The classes of its data set, of a caption the phrases, that a record is asked for, in the
+        order of the prompt."""
+        if "caption" in record:
+            return list(range(len(record["phrase_spans"])))
+        if self.fixed:
+            return list(self.asked[_dataset_of(record, self.samplers)])
+        present = [a["category_id"] for a in record.get("annotations", ())]
+        sampler = _sampler_of(record, self.samplers)
+        return evaluation_prompt(sampler, present, self.prompt_names, record["image_id"])
 
     def _image(self, record: Record, resize: T.ResizeTransform) -> torch.Tensor:
         """uint8 [3, h, w]. Records of one file after each other, as referring expressions are,
