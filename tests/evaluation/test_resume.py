@@ -77,6 +77,7 @@ def recipe(tmp_path):
         pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
         image = {"id": i, "file_name": f"{i}.png", "height": 32, "width": 32}
+        image |= {"neg_category_ids": [3, 8], "not_exhaustive_category_ids": []}  # as in LVIS
         content["images"].append(image)
         for _ in range(3):
             box = np.concatenate([rng.uniform(0, 6, 2), rng.uniform(16, 26, 2)]).tolist()
@@ -314,7 +315,7 @@ def test_all_done_but_the_scores(recipe, tmp_path, monkeypatch):
     assert do_test(recipe("cut"), model) == whole and not model.seen
 
 
-@pytest.mark.parametrize("change", ["set of weights", "model", "data set", "loader"])
+@pytest.mark.parametrize("change", ["set of weights", "model", "data set", "loader", "protocol"])
 def test_another_evaluation_starts_afresh_and_says_so(recipe, tmp_path, caplog, change):
     interrupt(recipe("cut"), 6)
     cfg, model = recipe("cut"), Noise()
@@ -322,6 +323,8 @@ def test_another_evaluation_starts_afresh_and_says_so(recipe, tmp_path, caplog, 
         model.weight.data += 1
     elif change == "model":
         cfg = recipe("cut", detector={"max_detections": 3})
+    elif change == "protocol":
+        cfg = recipe("cut", max_dets=6)
     elif change == "data set":
         file = tmp_path / "truth.json"
         file.write_text(file.read_text() + " ")
@@ -342,6 +345,34 @@ def test_batch_size_and_workers_are_no_other_evaluation(recipe):
     assert len(model.seen) == IMAGES - 6
 
 
+@pytest.fixture
+def fixed(recipe, monkeypatch):
+    """The recipe with fixed AP of the 5 best of each class, of which there are some 17."""
+    monkeypatch.setattr(evaluator, "PRUNE_EVERY", 6)
+    return lambda output: recipe(output, protocol="lvis-fixed", max_dets=5)
+
+
+def test_what_can_not_count_is_not_written_down(recipe, fixed, tmp_path, monkeypatch):
+    """And after an interruption, with what was written down only, the files are the same."""
+    monkeypatch.setattr(PredictionLog, "remove", lambda self: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluator.ClassFloors, "reached", lambda _, found: np.ones(len(found), bool))
+        whole = do_test(fixed("whole"), Noise())
+
+    def written(output):
+        folder = tmp_path / output / "evaluation/val/unfinished"
+        lines = [line for log in folder.glob("*.log") for _, line in list(numbered_lines(log))[1:]]
+        assert sorted(i for line in lines for i in line["images"]) == list(range(IMAGES))
+        shutil.move(folder, tmp_path / f"log of {output}")
+        return sum(sum(line["counts"]) for line in lines)
+
+    interrupt(fixed("cut"), 8)
+    assert do_test(fixed("cut"), Noise()) == whole
+    do_test(recipe("coco"), Noise())
+    assert written("cut") < written("whole") == written("coco")
+    assert files(tmp_path, "cut") == files(tmp_path, "whole")
+
+
 def run_rank(rank, world, store, cfg, die, seen):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world
@@ -353,7 +384,11 @@ def run_rank(rank, world, store, cfg, die, seen):
 
 
 @pytest.mark.parametrize("first, second", [(1, 2), (2, 2), (2, 1)])
-def test_with_another_number_of_processes(recipe, tmp_path, first, second):
+@pytest.mark.parametrize("protocol", ["coco", "lvis-fixed"])
+def test_with_another_number_of_processes(
+    recipe, fixed, tmp_path, monkeypatch, first, second, protocol
+):
+    recipe = fixed if protocol == "lvis-fixed" else recipe
     whole = do_test(recipe("whole"), Noise())
     cfg, done = recipe("cut"), 6
     if first == 1:
@@ -363,7 +398,7 @@ def test_with_another_number_of_processes(recipe, tmp_path, first, second):
             mp.start_processes(
                 run_rank, (2, tmp_path / "s1", cfg, True, tmp_path), 2, start_method="fork"
             )
-        logs = (tmp_path / "cut/evaluation/val/unfinished").iterdir()
+        logs = (tmp_path / "cut/evaluation/val/unfinished").glob("*.log")
         lines = [line for log in logs for _, line in list(numbered_lines(log))[1:]]
         done = sum(len(line["images"]) for line in lines)
         assert 4 <= done <= 11

@@ -40,7 +40,8 @@ def fingerprint(
         weights: `module_fingerprint` of the model, which takes half a second and is the same for
             all test sets.
 
-    Not in it: how many processes, workers and images a batch, what is done with the predictions.
+    Not in it: how many processes, workers and images a batch. Protocol and limit are, because what
+    can't count by them isn't written down.
     """
     dataset = evaluator["dataset_name"]
     files = annotation_files(dataset)
@@ -53,6 +54,7 @@ def fingerprint(
         "data set": read_once(("hash", dataset), files, partial(_hash_files, files)),
         "loader (prompts, image size)": hash_of_config(settings),
         "model": hash_of_config([model_config, evaluator.get("detector")]),
+        "protocol": hash_of_config([evaluator.get("protocol"), evaluator.get("max_dets")]),
         "set of weights": weights[:16],
         "device or precision": f"{next(model.parameters()).device.type}, {dtype or 'float32'}",
         "version of the code": _hash_code(),

@@ -23,6 +23,7 @@ from ..data.ground_truth import ground_truth
 from ..data.once import read_once
 from ..files import writable_folder, write_text, written_whole
 from ..moe.statistics import RoutingStatistics
+from .class_floors import ClassFloors
 from .coco import class_groups, read_ground_truth
 from .exchange import exchange
 from .pictures import results_sheet
@@ -34,7 +35,8 @@ from .tables import format_results
 
 logger = logging.getLogger(__name__)
 
-PRUNE_EVERY = 4_000_000  # detections: those that can't count any more are dropped
+# Detections of all processes, after which those that can't count any more are dropped.
+PRUNE_EVERY = 4_000_000
 PLACES = 2**40  # more than the detections of a process
 
 
@@ -113,6 +115,10 @@ class DetectionEvaluator(DatasetEvaluator):
             self._truth = self._read_truth()
             if self.output_dir:
                 writable_folder(self.output_dir, "set the evaluator's output_dir to another folder")
+        self._floors = None
+        if self._protocol.keep is DatasetPredictions.best_per_class:
+            notes = self._log.notes if self._log else None
+            self._floors = ClassFloors(self._category_ids, self._most, notes)
         for found in self._log.earlier() if self._log else ():
             self._add(found)
 
@@ -136,6 +142,8 @@ class DetectionEvaluator(DatasetEvaluator):
             statistics.update(outputs[0]["routings"])
         counts = [len(part) for part in parts]
         found = Found(images, prompts, counts, DatasetPredictions.cat(parts), statistics.state())
+        if self._floors:
+            found = found.only(self._floors.reached(found.predictions))
         if self._log:
             self._log.append(found)
         self._add(found)
@@ -146,9 +154,11 @@ class DetectionEvaluator(DatasetEvaluator):
             self._prompted[image] = self._known_prompts.setdefault(prompt, prompt)
         self._parts.append(found.predictions)
         self._unpruned += len(found.predictions)
-        if self._unpruned > PRUNE_EVERY:
+        if self._unpruned > PRUNE_EVERY / comm.get_world_size():
             self._parts = [self._kept(self._parts)]
             self._unpruned = 0
+            if self._floors:
+                self._floors.raise_by(self._parts[0])
         if found.routing:
             part = RoutingStatistics.of(found.routing)
             self._routing = RoutingStatistics.merged([self._routing, part])

@@ -17,7 +17,7 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ class Found:
 
     images       their ids
     prompts      the classes that each was asked for, as contiguous ids
-    counts       detections of each
+    counts       detections of each, those that can count
     predictions  of the first image, then of the second ...; boxes and scores as float32
     routing      `RoutingStatistics.state`; may be empty
     """
@@ -52,6 +52,12 @@ class Found:
     predictions: DatasetPredictions
     routing: list[dict] = field(default_factory=list)
 
+    def only(self, rows: np.ndarray) -> Found:
+        """With those of the predictions, bool [N], and all images."""
+        image = np.repeat(np.arange(len(self.images)), self.counts)
+        counts = np.bincount(image[rows], minlength=len(self.images)).tolist()
+        return replace(self, counts=counts, predictions=self.predictions[rows])
+
 
 class PredictionLog:
     """The files of an evaluation in a folder that belongs to it. Opening it is collective.
@@ -59,7 +65,8 @@ class PredictionLog:
     `done` are the images that the folder holds under the same fingerprint, in every process. A line
     that an interruption cut is dropped; its images are evaluated again. So are those of damaged
     lines, which a warning names. Files of another fingerprint are removed, and a warning says why.
-    The number of processes may differ from that of the interrupted run.
+    The number of processes may differ from that of the interrupted run. `notes` is a folder in it
+    for what processes tell each other, which doesn't outlive them.
 
     Args:
         folder: made where needed. Only the main process reads; each writes.
@@ -68,12 +75,14 @@ class PredictionLog:
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, str]) -> None:
         self.folder = Path(folder)
+        self.notes = self.folder / "notes"
         self._earlier: list[Path] = []
         self._warned: set[Path] = set()
         done, first, evidence = set(), 0, {**fingerprint, **FORM}
         if comm.is_main_process():
             if not self.folder.is_dir():
                 self.folder.unlink(missing_ok=True)
+            shutil.rmtree(self.notes, ignore_errors=True)
             self._earlier = self._matching_files(evidence)
             done = {image for line in self._lines() for image in line["images"]}
             names = (path.stem for path in self._files())
