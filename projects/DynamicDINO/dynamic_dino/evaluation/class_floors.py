@@ -2,8 +2,8 @@
 
 Fixed AP counts the 10,000 best detections of each class. As soon as so many better ones are there,
 one can be forgotten, and need not be written down either: of LVIS's val, with 153,000 detections a
-class, about a third is left. Detections with the score of a floor stay: which of equal ones counts is
-decided by their images, at the end.
+class, about a third is left. Detections with the score of a floor stay: which of equal ones counts
+is decided by their images, at the end.
 """
 
 from __future__ import annotations
