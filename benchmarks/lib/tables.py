@@ -180,6 +180,46 @@ def sparse_gating(report: dict) -> str:
     return text + table(head, lines)
 
 
+def scenes(report: dict) -> str:
+    """By layer, means over runs; what all routes tell, run by run."""
+    runs = list(report["runs"].values())
+
+    def information(what: str, layers: list[dict], key: str = "information") -> str:
+        return f"{sum(layer[what][key] for layer in layers) / len(layers):.3f}"
+
+    def percent(values: list[float]) -> str:
+        return ", ".join(f"{100 * value:.0f}" for value in values)
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    rows = []
+    for i, first in enumerate(runs[0]["trained"]["layers"]):
+        trained, start = ([run[key]["layers"][i] for run in runs] for key in ("trained", "start"))
+        drawn = [found["layers"][i] for run in runs for found in run["drawn"]]
+        row = [first["layer"]]
+        for what in ("routes", "experts"):
+            row += [information(what, trained), information(what, start), information(what, drawn)]
+            row.append(information(what, trained, "by_chance"))
+        row.append(percent([layer["routes"]["above_random"] for layer in trained]))
+        rows.append(row)
+    told = {key: [run[key]["told_apart"] for run in runs] for key in ("trained", "start")}
+    random = [value for run in runs for value in run["random"]["told_apart"]]
+    chance = [run["trained"]["told_apart_by_chance"] for run in runs]
+    text = (
+        f"{len(report['settings']['sets'])} sets, {report['images']} images of each, all asked for "
+        "the same names. Normalised mutual information of set and route, and of set and expert, "
+        f"means over {len(runs)} runs. The routes of all layers tell the set of "
+        f"{percent(told['trained'])} % of the images; before training, of "
+        f"{percent(told['start'])} %; those of random scene routers of {percent([mean(random)])} % "
+        f"on the average, by chance {percent([mean(chance)])} %; the features that scene routers "
+        f"see, of {percent([mean([run['told_by_features'] for run in runs])])} %.\n\n"
+    )
+    kinds = ["trained", "as it started", "drawn anew", "chance"]
+    head = ["layer", *(f"{what}, {kind}" for what in ("route", "expert") for kind in kinds)]
+    return text + table([*head, "route, above how many random ones, %"], rows)
+
+
 def _mean(found: Estimate, sign: str = "") -> str:
     margin = "" if math.isnan(found.margin) else f" ± {found.margin:.1f}"
     return f"{found.mean:{sign}.1f}{margin}"
@@ -855,6 +895,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
         "sparse_gating",
         sparse_gating,
     ),
+    "scenes": ("HI-MoE: do routes and experts know the scene?", "scenes", scenes),
     "compress": ("x16-Top2 on glyphs with fewer copies, percent", "compress", compress),
     "fps": ("Images per second of the whole model", "fps", fps),
     "width_nano": ("The same of nano, and an FFN as wide as all experts", "width_nano", fps),
