@@ -8,8 +8,9 @@ import language
 import pytest
 import torch
 from helpers.seeds import fresh_rng
-from language import ROWS, Classifier, Texts, evaluate, operations, train
+from language import FORCED, ROWS
 from lib import docstrings, tables
+from lib.routed_classifier import Row, Samples, batches, classifier, evaluate, operations, train
 from torch import nn
 from transformers import BertConfig, BertModel
 
@@ -21,13 +22,6 @@ def bert():
     torch.manual_seed(int(fresh_rng().integers(10**6)))
     sizes = dict(hidden_size=DIM, intermediate_size=HIDDEN, num_attention_heads=2, vocab_size=50)
     return BertModel(BertConfig(num_hidden_layers=3, **sizes), add_pooling_layer=False).eval()
-
-
-def classifier(bert, row, first=1):
-    torch.manual_seed(3)
-    head = nn.Linear(DIM, CLASSES)
-    encoder = runpy.run_path(str(language.EXAMPLE))["MoEBert"](copy.deepcopy(bert), row, first)
-    return Classifier(encoder, head)
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +42,14 @@ def test_all_rows_start_as_the_encoder_and_train_their_ffns_alone(bert, texts):
     data, ids = texts
     states, mask, labels = data.batch([0, 5, 7])
     whole = torch.stack([bert(ids[i][None]).last_hidden_state.mean(1)[0] for i in (0, 5, 7)])
-    options = argparse.Namespace(lr=1e-2, epochs=2, batch=16, points=2, period=2)
+    options = argparse.Namespace(lr=1e-2, points=2, period=2)
+    todo = list(batches(len(data.states), 2, 16, seed=0))
     for name, row in ROWS.items():
-        model = classifier(bert, row.router)
+        model = classifier(bert, row, CLASSES, first=1)
         logits, routings = model.eval()(states, mask)
         torch.testing.assert_close(logits, model.head(whole), rtol=1e-4, atol=1e-4)
         before = copy.deepcopy(model.state_dict())
-        found = train(model, row, data, data, options, seed=0)
+        found = train(model, row, data, todo, {"accuracy": data}, options, FORCED)
         changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
         assert changed and all(n.startswith(("encoder.ffns.", "head.")) for n in changed)
         assert [point["step"] for point in found["curve"]] == [3, 6]
@@ -75,14 +70,16 @@ def test_operations_are_those_of_the_tokens_that_are_there(bert, texts):
     tokens = sum(lengths)
     attention = 4 * tokens * DIM**2 + 2 * DIM * sum(n * n for n in lengths)
     for name, k in (("dense", 1), ("top1", 1), ("top4", 4)):
-        model = classifier(bert, ROWS[name].router)
+        model = classifier(bert, ROWS[name], CLASSES, first=1)
         routings = model(states, mask)[1]
         router = 3 * tokens * DIM * language.EXPERTS * (name != "dense")
         ffn = 3 * k * tokens * 2 * DIM * HIDDEN
         want = attention + 2 * attention + 2 * (ffn + router)  # two layers
         assert operations(model, mask, routings) == want
-    model = classifier(bert, None)
-    assert 0 <= evaluate(model, Texts(data.states, data.labels))[0] <= 100
+    wide = operations(classifier(bert, Row("", None, copies=3), CLASSES, first=1), mask, [])
+    assert wide == 3 * attention + 2 * 3 * 3 * tokens * 2 * DIM * HIDDEN
+    model = classifier(bert, ROWS["dense"], CLASSES, first=1)
+    assert 0 <= evaluate(model, Samples(data.states, data.labels))[0] <= 100
 
 
 def test_no_file_has_texts_for_training_and_for_the_test(tmp_path, monkeypatch):
