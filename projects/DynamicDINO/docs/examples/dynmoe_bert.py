@@ -3,7 +3,7 @@
 DynMoE (arXiv 2405.14297) tunes BERT this way on GLUE. Its experts are parts of the FFN, found by
 clustering (MoEfication); ours are whole copies, so that the encoder starts as it was. An example,
 not a part of the package: nothing in the detectors needs it. tests/moe/test_bert.py trains it, and
-benchmarks/language.py compares routers on a task.
+benchmarks/language.py and domains.py compare routers on a task of texts and one of objects.
 """
 
 from __future__ import annotations
