@@ -15,6 +15,8 @@ from pathlib import Path
 from dynamic_dino.config import variants
 
 VARIANTS = variants(Path(__file__).parents[2] / "configs")
+EXPERTS_ALONE = "'*.ffn.experts.*'"
+FUSION, HEADS = "'enhancer.layers.*.fusion.*'", "'*.class_head.*','*.box_head.*'"
 FFN = "model.decoder.layer.ffn"
 STD = f"{FFN}.router.std"
 ALL_TRAINS = "train.trainable=null"
@@ -186,6 +188,18 @@ def glyph_rows() -> dict[str, Row]:
     control = rows["control"]
     rows["wide"] = changed(control, *widened(512), title="dense, as many parameters (512 units)")
     rows["parts"] = changed(rows["parts"], f"{STD}=1.0")
+    rows["wide_1024"] = changed(
+        control, *widened(1024), title="dense, as many parameters as 16 whole copies (1024 units)"
+    )
+    instance = rows["himoe_instance"]
+    rows["instance_stays"] = changed(
+        instance,
+        f"train.trainable=[{EXPERTS_ALONE},{FUSION},{HEADS}]",
+        title="... whose router stays as it was drawn",
+    )
+    rows["instance_top1"] = changed(
+        instance, f"{FFN}.router.top_k=1", title="HI-MoE, instance only, K = 1"
+    )
     rows["longer"] = changed(control, "train.max_iter=1200", title="dense, three times as long")
     for name in ROUTED:
         title = f"{rows[name].title}, std 0.02"
@@ -348,12 +362,15 @@ SWEEPS = {
                 "control",
                 "himoe_scene",
                 "himoe_instance",
+                "instance_stays",
+                "instance_top1",
                 "himoe_x16",
                 "himoe_top1",
                 "himoe_top4",
                 "himoe_x4",
                 "himoe_x8",
                 "wide",
+                "wide_1024",
             ),
             NOTES.get("glyphs_himoe", ""),
         ),
@@ -362,7 +379,7 @@ SWEEPS = {
             "DynMoE against fixed numbers of experts",
             "glyphs",
             "control",
-            ("control", "dynmoe", "dynmoe_fixed", "himoe_top1", "himoe_instance", "wide"),
+            ("control", "dynmoe", "dynmoe_fixed", "instance_top1", "himoe_instance", "wide"),
             NOTES.get("glyphs_dynmoe", ""),
         ),
         Sweep(
