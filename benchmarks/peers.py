@@ -37,8 +37,16 @@ from dynamic_dino.modeling.prompt import Prompt
 from dynamic_dino.serving.deploy import optimize_for_inference
 from dynamic_dino.sources import resolve_model
 from lib.detectors import NAMES, RECIPE, build, dense_of, load_model_config, samples
-from lib.interleaved import interleave, quartiles, timed
-from lib.options import add_machine, add_output, new_parser, place_output, use_threads
+from lib.interleaved import CLOCKS, interleave, quartiles, timed
+from lib.options import (
+    add_clock,
+    add_machine,
+    add_output,
+    check_clock,
+    new_parser,
+    place_output,
+    use_threads,
+)
 from lib.peer_models import CLIP_FEATURES, SWIN_BASE, SWIN_TINY, TOKENIZER
 from lib.provenance import machine_name, provenance, settings, write_json
 from torch import nn
@@ -164,7 +172,7 @@ def pixels(size: tuple[int, int]) -> torch.Tensor:
 
 
 def prepare(
-    candidate: Candidate, device: str, dtype: torch.dtype
+    candidate: Candidate, device: str, dtype: torch.dtype, clock: str = "wall"
 ) -> dict[str, Callable[[], float]]:
     """Warmed up functions that run one forward and return its seconds, by "encoded" or "cached".
 
@@ -182,7 +190,7 @@ def prepare(
             candidate.model(**inputs)
 
     def cached() -> float:
-        return timed(forward, device)
+        return timed(forward, device, CLOCKS[clock])
 
     def encoded() -> float:
         candidate.forget()
@@ -200,7 +208,7 @@ def measure(options: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
     for name in options.models:
         try:
             candidate = MODELS[name](size, options.device)
-            prepared = prepare(candidate, options.device, dtype)
+            prepared = prepare(candidate, options.device, dtype, options.clock)
         except Exception as error:
             if name in OURS:
                 raise
@@ -241,11 +249,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--size", type=int, nargs="+", default=[640], help="side, or height width")
     parser.add_argument("--repeats", type=int, help="default: 50 on CUDA, 3 on a CPU")
+    add_clock(parser)
     add_output(parser)
     options = parser.parse_args(arguments)
     options.repeats = options.repeats or (50 if options.device == "cuda" else 3)
     if options.repeats < 2:
         parser.error("--repeats: quartiles need two at least")
+    check_clock(parser, options)
     if len(options.size) > 2:
         parser.error("--size: one side, or height and width")
     options.size = [options.size[0], options.size[-1]]

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import time
 from collections.abc import Callable
 
 import torch
@@ -47,13 +46,20 @@ from lib.detectors import (
     training_batch,
     use_backend,
 )
-from lib.interleaved import interleave, quartiles, timed
-from lib.options import add_machine, add_output, new_parser, place_output, use_threads
+from lib.interleaved import CLOCKS, interleave, quartiles, timed
+from lib.options import (
+    add_clock,
+    add_machine,
+    add_output,
+    check_clock,
+    new_parser,
+    place_output,
+    use_threads,
+)
 from lib.provenance import machine_name, provenance, settings, write_json
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 PRE_TRAINING, DENSE_CONTROL = "pre-training", "dense control"
 # What a CPU or a GPU is given unless the command line says otherwise.
 DEFAULTS = {
@@ -209,12 +215,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--boxes", type=int, default=8, help="in an image")
     parser.add_argument("--backends", nargs="+", choices=("sequential", "grouped", "triton"))
     parser.add_argument("--repeats", type=int, help=default("repeats"))
-    parser.add_argument(
-        "--clock",
-        choices=tuple(CLOCKS),
-        default="wall",
-        help="process: CPU time of all threads, where others use the machine (default: wall)",
-    )
+    add_clock(parser)
     add_output(parser)
     parser.add_argument("overrides", nargs="*", help="key=value, for the recipe")
     options = parser.parse_intermixed_args(arguments)
@@ -223,8 +224,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             setattr(options, key, value)
     if options.repeats < 2:
         parser.error("--repeats: quartiles need two at least")
-    if options.device == "cuda" and options.clock != "wall":
-        parser.error("--clock process: a GPU's time isn't the process's")
+    check_clock(parser, options)
     if not 1 <= options.names <= len(COCO_NAMES):
         parser.error(f"--names: 1 to {len(COCO_NAMES)}")
     triton = ["triton"] if options.device == "cuda" else []

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 Name = TypeVar("Name")
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
 def timed(

@@ -1,4 +1,4 @@
-"""Command-line options that the benchmarks share: the machine, and where results go."""
+"""Command-line options that the benchmarks share: the machine, the clock, where results go."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lib.interleaved import CLOCKS
 from lib.provenance import results_folder
 
 
@@ -27,6 +28,21 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 def use_threads(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """--clock, one of `CLOCKS`."""
+    parser.add_argument(
+        "--clock",
+        choices=tuple(CLOCKS),
+        default="wall",
+        help="process: CPU time of all threads, where others use the machine (default: wall)",
+    )
+
+
+def check_clock(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.device == "cuda" and options.clock != "wall":
+        parser.error("--clock process: a GPU's time isn't the process's")
 
 
 def add_output(parser: argparse.ArgumentParser, plot: bool = False) -> None:

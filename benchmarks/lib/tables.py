@@ -583,9 +583,13 @@ def peers(report: dict) -> str:
         ]
         for row in report["rows"]
     ]
-    height, width = report["settings"]["size"]
-    title = f"{height} x {width}, {report['settings']['dtype']}, ten names.\n\n"
-    return title + table(["model", "parameters", "text", "FPS", "time / edge-x16, encoded"], rows)
+    asked = report["settings"]
+    height, width = asked["size"]
+    title = f"{height} x {width}, {asked['dtype']}, ten names, {asked['threads']} thread(s)"
+    if asked.get("clock") == "process":
+        title += "; times are the processor's, so that nothing else that ran there is in them"
+    head = ["model", "parameters", "text", "FPS", "time / edge-x16, encoded"]
+    return f"{title}.\n\n" + table(head, rows)
 
 
 def public_weights(report: dict) -> str:

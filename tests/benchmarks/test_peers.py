@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import json
 import sys
 
@@ -129,6 +130,17 @@ def test_each_name_gets_a_score_of_its_own(small, name):
     names, places = 10, (8 * 12) + (4 * 6) + (2 * 3)
     assert found.shape == (1, 4 + names, places)
     assert 0 < found[0, 4:].min() <= found[0, 4:].max() < 1
+
+
+def test_times_are_those_of_the_clock_that_was_asked_for(small, tmp_path, monkeypatch):
+    ticks = itertools.count(step=3)  # seconds
+    monkeypatch.setitem(small.CLOCKS, "process", lambda: next(ticks))
+    arguments = ["--size", "64", "--models", "edge-x16", "--clock", "process"]
+    report = measured(small, tmp_path / "peers.json", *arguments)
+    assert [row["median_ms"] for row in report["rows"]] == [3000, 3000]
+    assert report["settings"]["clock"] == "process"
+    with pytest.raises(SystemExit):
+        small.main(["--device", "cuda", "--clock", "process"])
 
 
 def test_ours_may_not_fail(small, tmp_path, monkeypatch):
