@@ -2,8 +2,8 @@
 """Does HI-MoE's scene router send different scenes to different experts, more than one that has
 learnt nothing does?
 
-    python benchmarks/scenes.py output/himoe/nano_x16_photos --save
-    python benchmarks/scenes.py RUN RUN RUN --sets photos_coco_val photos_groceries_val mine:val
+    python benchmarks/scenes.py configs/himoe/nano_x16_photos.py output/himoe/nano_x16_photos --save
+    python benchmarks/scenes.py RECIPE RUN RUN --sets photos_coco_val photos_groceries_val mine:val
 
 A scene is a data set: street, shelf, tarmac. As many images of each are asked for the same names,
 since the text is mixed into what the scene router sees. For every MoE layer of the decoder: which
@@ -27,7 +27,7 @@ import torch
 from dynamic_dino.analysis.images import loader_of
 from dynamic_dino.analysis.layers import moe_layers
 from dynamic_dino.checkpoint.weights import load_checkpoint
-from dynamic_dino.config import build
+from dynamic_dino.config import build, load_config
 from dynamic_dino.data.datasets import get_metadata, load_datasets
 from dynamic_dino.engine.trainer import seed_everything
 from dynamic_dino.modeling.detector import OpenVocabularyDetector
@@ -95,8 +95,12 @@ def drawn_anew(routers: Iterable[HierarchicalRouter], generator: torch.Generator
     ]
 
 
-def weights_at_the_start(cfg: DictConfig) -> list[Tensor]:
-    """Those of the scene routers before the first iteration of a run with this configuration."""
+def weights_at_the_start(recipe: str, run: DictConfig) -> list[Tensor]:
+    """Those of the scene routers before the first iteration of a run of this recipe, of which the
+    run's own config.yaml is no substitute: modules are built, and their weights drawn, in the order
+    of the recipe, and config.yaml is in that of the alphabet."""
+    names = ("seed", "init_checkpoint")
+    cfg = load_config(recipe, [f"train.{name}={run.train[name]}" for name in names])
     seed_everything(cfg.train.seed)
     model = build(cfg.model, "model")
     load_checkpoint(model, cfg.train.init_checkpoint, cfg.train.init_except)
@@ -242,6 +246,8 @@ def study(
         routes["above_random"] = place_among(routes["information"], random["information"])
         same = found[0].routes[:, i, 0] == found[1].routes[:, i, 0]
         routes["as_at_the_start"] = float(same.mean())
+        cosine = torch.cosine_similarity(own[i].flatten(), start[i].flatten().to(own[i]), 0)
+        routes["weights_and_start"] = float(cosine)
     trained["told_apart_above_random"] = place_among(trained["told_apart"], random["told_apart"])
     return {
         "trained": trained,
@@ -322,9 +328,10 @@ def summary(name: str, run: dict) -> str:
         rows.append(
             f"  {row['layer']}: route {routes['information']:.3f} (at the start "
             f"{before['routes']['information']:.3f}, chance {routes['by_chance']:.3f}, above "
-            f"{routes['above_random']:.0%} of random routers, {routes['as_at_the_start']:.0%} of "
-            f"images as at the start), expert {experts['information']:.3f} (at the start "
-            f"{before['experts']['information']:.3f}, chance {experts['by_chance']:.3f})"
+            f"{routes['above_random']:.0%} of random routers), expert {experts['information']:.3f} "
+            f"(at the start {before['experts']['information']:.3f}, chance "
+            f"{experts['by_chance']:.3f}); as at the start: {routes['as_at_the_start']:.0%} of the "
+            f"routes, weights' cosine {routes['weights_and_start']:.2f}"
         )
     rows.append(
         f"  told apart by all routes {run['trained']['told_apart']:.0%}; at the start "
@@ -340,8 +347,8 @@ def summary(name: str, run: dict) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
-    parser.add_argument("runs", nargs="+", help="folders of runs, or a recipe and --weights")
-    parser.add_argument("--weights", metavar="FILE", help="of the recipe")
+    parser.add_argument("recipe", help="what the runs are runs of")
+    parser.add_argument("runs", nargs="+", metavar="run", help="their folders")
     parser.add_argument("--sets", nargs="+", default=[*SETS], metavar="SET", help="the scenes")
     parser.add_argument("--images", type=int, default=90, help="at most, of each set (%(default)s)")
     parser.add_argument("--names", metavar="SET", help="whose names are asked for: the first set's")
@@ -379,13 +386,14 @@ def run_all(options: argparse.Namespace) -> int:
     report = provenance(PACKAGES, options.device) | {"settings": settings(options)}
     report |= {"images": images, "runs": {}}
     for run in options.runs:
-        model, cfg = load_model(run, options.weights, options.device)
+        model, cfg = load_model(run, device=options.device)
         scene_routers(model)  # one that has none is refused now
         loaders = (
             loader_of(cfg, name, "all", images, options.batch_size)() for name in options.sets
         )
         batches = [batch for loader in loaders for batch in loader]
-        found = study(model, weights_at_the_start(cfg), options, batches, prompt)
+        start = weights_at_the_start(options.recipe, cfg)
+        found = study(model, start, options, batches, prompt)
         report["runs"][run] = found
         print(summary(run, found), flush=True)
         if options.json:

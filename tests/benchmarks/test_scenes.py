@@ -1,6 +1,5 @@
 """Whether routes tell scenes apart: known information, chance, and what the script measures."""
 
-import copy
 import json
 
 import numpy as np
@@ -9,13 +8,14 @@ import scenes
 import torch
 from detectron2.config import instantiate
 from dynamic_dino.analysis.images import loader_of
-from dynamic_dino.checkpoint.weights import load_checkpoint
 from dynamic_dino.config import load_config
 from dynamic_dino.data.datasets import register_builtin
 from dynamic_dino.data.synthetic.drawn import NAMES, write_drawn_dataset
-from dynamic_dino.engine.trainer import seed_everything
+from dynamic_dino.engine.setup import setup
+from dynamic_dino.engine.train import do_train
 from dynamic_dino.files import configs_folder
 from dynamic_dino.modeling.prompt import Prompt
+from dynamic_dino.serving.inference import load_model
 from helpers.seeds import fresh_rng
 from lib import tables
 from lib.scene_statistics import (
@@ -198,14 +198,14 @@ def test_random_routers_tell_features_apart_as_far_as_these_are(rng):
 
 def test_the_script(himoe, monkeypatch, tmp_path, capsys):
     model, cfg = himoe
-    monkeypatch.setattr(scenes, "load_model", lambda *_: himoe)
+    monkeypatch.setattr(scenes, "load_model", lambda *_, **__: himoe)
     start = [torch.zeros_like(r.scene_weight) for r in scenes.scene_routers(model).values()]
-    monkeypatch.setattr(scenes, "weights_at_the_start", lambda _: start)
+    monkeypatch.setattr(scenes, "weights_at_the_start", lambda *_: start)
     file, picture = tmp_path / "found.json", tmp_path / "new/found.png"
     small = ["--draws", "1", "--random", "5", "--permutations", "3", "--device", "cpu"]
     out = ["--json", str(file), "--plot", str(picture)]
     sets = ["--sets", "drawn_val", "drawn_train"]
-    assert scenes.main(["one", "two", *sets, *small, *out]) == 0
+    assert scenes.main(["recipe", "one", "two", *sets, *small, *out]) == 0
     report = json.loads(file.read_text())
     assert report["images"] == 4 and set(report["runs"]) == {"one", "two"}
     run = report["runs"]["two"]
@@ -221,36 +221,48 @@ def test_the_script(himoe, monkeypatch, tmp_path, capsys):
     assert "| decoder 0 |" in tables.scenes(report)
 
 
+@pytest.mark.slow
 def test_the_start_of_a_run_is_drawn_as_its_training_drew_it(himoe, tmp_path):
-    model, cfg = himoe
-    cfg = copy.deepcopy(cfg)
-    cfg.train.seed = int(fresh_rng().integers(10**6))
-    dense = instantiate(load_config(configs_folder() / "pretrain/nano_drawn.py", SIZES).model)
+    """A run that learns nothing, at a rate of 0, has the weights it started from."""
+    recipe = configs_folder() / "himoe/nano_x16_drawn.py"
+    dense = instantiate(load_config(configs_folder() / "pretrain/nano_drawn.py").model)
     torch.save({"model": dense.state_dict()}, tmp_path / "dense.pth")
-    cfg.train.init_checkpoint = str(tmp_path / "dense.pth")
-    first, again = scenes.weights_at_the_start(cfg), scenes.weights_at_the_start(cfg)
-    assert len(first) == len(model.decoder.layers)
-    for a, b in zip(first, again, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-        assert a.std() == pytest.approx(0.02, rel=0.15)
-    seed_everything(cfg.train.seed)  # as do_train does
-    built = instantiate(cfg.model)
-    load_checkpoint(built, cfg.train.init_checkpoint)
-    for a, router in zip(first, scenes.scene_routers(built).values(), strict=True):
-        torch.testing.assert_close(a, router.scene_weight.data, rtol=0, atol=0)
-    cfg.train.seed += 1
-    assert not torch.equal(scenes.weights_at_the_start(cfg)[0], first[0])
+    overrides = (
+        f"train.seed={fresh_rng().integers(10**6)}",
+        f"train.init_checkpoint={tmp_path / 'dense.pth'}",
+        f"train.output_dir={tmp_path / 'run'}",
+        "train.device=cpu",
+        "train.max_iter=1",
+        "optimizer.lr=0",
+        "dataloader.train.dataset.names=drawn_train",
+        "dataloader.train.total_batch_size=1",
+        "dataloader.train.num_workers=0",
+        "dataloader.test={}",
+        "dataloader.evaluator={}",
+    )
+    cfg = load_config(recipe, overrides)
+    setup(cfg)
+    trained = scenes.scene_routers(do_train(cfg)).values()
+    _, run = load_model(tmp_path / "run")
+    start = scenes.weights_at_the_start(recipe, run)
+    assert len(start) == len(trained)
+    for weight, router in zip(start, trained, strict=True):
+        torch.testing.assert_close(weight, router.scene_weight.data, rtol=0, atol=0)
+    other = scenes.weights_at_the_start(
+        recipe, load_config(recipe, [*overrides, "train.seed=1000001"])
+    )
+    assert not torch.equal(other[0], start[0])
 
 
 def test_a_detector_without_scene_routers_is_refused(root, monkeypatch, capsys):
     model = tiny("model.decoder.layer.ffn.router.variant=instance")
-    monkeypatch.setattr(scenes, "load_model", lambda *_: model)
+    monkeypatch.setattr(scenes, "load_model", lambda *_, **__: model)
     sets = ["--sets", "drawn_val", "drawn_train", "--device", "cpu"]
-    assert scenes.main(["run", *sets]) == 2
+    assert scenes.main(["recipe", "run", *sets]) == 2
     assert "name a run of a recipe of HI-MoE" in capsys.readouterr().err
-    assert scenes.main(["run", "--sets", "drawn_val", "nowhere", "--device", "cpu"]) == 2
+    assert scenes.main(["recipe", "run", "--sets", "drawn_val", "nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
     for wrong, told in ((["--sets", "drawn_val"], "two or more"), (["--images", "0"], "1 or more")):
         with pytest.raises(SystemExit):
-            scenes.main(["run", *sets, *wrong])
+            scenes.main(["recipe", "run", *sets, *wrong])
         assert told in capsys.readouterr().err
