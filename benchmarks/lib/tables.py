@@ -807,6 +807,19 @@ def lvis_evaluation(report: dict) -> str:
     return text + table(head, rows)
 
 
+def shared_photos(report: dict) -> str:
+    rows = []
+    for row in report["rows"]:
+        times = [
+            "{median_ms:,.0f} ({low_ms:,.0f}-{high_ms:,.0f})".format(**row[way])
+            for way in ("each", "once")
+        ]
+        rows.append([row["model"], *times, f"{row['speedup']:.2f}"])
+    head = ["", "a photo for each, CPU ms", "one for all, CPU ms", "speed-up"]
+    count = report["settings"]["sentences"]
+    return f"{count} sentences, one thread.\n\n" + table(head, rows)
+
+
 def full_size_run(report: dict) -> str:
     def largest(found: dict, who: str, what: str) -> str:
         return f"{max(each[what] for each in found[who]) / 1e6:,.0f}"
@@ -977,6 +990,11 @@ TABLES: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "expert_analysis": ("What the experts of nano x16 do", "expert_analysis", expert_analysis),
     "record_memory": ("Memory of the training records", "record_memory", record_memory),
     "lvis_evaluation": ("The log of an LVIS evaluation", "lvis_evaluation", lvis_evaluation),
+    "shared_photos": (
+        "Referring expressions that share a photo's features",
+        "shared_photos",
+        shared_photos,
+    ),
     "full_size_run": ("A run on 1.56 million records", "full_size_run", full_size_run),
     "video": ("A video of known objects, tracked by predict.py, percent", "video", video),
     "serve_load": ("The server under load", "serve_load", serve_load),
