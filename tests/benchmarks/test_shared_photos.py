@@ -12,9 +12,11 @@ from lib.detectors import build, load_model_config
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setitem(shared_photos.MODELS, "nano", (shared_photos.MODELS["nano"][0], 64))
+    monkeypatch.setitem(shared_photos.MODELS, "nano", (shared_photos.MODELS["nano"][0], 192))
     monkeypatch.setattr(
-        shared_photos, "load_model_config", lambda path: load_model_config(path, SMALL_NANO)
+        shared_photos,
+        "load_model_config",
+        lambda path, overrides: load_model_config(path, [*overrides, *SMALL_NANO]),
     )
 
 
@@ -30,7 +32,7 @@ def test_a_ratio_for_each_model(tmp_path, small):
 def test_only_the_photos_are_shared(small, monkeypatch):
     """As many sentences are new in either case; the backbone sees one photo, or three."""
     asked, looked = shared_photos.Expressions(64, 3), []
-    detector = build(shared_photos.load_model_config(shared_photos.MODELS["nano"][0]))
+    detector = build(load_model_config(shared_photos.MODELS["nano"][0], SMALL_NANO))
     extract = detector.extract_features
     monkeypatch.setattr(
         detector, "extract_features", lambda images: looked.append(len(images)) or extract(images)
