@@ -24,7 +24,7 @@ Rows: the dense FFN, a dense one of eight times the width, which starts as the s
 x32-Top4); DynMoE: each token takes as many as exceed their thresholds, 6 of at most 8 experts at
 the start, which come and go at each step, as in the paper; and HI-MoE's flat router, 2 of 8. Seeds
 draw the base, its order, the fifth and the routers. Seeds that are done are kept, and left out
-another time; a seed takes about four minutes of a core, the features once two minutes.
+another time; a seed takes about three minutes of a core, the features once two minutes.
 """
 
 from __future__ import annotations
@@ -219,13 +219,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=128, help="of a crop, pixels")
     parser.add_argument("--most", type=int, default=60, help="objects of a class of a domain")
     parser.add_argument("--others", type=int, default=10, help="of another name, for the base")
-    parser.add_argument("--base-steps", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--base-steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--base-lr", type=float, default=1e-3)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--period", type=int, default=1, help="steps until experts come and go")
-    parser.add_argument("--points", type=int, default=4, help="of a curve")
+    parser.add_argument("--points", type=int, default=3, help="of a curve")
     parser.add_argument("--work", type=Path, default=Path("output/domains"), help="for features")
     add_output(parser, plot=True)
     options = parser.parse_args(arguments)
