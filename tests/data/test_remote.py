@@ -2,8 +2,6 @@
 
 import json
 import logging
-import socket
-import threading
 import time
 from pathlib import Path
 
@@ -16,53 +14,9 @@ from dynamic_dino.data import TestMapper, load_datasets
 from dynamic_dino.data.__main__ import main
 from dynamic_dino.data.datasets import locate_dataset
 from dynamic_dino.sources import resolve
+from helpers import miniatures
 from helpers.seeds import fresh_rng
 from PIL import Image
-
-
-@pytest.fixture(scope="module")
-def server():
-    """An S3 server on this machine; ``faults`` is a list of what becomes of its next answers."""
-    from moto.server import DomainDispatcherApplication, create_backend_app
-    from werkzeug.serving import make_server
-
-    app, faults, asked = DomainDispatcherApplication(create_backend_app), [], []
-
-    def faulty(environ, start_response):
-        asked.append(environ["REQUEST_METHOD"])
-        if faults and environ["REQUEST_METHOD"] in ("GET", "HEAD"):
-            fault = faults.pop(0)
-            if fault == "reset":
-                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
-                raise ConnectionAbortedError("a fault on purpose")
-            start_response(fault, [("Content-Length", "0")])
-            return []
-        return app(environ, start_response)
-
-    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
-    http = make_server("127.0.0.1", 0, faulty, threaded=True)
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    http.faults, http.asked = faults, asked
-    yield http
-    http.shutdown()
-    thread.join()
-    http.server_close()
-
-
-@pytest.fixture
-def bucket(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv(remote.CACHE, str(tmp_path / "cache"))
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    s3 = fsspec.filesystem("s3", skip_instance_cache=True)
-    if not s3.exists("bucket"):
-        s3.mkdir("bucket")
-    server.faults.clear()
-    return s3
 
 
 @pytest.fixture
@@ -153,6 +107,18 @@ def test_same_samples_from_s3_and_shards_through_faults(
         locate_dataset("s3://bucket/plain")
 
 
+def test_list_says_what_is_there(bucket, tmp_path, rng, monkeypatch, capsys):
+    miniatures.write_v3det(tmp_path / "datasets", rng)
+    bucket.put(str(tmp_path / "datasets"), "bucket/datasets", recursive=True)
+    monkeypatch.setenv("DETECTRON2_DATASETS", "s3://bucket/datasets")
+    assert main(["list"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.startswith("in s3://bucket/datasets ")
+    found = {line.split()[1] for line in lines if line.startswith("found")}
+    assert found == {"v3det_train"}
+    assert "not found  gqa_train" in "\n".join(lines)
+
+
 def test_a_server_that_stays_down_is_one_error(monkeypatch, tmp_path):
     monkeypatch.setenv(remote.CACHE, str(tmp_path))
     clock = [0.0]
@@ -170,9 +136,51 @@ def test_a_server_that_stays_down_is_one_error(monkeypatch, tmp_path):
     def forbidden(fs, path):
         raise PermissionError("no")
 
-    with pytest.raises(remote.RemoteError, match="may read it"):
+    with pytest.raises(remote.RemoteError, match="may be read from this machine"):
         remote._persistently("memory://a/b", forbidden)
     assert clock[0] == 0
+
+
+@pytest.mark.parametrize("takes", [0.01, 9.0])  # 9 s: botocore, where a port is closed
+def test_what_lasts_is_said_once(takes, monkeypatch, caplog):
+    clock = [0.0]
+    monkeypatch.setattr(logging.getLogger("dynamic_dino"), "propagate", True)
+    monkeypatch.setattr(remote.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(remote.time, "sleep", lambda s: clock.__setitem__(0, clock[0] + s))
+
+    def down_until(back):
+        def read(fs, path):
+            if clock[0] < back:
+                clock[0] += takes
+                raise ConnectionError("refused")
+            return b"content"
+
+        return read
+
+    assert remote._persistently("memory://a/b", down_until(clock[0] + 0.5)) == b"content"
+    assert takes > 1 or not caplog.text, "it was over in a moment"
+    caplog.clear()
+    assert remote._persistently("memory://a/b", down_until(clock[0] + 30)) == b"content"
+    assert caplog.text.count("memory://a/b can't be read") == 1 and "waiting for it" in caplog.text
+
+
+def test_a_fault_is_no_answer(tmp_path, monkeypatch):
+    """What can't be reached isn't said to be absent."""
+    memory, faults = fsspec.filesystem("memory"), [ConnectionError("refused")] * 3
+    memory.pipe(f"/{tmp_path.name}/there", b"content")
+    info = type(memory).info
+
+    def faulty(self, path, **options):
+        if faults:
+            raise faults.pop()
+        return info(self, path, **options)
+
+    monkeypatch.setattr(remote, "_FIRST", 0.01)
+    monkeypatch.setattr(type(memory), "info", faulty)
+    assert remote.exists(f"memory://{tmp_path.name}/there") and not faults
+    faults += [ConnectionError("refused")] * 3
+    assert not remote.exists(f"memory://{tmp_path.name}/absent") and not faults
+    assert not remote.exists(f"memory://{tmp_path.name}")
 
 
 def test_cache_keeps_to_its_limit_and_what_was_read_last(monkeypatch, tmp_path):

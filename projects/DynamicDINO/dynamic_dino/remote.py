@@ -1,12 +1,13 @@
-"""Files at addresses (``s3://``, ``gs://``, ``hf://``, ``https://``), read by fsspec: faults of the
-network and the server are waited out, and what was read is kept in a cache of limited size.
+"""Files at addresses (``s3://``, ``gs://``, ``hf://``, ``https://``), read and written by fsspec:
+faults of the network and the server are waited out, and what was read is kept in a cache of limited
+size.
 
 Nothing here is met by a local path: whoever reads files looks at the disk first.
 
 DYNAMIC_DINO_CACHE        folder of the cache, by default ``~/.cache/dynamic_dino``
 DYNAMIC_DINO_CACHE_GB     how much of it remote files may take, by default 20; what hasn't been read
                           for longest goes first
-DYNAMIC_DINO_REMOTE_WAIT  for how many seconds a read is tried again, by default 300
+DYNAMIC_DINO_REMOTE_WAIT  for how many seconds what fails is tried again, by default 300
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +34,24 @@ _ADDRESS = re.compile(r"(s3|gs|gcs|hf|https?|memory):/+(?=[^/])")
 # What another attempt can't change. HTTP's 408 and 429 ask for one.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _FINAL += (ImportError, ValueError, TypeError, AttributeError, NotImplementedError)
+# Of what the protocols tell of a file; some keep another set in a listing than for one file.
+_MARKS = ("size", "ETag", "etag", "LastModified", "generation", "updated", "created", "last_commit")
 _FIRST, _LONGEST = 0.5, 15.0  # seconds between two attempts
+_LASTING = 2.0  # seconds after which a fault isn't over in a moment
 _written = 0.0  # bytes of small entries since the cache was last measured, by this process
 T = TypeVar("T")
 
 
 class RemoteError(OSError):
-    """A remote file can't be read for now; the message names its address and what to do."""
+    """A remote file can't be read or written; the message names its address and what to do."""
+
+
+class Version(NamedTuple):
+    """What tells whether the file at an address is still the same: `mark` is another one when it
+    has been written again."""
+
+    size: int
+    mark: str
 
 
 def address(given: str | Path) -> str | None:
@@ -52,12 +64,11 @@ def address(given: str | Path) -> str | None:
 
 
 def exists(url: str) -> bool:
-    """Whether a file is there. Raises as `read` does, but for a file that isn't."""
-    return _persistently(url, lambda fs, path: fs.isfile(path))
-
-
-def is_folder(url: str) -> bool:
-    return _persistently(url, lambda fs, path: fs.isdir(path))
+    """Whether a file is there. Raises `RemoteError`."""
+    try:
+        return not _persistently(url, _is_folder)
+    except FileNotFoundError:
+        return False
 
 
 def read(url: str, start: int = 0, size: int | None = None) -> bytes:
@@ -113,6 +124,52 @@ def fetch(url: str, beside: Sequence[str] = ()) -> Path:
     return entry / _file_name(url)
 
 
+def listing(url: str) -> dict[str, Version]:
+    """The files of a folder, by their paths in it; none where there is no such folder. Raises
+    `RemoteError`."""
+
+    def find(fs: Any, path: str) -> dict[str, Version]:
+        fs.invalidate_cache()
+        above = f"{path.rstrip('/')}/"
+        found = {
+            name.removeprefix(above): Version(
+                int(info.get("size") or 0), repr([info[key] for key in _MARKS if key in info])
+            )
+            for name, info in fs.find(path, detail=True).items()
+            if name.startswith(above)
+        }
+        # An object's name can be any text; these would lie elsewhere on a disk.
+        return {name: found[name] for name in found if {"", ".", ".."}.isdisjoint(name.split("/"))}
+
+    try:
+        return _persistently(url, find)
+    except FileNotFoundError:
+        return {}
+
+
+def download(url: str, path: Path) -> None:
+    """`path` becomes the file, or stays what it is. Raises as `read` does."""
+    _put(path, lambda partial: _persistently(url, lambda fs, p: fs.get_file(p, str(partial))))
+
+
+def upload(content: Path | bytes, url: str) -> None:
+    """Object storage has the file then, or what was there before. Raises as `read` does."""
+
+    def put(fs: Any, path: str) -> None:
+        if isinstance(content, bytes):
+            fs.pipe_file(path, content)
+        else:
+            fs.put_file(str(content), path)
+
+    _persistently(url, put, "written")
+
+
+def remove(url: str) -> None:
+    """Also where it is gone already. Raises `RemoteError`."""
+    with suppress(FileNotFoundError):
+        _persistently(url, lambda fs, path: fs.rm_file(path), "removed")
+
+
 def cache_root() -> Path:
     """Where records and remote files are kept."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -130,9 +187,10 @@ def _limit() -> float:
     return _number(LIMIT, 20) * 1e9
 
 
-def _persistently(url: str, do: Callable[[Any, str], T]) -> T:
-    """What ``do(file system, path)`` returns, tried again while the network is at fault."""
-    begun, delay, attempts = time.monotonic(), _FIRST, 0
+def _persistently(url: str, do: Callable[[Any, str], T], done: str = "read") -> T:
+    """What ``do(file system, path)`` returns, tried again while the network is at fault; `done`: to
+    the file, for messages."""
+    begun, delay, attempts, warned = time.monotonic(), _FIRST, 0, False
     while True:
         attempts += 1
         try:
@@ -144,16 +202,20 @@ def _persistently(url: str, do: Callable[[Any, str], T]) -> T:
                 raise FileNotFoundError(f"{url} does not exist: check the address") from error
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             if _is_final(error):
-                raise RemoteError(f"{url} can't be read ({reason}): {_remedy(error)}") from error
+                raise RemoteError(
+                    f"{url} can't be {done} ({reason}): {_remedy(error, done)}"
+                ) from error
             waited = time.monotonic() - begun
             if waited + delay > _number(WAIT, 300):
                 raise RemoteError(
-                    f"{url} can't be read ({reason}), tried {attempts} times in {waited:.0f} s: "
+                    f"{url} can't be {done} ({reason}), tried {attempts} times in {waited:.0f} s: "
                     "check the network and the server, and go on (training: with --resume); "
                     f"{WAIT} says for how many seconds it is tried"
                 ) from error
-            if attempts == 4:  # it isn't over in a moment
-                logger.warning("%s can't be read (%s): waiting for it", url, reason)
+            # An attempt is short or, where the protocol's library tries again itself, takes long.
+            if waited >= _LASTING and not warned:
+                warned = True
+                logger.warning("%s can't be %s (%s): waiting for it", url, done, reason)
         time.sleep(delay * random.uniform(0.5, 1))  # processes shouldn't come back all at once
         delay = min(2 * delay, _LONGEST)
 
@@ -165,19 +227,25 @@ def _is_final(error: Exception) -> bool:
     return isinstance(error, _FINAL) or "Credential" in type(error).__name__
 
 
-def _remedy(error: Exception) -> str:
+def _remedy(error: Exception, done: str) -> str:
     if isinstance(error, ImportError):
         return "pip install 'dynamic-dino[remote]' (gs:// needs 'dynamic-dino[gcs]')"
     return (
-        "check the address, and that this machine may read it (s3://: AWS_ACCESS_KEY_ID and "
-        "AWS_SECRET_ACCESS_KEY or a profile, AWS_ENDPOINT_URL for another server than Amazon's)"
+        f"check the address, and that it may be {done} from this machine (s3://: AWS_ACCESS_KEY_ID "
+        "and AWS_SECRET_ACCESS_KEY or a profile, AWS_ENDPOINT_URL for another server than Amazon's)"
     )
+
+
+def _is_folder(fs: Any, path: str) -> bool:
+    """Raises FileNotFoundError, and what a fault of the network is: fsspec's own `isfile` and
+    `isdir` take that for an answer."""
+    return fs.info(path)["type"] == "directory"
 
 
 def _state(fs: Any, path: str) -> str:
     """Tells whether a file or folder has changed."""
     fs.invalidate_cache()
-    if fs.isdir(path):
+    if _is_folder(fs, path):
         return repr([(file, fs.ukey(file)) for file in sorted(fs.find(path))])
     return str(fs.ukey(path))
 
@@ -185,7 +253,7 @@ def _state(fs: Any, path: str) -> str:
 def _copy(url: str, into: Path) -> None:
     into.mkdir(parents=True, exist_ok=True)
     target = str(into / _file_name(url))
-    _persistently(url, lambda fs, path: fs.get(path, target, recursive=fs.isdir(path)))
+    _persistently(url, lambda fs, path: fs.get(path, target, recursive=_is_folder(fs, path)))
 
 
 def _file_name(url: str) -> str:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from ..console import command, program
 from ..modeling.text import quiet_transformers
+from ..remote import address
 from .builtin import BUILTIN
 from .catalog import dataset_root
 from .check import MAX_TOKENS, TOKENIZER, check_dataset
 from .convert import convert_dataset, write_split
 from .formats.recognise import TITLES
-from .places import parts_named
+from .places import find_builtin, parts_named
 from .shards import SHARD_MB, write_shards
 from .show import draw_samples
 from .split import VAL
@@ -170,12 +171,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _list(args: argparse.Namespace) -> int:
     root = dataset_root()
-    print(f"in {root} (DETECTRON2_DATASETS)")
+    print(f"in {address(root) or root} (DETECTRON2_DATASETS)")
     for name, entry in BUILTIN.items():
         if name.startswith("odinw_") and not args.all:
             continue
-        file, _ = entry.locate(root)
-        state = "found    " if file.is_file() else "not found"
+        file, found = find_builtin(entry, root)
+        state = "found    " if found else "not found"
         print(f"{state}  {name:34}  {file.relative_to(root)}")
     return 0
 

@@ -128,16 +128,27 @@ def _locate_remote(
     return Place(name, file, Path(image_root or folder), kind, drawn=drawn)
 
 
+def find_builtin(entry: Builtin, root: Path) -> tuple[Path, bool]:
+    """The annotations of a built-in data set, and whether they are there, also at an address."""
+    file, _ = entry.locate(root)
+    if not address(root):
+        return file, file.is_file()
+    there = (root / name for name, _ in entry.files if exists(address(root / name) or ""))
+    file = next(there, None)
+    return file or root / entry.files[0][0], file is not None
+
+
 def _fetch_builtin(entry: Builtin, root: Path) -> tuple[Path, Path]:
     """`Builtin.locate` where the data sets are at an address."""
-    for file, images in entry.files:
-        url = address(root / file) or ""
-        if exists(url):
-            return fetch(url, [LABEL_MAP] if url.endswith(".jsonl") else []), root / images
-    raise FileNotFoundError(
-        f"{address(root / entry.files[0][0])} does not exist: {entry.remedy} (data sets are looked "
-        "for under DETECTRON2_DATASETS)"
-    )
+    file, found = find_builtin(entry, root)
+    url = address(file) or ""
+    if not found:
+        raise FileNotFoundError(
+            f"{url} does not exist: {entry.remedy} (data sets are looked for under "
+            "DETECTRON2_DATASETS)"
+        )
+    images = next(images for name, images in entry.files if root / name == file)
+    return fetch(url, [LABEL_MAP] if url.endswith(".jsonl") else []), root / images
 
 
 def parts_named(name: str) -> list[str]:

@@ -1,0 +1,1 @@
+from helpers.s3 import bucket, server  # noqa: F401
