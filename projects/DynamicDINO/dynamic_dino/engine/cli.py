@@ -9,6 +9,7 @@ from ..config import ConfigError, load_config, variants_table
 from ..console import command
 from ..data.workers import WorkerEndedError
 from ..files import DiskFullError, configs_folder
+from ..remote import RemoteError
 from .evaluate import evaluate_weights
 from .launch import argument_parser, launch
 from .preemption import noted_signals
@@ -22,8 +23,8 @@ DEFAULT_RECIPE = "moe_tuning/dynamic_dino_x16_top2.py"
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Exits with status 2 and one line for a mistake in the recipe or the data, 1 for a loss that
-    diverged, a full disk or a worker that was killed, and `preemption.EXIT_CODE` where a signal
-    ended it in good order."""
+    diverged, a full disk, storage that can't be reached or a worker that was killed, and
+    `preemption.EXIT_CODE` where a signal ended it in good order."""
     parser, args = parse(argv)
     if args.variants:
         print(variants_table(configs_folder()), end="")
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         launch(run, args)
     except ConfigError as error:
         parser.error(str(error))
-    except (NonFiniteLossError, DiskFullError, WorkerEndedError) as error:
+    except (NonFiniteLossError, DiskFullError, RemoteError, WorkerEndedError) as error:
         raise SystemExit(f"{parser.prog}: error: {error}") from None
 
 
@@ -59,7 +60,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
 def run(args: argparse.Namespace) -> None:
     """What each process does."""
     cfg = load_config(args.config_file, args.opts, args.model)
-    with noted_signals(), sole_run(cfg.train.output_dir):
+    new = not (args.resume or args.eval_only)
+    with noted_signals(), sole_run(cfg.train.output_dir, new=new):
         setup(cfg, resume=args.resume and not args.eval_only)
         if args.eval_only:
             evaluate_weights(cfg, args.resume)

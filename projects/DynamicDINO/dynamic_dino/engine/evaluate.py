@@ -32,6 +32,7 @@ from ..evaluation import DetectionEvaluator, PredictionLog
 from ..files import DiskFullError, write_text
 from .checkpointing import last_checkpoint, read_checkpoint
 from .fingerprint import fingerprint, hash_of_config
+from .output import local_folder
 from .preemption import Stoppable
 from .trainer import amp_dtype, autocast
 
@@ -87,7 +88,7 @@ def do_test(
         comm.synchronize()
     if comm.is_main_process() and scores:
         scores |= means(scores, cfg.dataloader.get("means") or {})
-        path = Path(cfg.train.output_dir) / "results.json"
+        path = local_folder(cfg.train.output_dir) / "results.json"
         finite = {k: v if math.isfinite(v) else None for k, v in scores.items()}
         write_text(path, json.dumps(source | finite, indent=2) + "\n")
         logger.info("Results, also in %s\n%s", path, results_table(scores))
@@ -105,7 +106,7 @@ def _evaluator(
     source: Mapping[str, Any],
 ) -> tuple[DatasetEvaluator, PredictionLog | None]:
     """The evaluator of a test set; one of ours keeps a log in the set's output folder."""
-    folder = Path(cfg.train.output_dir) / "evaluation" / name
+    folder = local_folder(cfg.train.output_dir) / "evaluation" / name
     node = cfg.dataloader.evaluator[name]
     options: dict[str, Any] = dict(node)
     if accepts(options, "output_dir") and not options.get("output_dir"):
@@ -241,7 +242,8 @@ def results_table(scores: dict[str, float]) -> str:
 def load_for_evaluation(cfg: DictConfig, resume: bool) -> nn.Module:
     """The recipe's model with the run's last weights (`resume`) or ``train.init_checkpoint``."""
     with input_errors():
-        path = last_checkpoint(cfg.train.output_dir) if resume else cfg.train.init_checkpoint
+        folder = local_folder(cfg.train.output_dir)
+        path = last_checkpoint(folder) if resume else cfg.train.init_checkpoint
     if not path:
         raise ConfigError(
             f"--eval-only --resume found no checkpoint in {cfg.train.output_dir} (an interrupted "
@@ -261,7 +263,7 @@ def evaluate_weights(cfg: DictConfig, resume: bool) -> dict[str, float]:
     model = load_for_evaluation(cfg, resume)
     of: dict[str, Any] = {}
     if resume:
-        path = last_checkpoint(cfg.train.output_dir)
+        path = last_checkpoint(local_folder(cfg.train.output_dir))
         of = {"weights": path.name, "iteration": read_checkpoint(path, mmap=True).get("iteration")}
     try:
         return do_test(cfg, model, **of)

@@ -70,7 +70,8 @@ the exit status is 75, "go on with --resume"; a second one, a second later or mo
 once.
 
 A run writes to train.output_dir: config.yaml, log.txt, metrics.json, TensorBoard events,
-model_*.pth, model_best.pth, results.json, evaluation/.
+model_*.pth, model_best.pth, results.json, evaluation/. That may be s3://bucket/run, or gs://, hf://:
+it goes on from there on any machine (docs/scale.md).
 """
 
 

@@ -22,6 +22,7 @@ from ..files import FolderInUseError, LogFile, sole_writer, writable_folder
 from .allocator import keep_freed_memory
 from .changes import changes
 from .checkpointing import last_checkpoint
+from .output import copied, description, local_folder
 
 logger = logging.getLogger(__name__)
 _log_file = lru_cache(maxsize=None)(LogFile)  # one for all loggers
@@ -29,15 +30,18 @@ MOST_FILES = 2**16
 
 
 @contextmanager
-def sole_run(folder: str | Path, option: str = "train.output_dir=FOLDER") -> Iterator[None]:
+def sole_run(
+    output_dir: str | Path, option: str = "train.output_dir=FOLDER", new: bool = False
+) -> Iterator[None]:
     """Meanwhile this run alone, all of its processes, writes into its output folder, which `option`
-    chooses; a run that does already may do so again. Collective. Raises `ConfigError` in every
-    process where another run does, or the folder can't be written."""
+    chooses; a run that does already may do so again. What it writes is copied where that is at an
+    address, see `output.copied`, also for `new`. Collective. Raises `ConfigError` in every process
+    where another run does, or the folder can't be written."""
     with ExitStack() as stack:
         problem = ""
         if comm.is_main_process():
             try:
-                folder = writable_folder(folder, f"choose another with {option}")
+                folder = writable_folder(local_folder(output_dir), f"choose another with {option}")
                 stack.enter_context(sole_writer(folder))
             except FolderInUseError as error:
                 problem = (
@@ -48,6 +52,7 @@ def sole_run(folder: str | Path, option: str = "train.output_dir=FOLDER") -> Ite
                 problem = str(error)
         if problem := comm.all_gather(problem)[0]:
             raise ConfigError(problem)
+        stack.enter_context(copied(output_dir, new))
         yield
 
 
@@ -66,9 +71,10 @@ def setup(cfg: DictConfig, resume: bool = False) -> None:
 
 
 def _setup(cfg: DictConfig, resume: bool) -> None:
+    folder = local_folder(cfg.train.output_dir)
     train = cfg.train
     for name in ("detectron2", "fvcore", "dynamic_dino", "dynamic_dino_kernels"):
-        setup_logger(str(train.output_dir), distributed_rank=comm.get_rank(), name=name)
+        setup_logger(str(folder), distributed_rank=comm.get_rank(), name=name)
         for handler in logging.getLogger(name).handlers:
             stream = handler.stream  # Detectron2's, of log.txt or log.txt.rank1; or a console
             # A console may have a number for its name, or none.
@@ -91,9 +97,11 @@ def _setup(cfg: DictConfig, resume: bool) -> None:
         torch.get_num_threads(),
     )
     if comm.is_main_process():
-        path = Path(train.output_dir) / "config.yaml"
+        if told := description(train.output_dir):
+            logger.info(told)
+        path = folder / "config.yaml"
         with input_errors():
-            resumed = resume and last_checkpoint(train.output_dir)
+            resumed = resume and last_checkpoint(folder)
         if resumed and path.is_file():
             if found := changes(path, cfg):
                 logger.warning(

@@ -17,7 +17,9 @@ from typing import Any
 
 from ..config import ConfigError, load_config
 from ..console import command, program
+from ..remote import RemoteError
 from . import cli
+from .output import local_folder
 from .preemption import Preempted
 from .train import find_run
 
@@ -81,15 +83,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         cfg = load_config(args.config_file, args.opts, args.model)
         if not args.eval_only:
-            find_run(Path(cfg.train.output_dir), args.resume)
+            find_run(cfg.train.output_dir, args.resume)
             arguments = ["--resume", *arguments]
-    except ConfigError as error:
+    except (ConfigError, RemoteError) as error:
         parser.error(str(error))
     if options.gpus == 0:
         arguments = ["--num-gpus", "0", *arguments]
     if options.cpus is None:
         options.cpus = 2 + cfg.dataloader.train.get("num_workers", 0)
-    options.logs = options.logs or Path(cfg.train.output_dir) / "slurm"
+    options.logs = options.logs or local_folder(cfg.train.output_dir) / "slurm"
     try:
         job = submit(Run(tuple(arguments)), options)
     except (ImportError, RuntimeError) as error:

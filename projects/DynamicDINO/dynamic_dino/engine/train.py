@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from .checkpointing import (
 from .ema import ModelEma
 from .evaluate import do_test, results_table, test_sets
 from .optim import build_optimizer
+from .output import copy_now, copy_soon, holds_a_run, local_folder
 from .preemption import EXIT_CODE, Preempted, requested
 from .printer import ProgressPrinter
 from .setup import sole_run
@@ -135,17 +137,17 @@ class Evaluation(hooks.HookBase):
 
 
 class EndWhenAsked(hooks.HookBase):
-    """Saves and ends the run after the iteration in which a signal asked one of its processes to.
-    Stands before the evaluation, which comes first when the run is resumed."""
+    """Ends the run after the iteration in which a signal asked one of its processes to; `before`
+    that it is saved. Stands before the evaluation, which comes first when the run is resumed."""
 
-    def __init__(self, save: Callable[[], None] | None = None) -> None:
-        self.save = save
+    def __init__(self, before: Sequence[Callable[[], None]] = ()) -> None:
+        self.before = before
 
     def after_step(self) -> None:
         if not self.trainer.preempted:
             return
-        if self.save:
-            self.save()
+        for call in self.before:
+            call()
         comm.synchronize()  # the launcher ends all of them when the first has ended
         name = requested() or "A signal to another process"
         logger.warning(
@@ -185,11 +187,11 @@ def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
     `ConfigError` where another run has the output folder.
     """
     require(cfg, "model", "optimizer", "lr_multiplier", "dataloader.train")
-    with sole_run(cfg.train.output_dir):
+    with sole_run(cfg.train.output_dir, new=not resume):
         try:
             return _do_train(cfg, resume)
         except DiskFullError as error:
-            last = last_checkpoint(cfg.train.output_dir)
+            last = last_checkpoint(local_folder(cfg.train.output_dir))
             raise DiskFullError(
                 f"{error}; the last good checkpoint is {last or 'not there yet'}: make room, and "
                 "continue with --resume"
@@ -198,8 +200,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> nn.Module:
 
 def _do_train(cfg: DictConfig, resume: bool) -> nn.Module:
     train = cfg.train
-    output_dir = Path(train.output_dir)
-    resumable = find_run(output_dir, resume)
+    output_dir = local_folder(train.output_dir)
+    resumable = find_run(train.output_dir, resume)
     check_batch(cfg)
     test_sets(cfg)
     seed_everything(train.seed)
@@ -250,13 +252,14 @@ def _do_train(cfg: DictConfig, resume: bool) -> nn.Module:
     return model
 
 
-def find_run(output_dir: Path, resume: bool) -> Path | None:
+def find_run(output_dir: str | Path, resume: bool) -> Path | None:
     """The last checkpoint there, if any. Raises `ConfigError` for one that isn't to be resumed."""
     with input_errors():
-        resumable = last_checkpoint(output_dir)
-    if resumable and not resume:
+        resumable = last_checkpoint(local_folder(output_dir))
+    if not resume and (resumable or holds_a_run(output_dir)):
+        which = f" ({resumable.name})" if resumable else ""
         raise ConfigError(
-            f"{output_dir} already holds a run ({resumable.name}); continue it with --resume, or "
+            f"{output_dir} already holds a run{which}; continue it with --resume, or "
             "choose another folder with train.output_dir=FOLDER"
         )
     return resumable
@@ -321,7 +324,7 @@ def _scored_until(cfg: DictConfig) -> int:
     names = tuple(f"{name}/" for name in cfg.dataloader.get("test") or ())
     last = -1
     if comm.is_main_process():
-        rows = read_metrics(Path(cfg.train.output_dir) / "metrics.json")
+        rows = read_metrics(local_folder(cfg.train.output_dir) / "metrics.json")
         scored = (row["iteration"] for row in rows if any(key.startswith(names) for key in row))
         last = max(scored, default=-1)
     return comm.all_gather(last)[0]
@@ -334,11 +337,11 @@ def _hooks(
     start_iter: int,
     scored_until: int,
 ) -> list[hooks.HookBase]:
-    train = cfg.train
+    train, folder = cfg.train, local_folder(cfg.train.output_dir)
 
     def evaluate() -> dict[str, float]:
         model = trainer.ema.model if trainer.ema else trainer.module
-        saved = last_checkpoint(train.output_dir)
+        saved = last_checkpoint(folder)
         iteration = min(trainer.storage.iter, train.max_iter - 1) if saved else None
         scores = do_test(cfg, model, weights=saved and saved.name, iteration=iteration)
         set_train_mode(trainer.model)
@@ -366,17 +369,21 @@ def _hooks(
 
     # Saved before it is evaluated: a crash of the evaluation costs no training.
     saving = PeriodicCheckpointer(
-        checkpointer, train.checkpointer.period, max_to_keep=train.checkpointer.max_to_keep
+        checkpointer,
+        train.checkpointer.period,
+        max_to_keep=train.checkpointer.max_to_keep,
+        after=partial(copy_soon, train.output_dir),
     )
-    metrics = Path(train.output_dir) / "metrics.json"
+    metrics = folder / "metrics.json"
     kept = trim_metrics(metrics, start_iter)
     trainer.logged_until = max((row["iteration"] for row in kept), default=-1)
     # A row is the median of the iterations since the last one; with log_period=1, exact.
     rows = MetricsFile(metrics, train.log_period)
     checkpointer.before_saving = rows.settle  # a run that resumes from there won't write them
-    files = [TensorBoard(train.output_dir, train.log_period, purge_step=start_iter), rows]
+    files = [TensorBoard(folder, train.log_period, purge_step=start_iter), rows]
     writing = MetricsWriter([ProgressPrinter(train.max_iter), *files], period=train.log_period)
-    hooks_of_main = [*common, saving, EndWhenAsked(saving.save_now)]
+    ending = EndWhenAsked([saving.save_now, partial(copy_now, train.output_dir)])
+    hooks_of_main = [*common, saving, ending]
     if has_tests:
         # On disk as soon as they are there: the evaluation isn't done again.
         after = [file.write for file in files]
@@ -384,6 +391,7 @@ def _hooks(
             best = BestCheckpointer(checkpointer, train.best_metric)
             hooks_of_main.append(best)
             after.insert(0, best.keep_if_best)
+        after.append(partial(copy_soon, train.output_dir))
         hooks_of_main.append(
             Evaluation(train.eval_period, evaluate, scored_until, [saving.save_now], after)
         )

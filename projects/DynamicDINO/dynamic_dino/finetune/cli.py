@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..console import command, program
 from ..files import DiskFullError
+from ..remote import address
 from . import rule
 
 DESCRIPTION = """\
@@ -123,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "name DATA, a file or folder, or both data.train_json=... and data.val_json=..."
             )
         args.data = given["data.train_json"]  # for the name of the output; both are overridden
+    if address(args.output or ""):
+        p.error(f"--output {args.output}: a folder of this machine; train_net.py takes addresses")
     # Imported late, so that --help and wrong arguments answer at once.
     from ..config import ConfigError
     from ..data.workers import WorkerEndedError

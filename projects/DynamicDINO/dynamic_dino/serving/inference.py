@@ -27,7 +27,7 @@ from ..modeling.phrases import Phrases
 from ..modeling.postprocess import limit_of_detections
 from ..modeling.prompt import Prompt, shown
 from ..modeling.vocabulary import ClassVocabulary
-from ..remote import address
+from ..remote import address, fetch
 from ..sources import is_hub_spec
 from .deploy import optimize_for_inference
 from .exported import Exported, is_exported, load_exported
@@ -176,9 +176,10 @@ def load_detector(
 
     Args:
         model: one of `SHIPPED_MODELS`, the path of a LazyConfig file (.py, or the config.yaml of a
-            run), the folder of a run, or public weights of Grounding DINO, "hf:OWNER/NAME" or
-            "hf:DIRECTORY". Default: the best of the shipped ones. Or what `python -m
-            dynamic_dino.export` wrote: an .onnx or .pt2 file, or the folder for OpenVINO.
+            run), the folder of a run or its address, or public weights of Grounding DINO,
+            "hf:OWNER/NAME" or "hf:DIRECTORY". Default: the best of the shipped ones. Or what
+            `python -m dynamic_dino.export` wrote: an .onnx or .pt2 file, or the folder for
+            OpenVINO.
         weights: checkpoint, or public weights; default for a shipped model: the shipped one; for a
             run: its last. Public weights without a recipe are a model of their own.
         device: "cuda", "cpu", ...; default: a GPU if there is one.
@@ -287,6 +288,9 @@ def _load_recipe(config: Path) -> DictConfig:
 
 def find_files(model: str | Path, weights: str | Path | None) -> tuple[Path, str | Path]:
     """The files of `find_model`: recipe, weights."""
+    if url := address(model):
+        config, last = _find_run(url.rstrip("/"))
+        return config, weights or last
     config, weights = find_recipe(model), weights or default_weights(model)
     if weights is None:
         if Path(model).is_dir():
@@ -298,6 +302,15 @@ def find_files(model: str | Path, weights: str | Path | None) -> tuple[Path, str
     if not is_hub_spec(weights) and not address(weights) and not Path(weights).is_file():
         raise FileNotFoundError(f"weights {weights} of {model} don't exist")
     return config, weights
+
+
+def _find_run(url: str) -> tuple[Path, str]:
+    """The recipe and the last weights of a run at an address."""
+    try:
+        config, last = fetch(f"{url}/config.yaml"), fetch(f"{url}/last_checkpoint")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{NO_RUN}") from None
+    return config, f"{url}/{last.read_text().strip()}"
 
 
 def find_recipe(model: str | Path) -> Path:
