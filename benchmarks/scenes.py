@@ -255,6 +255,7 @@ def study(
         "drawn": others,
         "random": random,
         "told_by_features": statistics.told_by_features(scenes, kinds, rng),
+        "common_to_all": statistics.common_share(scenes),
     }
 
 

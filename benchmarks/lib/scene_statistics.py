@@ -72,6 +72,12 @@ def told_by_features(features: np.ndarray, kinds: np.ndarray, rng: np.random.Gen
     return float(right / len(kinds))
 
 
+def common_share(features: np.ndarray) -> float:
+    """The share of the features' mean square, float [N, D], that all images have in common: 1 if
+    they are all the same, 0 if their mean is zero."""
+    return float((features.mean(0) ** 2).sum() / (features**2).sum(1).mean())
+
+
 def folds(kinds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """int [N]: each set's images in a random order, dealt to the folds in turn"""
     fold = np.empty(len(kinds), int)

@@ -262,7 +262,9 @@ def scenes(report: dict) -> str:
         f"{percent(told['trained'])} % of the images; before training, of "
         f"{percent(told['start'])} %; those of random scene routers of {percent([mean(random)])} % "
         f"on the average, by chance {percent([mean(chance)])} %; the features that scene routers "
-        f"see, of {percent([mean([run['told_by_features'] for run in runs])])} %.\n\n"
+        f"see, of {percent([mean([run['told_by_features'] for run in runs])])} %. Of these "
+        f"features' square {percent([mean([run['common_to_all'] for run in runs])])} % are the "
+        "mean over all images.\n\n"
     )
     kinds = ["trained", "as it started", "drawn anew", "chance"]
     head = ["layer", *(f"{what}, {kind}" for what in ("route", "expert") for kind in kinds)]

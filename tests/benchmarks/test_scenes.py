@@ -19,6 +19,7 @@ from dynamic_dino.serving.inference import load_model
 from helpers.seeds import fresh_rng
 from lib import tables
 from lib.scene_statistics import (
+    common_share,
     folds,
     information_by_chance,
     normalised_information,
@@ -98,6 +99,16 @@ def test_sets_told_from_features(rng):
     assert told_by_features(5 * centres[kinds] + 0.1 * rng.normal(size=(120, 8)), kinds, rng) == 1
     noise = [told_by_features(rng.normal(size=(120, 8)), kinds, rng) for _ in range(20)]
     assert np.mean(noise) == pytest.approx(1 / 3, abs=0.08)
+
+
+def test_what_features_have_in_common(rng):
+    noise = rng.normal(size=(400, 8))
+    noise -= noise.mean(0)
+    assert common_share(noise) == pytest.approx(0, abs=1e-12)
+    assert common_share(np.tile(rng.normal(size=8), (5, 1))) == pytest.approx(1)
+    shift = 3 * rng.normal(size=8)
+    own = (noise**2).sum(1).mean()
+    assert common_share(noise + shift) == pytest.approx(shift @ shift / (shift @ shift + own))
 
 
 # ---- the detector -------------------------------------------------------------------------------
