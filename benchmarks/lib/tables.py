@@ -375,8 +375,8 @@ def model_zoo_novel(report: dict) -> str:
     }
     groups = {
         "_novel": "held-out names",
-        "_near": "those with a near-synonym among the learnt",
-        "_far": "those without",
+        "_near": "of them with a near-synonym among the learnt",
+        "_far": "of them without",
     }
     rows = []
     for test, (title, _) in ZOO_SETS.items():
@@ -399,7 +399,9 @@ def model_zoo_novel(report: dict) -> str:
         return ""
     text = (
         "In percent; in brackets the 95 % interval by bootstrap over images; then chance: the "
-        "same boxes and scores, the names that a photo is asked for exchanged at random.\n\n"
+        "same boxes and scores, the names that a photo is asked for exchanged at random. Names are "
+        "held out of Stamps' training; photos teach some of them to nano-photos "
+        "([accuracy](../projects/DynamicDINO/docs/accuracy.md#photos)).\n\n"
     )
     return text + table(["photos and names", "which", "", *(f"`{name}`" for name in models)], rows)
 

@@ -1,6 +1,8 @@
 """The shipped models are evaluated and timed, here on a few drawn shapes; pages say what is so."""
 
 import json
+import re
+import statistics
 from pathlib import Path
 
 import model_zoo
@@ -118,3 +120,33 @@ def test_thresholds_are_those_that_were_measured():
     for name, shipped in SHIPPED_MODELS.items():
         if shipped.threshold != THRESHOLD:
             assert COMMITTED[name]["threshold"]["coco_present"]["threshold"] == shipped.threshold
+
+
+def test_what_is_said_of_held_out_names_is_what_was_measured():
+    """Those of accuracy.md that nano-photos' photos teach, by name; and AP50 without them."""
+    text = " ".join((results.PROJECT / "docs/accuracy.md").read_text().split())
+    text = text[text.index("**Held-out names.**") : text.index("The default threshold")]
+    cards = " ".join(results.CARDS.read_text().split())
+    tests = COMMITTED["nano-dense"]["tests"]
+    near, far = (tests["val_novel"]["scores"][f"AP50_{g}"]["value"] for g in ("near", "far"))
+    luck = [tests["val_novel"]["chance"][f"AP50_{g}"]["value"] for g in ("near", "far")]
+    assert f"{near:.1f} AP50 for names with a near-synonym and {far:.1f} for those" in text
+    assert f"with {near:.1f} AP50, the others with {far:.1f}" in cards
+    for chance in luck:
+        assert f"chance is {chance:.1f}" in text and f"chance is {chance:.1f}" in cards
+    found = {
+        test: {name: row["AP50"] for name, row in tests[test]["names"].items()}
+        for test in ("val_novel", "val_real")
+    }
+    assert (
+        f"half of them have less than {statistics.median(found['val_novel'].values()):.1f}" in text
+    )
+    for (taught, words), test in zip(
+        re.findall(r"(three|seven) of val_\w+'s(?: names)? \((.*?)\)", text), found, strict=True
+    ):
+        names = words.split(", ")
+        assert len(names) == {"three": 3, "seven": 7}[taught] and {*names} < {*found[test]}
+        for model in ("nano-photos", "nano-dense"):
+            rows = COMMITTED[model]["tests"][test]["names"]
+            mean = statistics.mean(row["AP50"] for name, row in rows.items() if name not in names)
+            assert f"{mean:.1f}" in text

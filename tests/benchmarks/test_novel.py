@@ -146,7 +146,7 @@ def test_the_table_names_chance_and_the_difference():
     text = results.model_zoo_novel({"models": {"mine": row, "other": {"tests": {}}}})
     what = "| Stamps val_novel, 30 names |"
     assert f"{what} 4 held-out names | AP50 | 20.0 [15.0, 25.0]; 4.0 |" in text
-    assert f"{what} 2 those without | AP | 20.0 [15.0, 25.0]; 4.0 |" in text
+    assert f"{what} 2 of them without | AP | 20.0 [15.0, 25.0]; 4.0 |" in text
     assert f"{what} with less without, interval over names | AP50 | +15.0 ± 5" in text
     assert "`mine`" in text and "`other`" not in text
     assert not results.model_zoo_novel({"models": {"other": {"tests": {}}}})
