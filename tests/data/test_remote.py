@@ -1,7 +1,6 @@
 """Data at addresses and in shards give the samples of local files, through faults of the server."""
 
 import json
-import logging
 import time
 from pathlib import Path
 
@@ -144,7 +143,6 @@ def test_a_server_that_stays_down_is_one_error(monkeypatch, tmp_path):
 @pytest.mark.parametrize("takes", [0.01, 9.0])  # 9 s: botocore, where a port is closed
 def test_what_lasts_is_said_once(takes, monkeypatch, caplog):
     clock = [0.0]
-    monkeypatch.setattr(logging.getLogger("dynamic_dino"), "propagate", True)
     monkeypatch.setattr(remote.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(remote.time, "sleep", lambda s: clock.__setitem__(0, clock[0] + s))
 
