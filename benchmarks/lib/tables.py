@@ -258,8 +258,8 @@ def scenes(report: dict) -> str:
     text = (
         f"{len(report['settings']['sets'])} sets, {report['images']} images of each, all asked for "
         "the same names. Normalised mutual information of set and route, and of set and expert, "
-        f"means over {len(runs)} runs. The routes of all layers tell the set of "
-        f"{percent(told['trained'])} % of the images; before training, of "
+        f"means over {len(runs)} run{'s' * (len(runs) > 1)}. The routes of all layers tell the "
+        f"set of {percent(told['trained'])} % of the images; before training, of "
         f"{percent(told['start'])} %; those of random scene routers of {percent([mean(random)])} % "
         f"on the average, by chance {percent([mean(chance)])} %; the features that scene routers "
         f"see, of {percent([mean([run['told_by_features'] for run in runs])])} %. Of these "
