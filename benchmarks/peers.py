@@ -271,10 +271,10 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()  # it tells of each default of a config
     height, width = options.size
     print(f"{machine_name(options.device)}: {height} x {width}, batch 1, {options.dtype}, 10 names")
+    report = provenance(("torch", "transformers", "timm", "ultralytics"), options.device)
+    report["settings"] = settings(options)
     rows, failed = measure(options)
     if options.json:
-        report = provenance(("torch", "transformers", "timm", "ultralytics"), options.device)
-        report["settings"] = settings(options)
         write_json(options.json, report | {"rows": rows, "failed": failed})
     print_rows(rows)
     if options.json:

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
+from lib import tables
 
 SMALL_SWIN = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
 SMALL = {"num_queries": 9, "encoder_layers": 1, "decoder_layers": 2}
@@ -181,3 +182,21 @@ def test_the_command_names_the_models_to_choose_from(peers, capsys):
         peers.main(["--models", "yolo"])
     message = capsys.readouterr().err
     assert "choose from" in message and "omdet-turbo-tiny" in message
+
+
+def test_what_is_said_of_the_peers_is_what_was_measured():
+    report = json.loads((tables.RESULTS / "cpu/peers.json").read_text())
+    times = {(row["model"], row["text"]): row["median_ms"] for row in report["rows"]}
+    text = " ".join((tables.PROJECT / "docs/speed.md").read_text().split())
+    theirs, ours, edge = (
+        times[name, "encoded"]
+        for name in ("grounding-dino-tiny", "grounding-dino-tiny-ours", "edge-x16")
+    )
+    assert f"grounding-dino-tiny {theirs / ours:.1f} times as fast as transformers" in text
+    assert f"Edge x16 is {ours / edge:.2f} times as fast, not {theirs / edge:.2f}" in text
+    world_l, yoloe, world_s = (
+        f"{times[name, 'cached'] / times['edge-x16', 'cached']:.2f}"
+        for name in ("yolo-world-l", "yoloe-11l", "yolo-world-s")
+    )
+    assert f"YOLO-World-L {world_l} of Edge x16's time, YOLOE-11L {yoloe}" in text
+    assert f"YOLO-World-S {world_s}." in text
