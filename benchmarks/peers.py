@@ -28,7 +28,9 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 
+import numpy as np
 import torch
 import transformers
 from dynamic_dino.console import command
@@ -49,6 +51,7 @@ from lib.options import (
 )
 from lib.peer_models import CLIP_FEATURES, SWIN_BASE, SWIN_TINY, TOKENIZER
 from lib.provenance import machine_name, provenance, settings, write_json
+from PIL import Image
 from torch import nn
 
 OURS = ("edge-dense", "edge-x16", "grounding-dino-tiny-ours")
@@ -126,14 +129,7 @@ def omdet_turbo(size: tuple[int, int], device: str) -> Candidate:
 
 def yolo(size: tuple[int, int], device: str, kind: str, config: str) -> Candidate:
     """YOLO-World or YOLOE, as they are deployed: layers fused, and of YOLOE the text as well."""
-    # It would look whether there is a network, and leave its settings in the user's folder.
-    os.environ |= {"YOLO_OFFLINE": "true", "YOLO_VERBOSE": "false"}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ.setdefault("YOLO_CONFIG_DIR", folder)
-        try:
-            from ultralytics.nn import tasks
-        except ImportError as error:
-            raise ImportError(f"{error}: pip install --no-deps ultralytics (AGPL-3.0)") from None
+    tasks = ultralytics_tasks()
     names = Prompt.parse(NAMES).phrases
     model = getattr(tasks, kind)(config, nc=len(names), verbose=False).eval()
     text = nn.functional.normalize(torch.randn(1, len(names), CLIP_FEATURES), dim=-1)
@@ -145,6 +141,25 @@ def yolo(size: tuple[int, int], device: str, kind: str, config: str) -> Candidat
         model.set_classes(names, text)
         head.fuse(text)
     return Candidate(model.fuse(verbose=False), {"x": pixels(size)}, texts=("cached",))
+
+
+def ultralytics_tasks() -> ModuleType:
+    """The module that has its models. Its import would look whether there is a network, leave
+    settings in the user's folder, and put functions of its own in the place of others' for the
+    whole process, such as an `Image.open` that installs packages: these are put back."""
+    os.environ |= dict.fromkeys(("YOLO_VERBOSE", "YOLO_AUTOINSTALL"), "false")
+    os.environ["YOLO_OFFLINE"] = "true"
+    image_open, save = Image.open, torch.save
+    with tempfile.TemporaryDirectory() as folder, np.printoptions():
+        os.environ.setdefault("YOLO_CONFIG_DIR", folder)
+        try:
+            from ultralytics.nn import tasks
+        except ImportError as error:
+            raise ImportError(f"{error}: pip install --no-deps ultralytics (AGPL-3.0)") from None
+        finally:
+            Image.open, torch.save = image_open, save
+            torch.set_printoptions(profile="default")
+    return tasks
 
 
 # Each takes (height, width) and the device.

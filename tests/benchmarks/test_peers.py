@@ -4,7 +4,9 @@ import functools
 import importlib.util
 import itertools
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +59,11 @@ def small(peers, monkeypatch):
             peers.MODELS, name, functools.partial(build, config=config.replace("11l", "11n"))
         )
     return peers
+
+
+def skip_without_ultralytics():
+    if not importlib.util.find_spec("ultralytics"):  # its import changes others
+        pytest.skip("pip install --no-deps ultralytics")
 
 
 def measured(peers, path, *arguments):
@@ -122,9 +129,27 @@ def test_without_ultralytics_the_command_that_brings_it_is_named(
     assert "pip install --no-deps ultralytics" in report["failed"][name]
 
 
+def test_ultralytics_changes_nothing_of_others(peers):
+    """In a process of its own, where it is imported for the first time."""
+    skip_without_ultralytics()
+    code = """
+import peers, numpy, torch
+from PIL import Image
+def state():
+    text = str(numpy.full(2, 1 / 3)) + str(torch.full((2,), 1e-5))
+    return Image.open, torch.save, numpy.get_printoptions(), text
+before = state()
+peers.ultralytics_tasks()
+assert state() == before
+"""
+    run = {"cwd": Path(peers.__file__).parent, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **run)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", sorted(YOLO))
 def test_each_name_gets_a_score_of_its_own(small, name):
-    pytest.importorskip("ultralytics", reason="pip install --no-deps ultralytics")
+    skip_without_ultralytics()
     candidate = small.MODELS[name]((64, 96), "cpu")
     with torch.inference_mode():
         found, _ = candidate.model(**candidate.inputs)
