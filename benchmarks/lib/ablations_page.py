@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -321,7 +322,7 @@ def plot(sweep: Sweep, setting: Setting, runs: Runs) -> Figure | None:
     axis.set_yticks(range(len(found)), list(found))
     axis.invert_yaxis()
     axis.set_xlabel(f"AP50 on {setting.tests[0]}, over the control's")
-    axis.set_title(sweep.title, fontsize=10)
+    figure.suptitle(textwrap.fill(sweep.title, 90), fontsize=10)
     return figure
 
 
