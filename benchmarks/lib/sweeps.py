@@ -280,9 +280,9 @@ its own, so that its interval is that of pre-training and tuning together; the d
 learnt the pictures is one for all.""",
     "glyphs_himoe": """
 **The scene is in the way here**: a router that sees the token alone ends 6.2 ± 0.5 AP above one
-that sees the scene first. Glyphs are strewn at random, and the scene's pool leaves out half of
-the experts. With one expert a query, at the compute of the narrow FFN, it is level with
-x16-Top2. 16 whole copies have 1024 units, x16-Top2 has 512.""",
+that sees the scene first, and the scene alone brings nothing. Glyphs are strewn at random, and
+the scene's pool leaves out half of the experts. With one expert a query, at the compute of the
+narrow FFN, it is level with x16-Top2. 16 whole copies have 1024 units, x16-Top2 has 512.""",
     "photos": """
 **On photos MoE-Tuning ends where its control does**, on every set, by AP and AP50, **and so does a
 dense FFN of as many parameters**: here they are not what is missing. The x16 that is shipped is
