@@ -283,6 +283,10 @@ learnt the pictures is one for all.""",
 that sees the scene first, and the scene alone brings nothing. Glyphs are strewn at random, and
 the scene's pool leaves out half of the experts. With one expert a query, at the compute of the
 narrow FFN, it is level with x16-Top2. 16 whole copies have 1024 units, x16-Top2 has 512.""",
+    "glyphs_dynmoe": """
+**DynMoE hardly gains here**, whether its experts come and go or stay (0.1 ± 0.6 between the
+two): a query takes five of seven or eight, and the mean of their answers, for five times the
+FFN's compute. A router that takes one or two of 16 gains more for less.""",
     "photos": """
 **On photos MoE-Tuning ends where its control does**, on every set, by AP and AP50, **and so does a
 dense FFN of as many parameters**: here they are not what is missing. The x16 that is shipped is
