@@ -4,6 +4,7 @@ They are environment variables where they can be, so that processes which tests 
 """
 
 import gc
+import logging
 import os
 import random
 import tempfile
@@ -26,6 +27,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from helpers.seeds import examples, fresh_rng, seed_everything  # noqa: E402
 
+LOGGERS = ("detectron2", "fvcore", "dynamic_dino", "dynamic_dino_kernels")
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is defined
 torch.set_num_threads(1)
@@ -45,6 +48,19 @@ def pytest_collection_finish():
     """Half a million objects of the imported packages live as long as the process does: a search
     for garbage that looks at each takes a third of a second."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def log_as_before():
+    """What a run sets up writes to the test's captured output, which is closed after it."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [([*logger.handlers], logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+        open_ones = [
+            h for h in handlers if not getattr(getattr(h, "stream", None), "closed", False)
+        ]
+        logger.handlers[:], logger.propagate = open_ones, propagate
 
 
 @pytest.fixture(autouse=True)
