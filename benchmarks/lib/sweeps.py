@@ -288,9 +288,9 @@ narrow FFN, it is level with x16-Top2. 16 whole copies have 1024 units, x16-Top2
 two): a query takes five of seven or eight, and the mean of their answers, for five times the
 FFN's compute. A router that takes one or two of 16 gains more for less.""",
     "photos": """
-**On photos MoE-Tuning ends where its control does**, on every set, by AP and AP50, **and so does a
-dense FFN of as many parameters**: here they are not what is missing. The x16 that is shipped is
-seed 0.""",
+**On photos MoE-Tuning ends where its control does**, on every set, by AP and AP50, **and so do
+HI-MoE and a dense FFN of as many parameters**: here they are not what is missing. The x16 that
+is shipped is seed 0.""",
     "glyphs_std": """
 **Rows drawn with N(0, 1), as in Algorithm 1, are worth 2.0 ± 0.9 AP** over such as are drawn with
 0.02, by the paper's gate. A router that stays as it was drawn does as well. Choosing each part
@@ -400,23 +400,15 @@ SWEEPS = {
             "16 experts against their controls, on photos",
             "photos",
             "control",
-            ("control", "x16", "wide"),
+            ("control", "x16", "wide", "himoe_x16"),
             NOTES["photos"],
         ),
         Sweep(
             "photos_more",
-            "Parts once, and everything free, on photos",
+            "Parts once, everything free, and the scene alone, on photos",
             "photos",
             "control",
-            ("control", "x16", "parts", "control_all"),
-        ),
-        Sweep(
-            "photos_himoe",
-            "HI-MoE: what chooses, on photos",
-            "photos",
-            "control",
-            ("control", "himoe_scene", "himoe_x16"),
-            NOTES.get("photos_himoe", ""),
+            ("control", "x16", "parts", "control_all", "himoe_scene"),
         ),
         Sweep(
             "stamps_table9",
