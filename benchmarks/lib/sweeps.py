@@ -280,7 +280,7 @@ its own, so that its interval is that of pre-training and tuning together; the d
 learnt the pictures is one for all.""",
     "grid_all": """
 **The same with everything free**: the control itself ends 21 AP higher, and x16-Top2, the wide
-FFN and the router that stays random all end 6.6 to 7.8 above it, with no difference among the
+FFN and the router that stays random all end 6.6 to 7.7 above it, with no difference among the
 three that three seeds could show.""",
     "glyphs_himoe": """
 **The scene is in the way here**: a router that sees the token alone ends 6.2 ± 0.5 AP above one
