@@ -25,6 +25,8 @@ from .checkpointing import last_checkpoint
 from .output import copied, description, local_folder
 
 logger = logging.getLogger(__name__)
+
+LOGGERS = ("detectron2", "fvcore", "dynamic_dino", "dynamic_dino_kernels")  # that a run sets up
 _log_file = lru_cache(maxsize=None)(LogFile)  # one for all loggers
 MOST_FILES = 2**16
 
@@ -73,7 +75,7 @@ def setup(cfg: DictConfig, resume: bool = False) -> None:
 def _setup(cfg: DictConfig, resume: bool) -> None:
     folder = local_folder(cfg.train.output_dir)
     train = cfg.train
-    for name in ("detectron2", "fvcore", "dynamic_dino", "dynamic_dino_kernels"):
+    for name in LOGGERS:
         setup_logger(str(folder), distributed_rank=comm.get_rank(), name=name)
         for handler in logging.getLogger(name).handlers:
             stream = handler.stream  # Detectron2's, of log.txt or log.txt.rank1; or a console

@@ -34,7 +34,7 @@ from ..data.records import Records
 from ..engine.checkpointing import last_checkpoint
 from ..engine.evaluate import do_test, load_for_evaluation
 from ..engine.preemption import noted_signals
-from ..engine.setup import resolve_device, setup, sole_run
+from ..engine.setup import LOGGERS, resolve_device, setup, sole_run
 from ..engine.train import do_train
 from ..evaluation.coco import read_ground_truth
 from ..evaluation.evaluator import category_ids_of
@@ -46,7 +46,6 @@ from .rule import iterations_for
 CHECKED = 2000  # images that are opened, before training, to see whether they can be
 NAMES = 12  # of those that some data lack, in a message
 SURE = 30  # validation photos; with fewer, little can be said
-LOGGERS = ("detectron2", "fvcore", "dynamic_dino", "dynamic_dino_kernels")
 SAID = ("dynamic_dino.engine.printer", "dynamic_dino.engine.checkpointing")
 
 
